@@ -1,0 +1,75 @@
+"""Interleaved ratio benchmarks: correctness gate first, then one run over all providers.
+
+    python benchmarks/run.py --suite ops [--only softmax_kl] [--seconds 3]
+    python benchmarks/run.py --table          # rewrite README's table from the newest rows
+
+Rows are appended to benchmarks/results/ops.jsonl.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from timing import RESULTS, interleave, machine, summary
+
+SUITES = {"ops": [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))]}
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- benchmark table: python benchmarks/run.py --table -->", "<!-- end of table -->"
+
+
+def run(suite, only, seconds):
+    where = machine()
+    print(where)
+    for module in SUITES[suite]:
+        if only and module != f"bench_{only}":
+            continue
+        for case in importlib.import_module(module).cases():
+            case.gate()
+            timed = {name: summary(s) for name, s in interleave(case.providers, seconds).items()}
+            base = timed[next(iter(timed))]["us"]
+            for provider, times in timed.items():
+                nbytes = case.nbytes_of(provider)
+                row = {"suite": suite, "op": case.op, "shape": case.shape, "provider": provider, **times,
+                       "speedup": round(base / times["us"], 2),
+                       "GB/s": round(nbytes / times["us"] / 1e3, 1) if nbytes else None}  # fmt: skip
+                print(f"{case.op:18} {case.shape:14} {provider:20} {row['us']:10.1f} us "
+                      f"[{row['p20']:.1f}, {row['p80']:.1f}]  {row['speedup']:6.2f}x  {row['GB/s']} GB/s")  # fmt: skip
+                with open(RESULTS / f"{suite}.jsonl", "a") as file:
+                    file.write(json.dumps(row | where) + "\n")
+            torch.compiler.reset()
+
+
+def table(suite):
+    """README's table: the newest row of every (op, shape, provider)."""
+    newest = {}
+    for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        newest[row["op"], row["shape"], row["provider"]] = row
+    lines = ["| op | shape | provider | median us | p20-p80 | speed-up | GB/s |", "|---|---|---|---|---|---|---|"]
+    for row in newest.values():
+        lines.append(f"| {row['op']} | {row['shape']} | {row['provider']} | {row['us']:.1f} | "
+                     f"{row['p20']:.1f}-{row['p80']:.1f} | {row['speedup']:.2f}x | {row['GB/s'] or ''} |")  # fmt: skip
+    row = next(reversed(newest.values()))
+    where = (f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
+             f"fastadv {row['commit']}, {row['time'][:10]}.")  # fmt: skip
+    text = README.read_text()
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    README.write_text("\n".join([before + MARKS[0], "", *lines, "", where, "", MARKS[1] + after]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
+    parser.add_argument("--only", help="one op")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per case")
+    parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")
+    args = parser.parse_args()
+    table(args.suite) if args.table else run(args.suite, args.only, args.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What every benchmark shares: a case with its rivals, the interleaved clock, the result row."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastadv
+from fastadv import info
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Case:
+    """One op at one shape. Each provider is a call without arguments; the first is the baseline.
+
+    gate: raises unless fastadv's result is right; runs before any timing.
+    nbytes: memory traffic of one call when every operand is touched once; exceptions by provider.
+    """
+
+    op: str
+    shape: str
+    providers: dict[str, Callable]
+    gate: Callable
+    nbytes: int = 0
+    exceptions: dict[str, int] = field(default_factory=dict)
+
+    def nbytes_of(self, provider):
+        return self.exceptions.get(provider, self.nbytes)
+
+
+def interleave(providers, seconds=2.0, warmup=3):
+    """Seconds per call, {name: [samples]}: one sample of each in turn until time is up.
+
+    A sample repeats a short call until about a millisecond has passed.
+    """
+    repeats = {}
+    for name, call in providers.items():
+        for _ in range(warmup):
+            call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+    samples = {name: [] for name in providers}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[name]) < 5:
+        for name, call in providers.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return samples
+
+
+def summary(samples):
+    """Median, p20 and p80 in microseconds."""
+    q = torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.5, 0.2, 0.8]).double())
+    return {key: round(value * 1e6, 2) for key, value in zip(("us", "p20", "p80"), q.tolist(), strict=True)}
+
+
+def machine():
+    """Hardware, versions and commit of a result row."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo")
+                if line.startswith("model name")), platform.machine())  # fmt: skip
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent, check=False).stdout.strip()  # fmt: skip
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "cpu": cpu,
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+        "isa": info.isa(), "fastadv": fastadv.__version__, "torch": torch.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def pytest_cases(cases):
+    """A parametrised pytest-benchmark test over cases x providers: a group per op and shape."""
+    params = [pytest.param(case, name, id=f"{case.shape}-{name}") for case in cases for name in case.providers]
+
+    @pytest.mark.parametrize(("case", "provider"), params)
+    def test(benchmark, case, provider):
+        case.gate()
+        benchmark.group = f"{case.op} {case.shape}"
+        benchmark(case.providers[provider])
+
+    return test

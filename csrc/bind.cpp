@@ -1,0 +1,62 @@
+// The only file that knows Python. Addresses arrive as integers; fastadv/_native.py has checked
+// what lies behind them. Every kernel call releases the interpreter lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace py = pybind11;
+using namespace fastadv;
+
+namespace {
+
+const Table* active = nullptr;
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<const Table*> available() {
+  const Table* found[max_tables];
+  return {found, found + tables(found)};
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Table* table : available()) names.emplace_back(table->isa);
+  return names;
+}
+
+void use_isa(const std::string& isa) {
+  for (const Table* table : available()) {
+    if (isa == table->isa) {
+      active = table;
+      return;
+    }
+  }
+  throw py::value_error("isa is '" + isa + "', which this build or machine does not have");
+}
+
+void pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x, uintptr_t eps_per_sample,
+              int64_t batch, int64_t size, float eps, float step_size, int norm, float lo, float hi,
+              int threads) {
+  active->pgd_step(at<float>(out), at<const float>(x_adv), at<const float>(grad), at<const float>(x),
+                   at<const float>(eps_per_sample), batch, size, eps, step_size,
+                   static_cast<Norm>(norm), lo, hi, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  active = available().front();
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  module.def("isas", isas, "Instruction sets this build and machine can run, fastest first.");
+  module.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
+  module.def("use_isa", use_isa, "Use this instruction set from now on.");
+  module.def("pgd_step", pgd_step, unlocked);
+}

@@ -1,0 +1,17 @@
+// All CPU kernels of one instruction set. CMake compiles this file once per instruction set with
+// its flags and FASTADV_ISA = scalar | avx2 | avx512. Everything but the table is internal: a weak
+// symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
+#include "../table.h"
+#include "vec.h"
+
+namespace fastadv::FASTADV_ISA {
+namespace {
+#include "pgd_step.inl"
+}  // namespace
+
+#define FASTADV_STRING_(x) #x
+#define FASTADV_STRING(x) FASTADV_STRING_(x)
+extern const Table table;
+const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step};
+
+}  // namespace fastadv::FASTADV_ISA

@@ -1,0 +1,27 @@
+// The kernels of one instruction set, as plain function pointers over raw memory.
+//
+// Rules for every entry: noexcept, allocates nothing, prints nothing; `threads` is the OpenMP team
+// size and never changes the result; strides are in elements; floats are computed in fp32 without
+// FMA contraction, so element-wise results agree bit for bit between instruction sets.
+#pragma once
+#include <cstdint>
+
+namespace fastadv {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Norm : int { linf = 0, l2 = 1 };
+
+struct Table {
+  const char* isa;
+
+  // csrc/cpu/pgd_step.inl
+  void (*pgd_step)(float* out, const float* x_adv, const float* grad, const float* x,
+                   const float* eps_per_sample, int64_t batch, int64_t size, float eps,
+                   float step_size, Norm norm, float lo, float hi, int threads) noexcept;
+};
+
+// The tables compiled in that this machine can run, fastest first; returns how many.
+int tables(const Table** out) noexcept;
+constexpr int max_tables = 3;
+
+}  // namespace fastadv

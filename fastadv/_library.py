@@ -1,0 +1,108 @@
+"""One call per op over `torch.library`, and the choice of the backend behind it.
+
+`FASTADV_BACKEND` = auto | native | triton | cuda | reference. An explicit choice that cannot be
+honoured raises at import; auto takes the fastest there is, logs once what it goes without, and
+`python -m fastadv.info` says why.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+
+BACKENDS = ("auto", "native", "triton", "cuda", "reference")
+_library = torch.library.Library("fastadv", "DEF")
+_log = logging.getLogger("fastadv")
+
+
+@dataclass
+class Backends:
+    """Which implementation an op runs on each device, and why: what `fastadv.info` prints."""
+
+    cpu: str
+    cuda: str
+
+
+ops: dict[str, Backends] = {}
+
+
+@functools.cache
+def backend():
+    """The validated choice of FASTADV_BACKEND."""
+    choice = os.environ.get("FASTADV_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"FASTADV_BACKEND is {choice!r}, must be one of {', '.join(BACKENDS)}")
+    if choice == "native" and _native.missing:
+        raise RuntimeError(f"FASTADV_BACKEND is native, but {_native.missing}")
+    if choice == "triton" and triton_missing():
+        raise RuntimeError(f"FASTADV_BACKEND is triton, but {triton_missing()}")
+    if choice == "cuda":
+        raise RuntimeError("FASTADV_BACKEND is cuda, but this version has no CUDA C++ kernels")
+    if choice == "auto" and _native.missing:
+        _log.warning("CPU ops run as plain torch: %s", _native.missing)
+    return choice
+
+
+@functools.cache
+def triton_missing():
+    """Why Triton kernels cannot run here, or None. Gated on a live driver, not on the import."""
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        triton = importlib.import_module("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 (a broken driver fails in ways of its own)
+        return f"triton cannot run: {error}"
+    return None
+
+
+def expect(name, tensor, *, dtype=None, like=None, shape=None):
+    """Raises TypeError or ValueError naming the argument, what it is and what it must be."""
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, must be {dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, must be on {like.device}")
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
+
+
+def define(schema, *, check, reference, fake, native=None, kernel=None):
+    """Registers an op and returns its overload. All callables take the schema's arguments.
+
+    `check` raises on arguments outside the contract and runs before every implementation;
+    `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
+    of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
+    Triton's interpreter when FASTADV_BACKEND is triton).
+    """
+    name = schema.split("(")[0]
+
+    def impl(function, key):
+        def checked(*args):
+            check(*args)
+            return function(*args)
+
+        _library.impl(name, checked, key)
+
+    _library.define(schema)
+    impl(reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
+    chosen = Backends("reference (plain torch)", "reference (plain torch)")
+    if native and backend() in ("auto", "native") and not _native.missing:
+        impl(native, "CPU")
+        chosen.cpu = "native"
+    if kernel and backend() in ("auto", "triton") and not triton_missing():
+        function = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
+        if torch.cuda.is_available():
+            impl(function, "CUDA")
+            chosen.cuda = "triton"
+        if backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            impl(function, "CPU")
+            chosen.cpu = "triton (interpreted)"
+    ops[name] = chosen
+    return getattr(torch.ops.fastadv, name).default

@@ -1,0 +1,97 @@
+"""The only file that touches the compiled module.
+
+Raw pointers carry no safety of their own. An op's `check` has seen to shapes and devices; each
+function here makes sure of dtype and strides (naming the argument at fault), makes no
+temporaries, passes torch's thread count and bumps the version counter of what it mutates. The
+interpreter lock is released in `csrc/bind.cpp`.
+"""
+
+import os
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    missing = f"fastadv._C is not there ({error}); reinstall with a C++ compiler to build it"
+else:
+    missing = None
+    if os.environ.get("FASTADV_CPU_ISA"):
+        _C.use_isa(os.environ["FASTADV_CPU_ISA"])
+
+NORMS = {"linf": 0, "l2": 1}
+
+
+def isas():
+    """Instruction sets that this build and machine can run, fastest first; empty without `_C`."""
+    return _C.isas() if _C else []
+
+
+def isa():
+    """The instruction set in use."""
+    return _C.isa()
+
+
+def use_isa(name):
+    """Use the instruction set `name` from now on (tests and benchmarks)."""
+    _C.use_isa(name)
+
+
+def is_dense(tensor):
+    """Whether the elements fill one block of memory, one sample after another."""
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def same_layout(tensor, *others):
+    """Whether all are dense with equal strides, so that one flat index means one element."""
+    strides = tensor.stride()
+    return is_dense(tensor) and all(other.stride() == strides for other in others)
+
+
+def empty_like(tensor, dtype=None):
+    """Where every op gets its output memory; `fastadv.testing` puts guarded memory here."""
+    return torch.empty_like(tensor, dtype=dtype)
+
+
+def empty(shape, like, dtype=None):
+    """`empty_like` for another shape."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _address(name, tensor, dtype=torch.float32):
+    """The address of a tensor of this dtype; 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, must be {dtype} on cpu")
+    return tensor.data_ptr()
+
+
+def _row(name, tensor):
+    """`tensor`, made sure to be contiguous (None passes)."""
+    if tensor is not None and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous")
+    return tensor
+
+
+def _mutated(tensor):
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
+    """Writes the step into `out`, which may be `x_adv`. fp32, one shape, one dense layout."""
+    if not same_layout(x_adv, out, grad, x):
+        raise ValueError("out, x_adv, grad and x must be dense with equal strides")
+    batch = x_adv.shape[0] if x_adv.dim() else 1
+    _C.pgd_step(
+        _address("out", out), _address("x_adv", x_adv), _address("grad", grad), _address("x", x),
+        _address("eps", _row("eps", eps_per_sample)),
+        batch, x_adv.numel() // max(batch, 1), eps, step_size, NORMS[norm], lo, hi,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if out is x_adv:
+        _mutated(out)

@@ -1,0 +1,39 @@
+"""`python -m fastadv.info`: what is compiled in, which backend each op uses here, and why."""
+
+import importlib.util
+import os
+import platform
+
+import torch
+
+from . import __version__, _library, _native
+
+
+def isa():
+    """The CPU instruction set in use, or None without the compiled module."""
+    return None if _native.missing else _native.isa()
+
+
+def report():
+    """The text that `python -m fastadv.info` prints."""
+    compiled = _native.missing or f"{_native.isa()} in use; can run {', '.join(_native.isas())}"
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    lines = [
+        f"fastadv {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"CPU kernels:    {compiled}; {torch.get_num_threads()} threads",
+        f"Triton kernels: {_library.triton_missing() or 'can run'}",
+        f"CUDA:           {cuda}",
+        "",
+        f"{'op':18} {'on cpu':26} on cuda",
+        *(f"{name:18} {op.cpu:26} {op.cuda}" for name, op in _library.ops.items()),
+        "",
+        *(f"{name}={os.environ.get(name, '')}" for name in ("FASTADV_BACKEND", "FASTADV_CPU_ISA")),
+    ]
+    for extra in ("sklearn", "matplotlib"):
+        if importlib.util.find_spec(extra) is None:
+            lines.append(f"{extra} is not installed: pip install 'fastadv[demo]'")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,6 @@
+"""The fused ops. Each is a file here, and under the same name in reference.py, kernels/, csrc/,
+tests/ops/ and benchmarks/."""
+
+from .pgd_step import pgd_step, pgd_step_
+
+__all__ = ["pgd_step", "pgd_step_"]

@@ -1,0 +1,131 @@
+"""pgd_step: one signed (linf) or normalised (l2) gradient step, projected and clipped.
+
+    linf: x_adv' = clip(clamp(x_adv + step_size sign(g), x - eps, x + eps), lo, hi)
+    l2:   d = x_adv + step_size g / ||g|| - x;  x_adv' = clip(x + d min(1, eps / ||d||), lo, hi)
+
+x_adv, grad, x: [B, ...] of one shape; result: the same. Not differentiable.
+"""
+
+import torch
+
+from .. import _native, reference
+from .._library import define, expect
+
+_ARGS = (
+    "Tensor grad, Tensor x, Tensor? eps_per_sample, float eps, float step_size, str norm, "
+    "float lo, float hi"
+)
+
+
+def _check(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
+    for name, tensor in (("grad", grad), ("x", x)):
+        expect(name, tensor, dtype=x_adv.dtype, like=x_adv, shape=x_adv.shape)
+    if x_adv.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"x_adv is {x_adv.dtype}, must be torch.float32: one bfloat16 step of 2/255 already "
+            "leaves an 8/255 ball; cast the model's input instead"
+        )
+    if eps_per_sample is not None:
+        expect("eps", eps_per_sample, dtype=x.dtype, like=x, shape=x.shape[:1])
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm is {norm!r}, must be 'linf' or 'l2'")
+
+
+def _check_in_place(x_adv, grad, x, *rest):
+    _check(x_adv, grad, x, *rest)
+    for name, other in (("grad", grad), ("x", x)):
+        if _overlap(x_adv, other):
+            raise ValueError(f"x_adv overlaps {name} in memory, must be apart from it")
+
+
+def _overlap(a, b):
+    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _extent(tensor):
+    start = tensor.data_ptr()
+    if _native.is_dense(tensor):
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
+
+
+def _into(out, x_adv, grad, x, eps_per_sample, *rest):
+    """The native step; grad and x are copied first where their layout is not x_adv's."""
+    if not _native.same_layout(x_adv, grad, x):
+        grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
+    if eps_per_sample is not None:
+        eps_per_sample = eps_per_sample.contiguous()
+    _native.pgd_step(out, x_adv, grad, x, eps_per_sample, *rest)
+
+
+def _native_ok(x_adv):
+    return x_adv.dtype == torch.float32 and _native.is_dense(x_adv)
+
+
+def _cpu(x_adv, *args):
+    if not _native_ok(x_adv):
+        return reference.pgd_step(x_adv, *args)
+    out = _native.empty_like(x_adv)
+    _into(out, x_adv, *args)
+    return out
+
+
+def _cpu_(x_adv, *args):
+    if not _native_ok(x_adv):
+        return reference.pgd_step_(x_adv, *args)
+    return _into(x_adv, x_adv, *args)
+
+
+_pgd_step = define(
+    f"pgd_step(Tensor x_adv, {_ARGS}) -> Tensor",
+    check=_check, reference=reference.pgd_step, native=_cpu, kernel="pgd_step",
+    fake=lambda x_adv, *args: torch.empty_like(x_adv),
+)  # fmt: skip
+_pgd_step_ = define(
+    f"pgd_step_(Tensor(a!) x_adv, {_ARGS}) -> ()",
+    check=_check_in_place, reference=reference.pgd_step_, native=_cpu_, kernel="pgd_step",
+    fake=lambda x_adv, *args: None,
+)  # fmt: skip
+
+
+def pgd_step(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
+    """One PGD step as a new tensor (Madry et al. 2018).
+
+    x_adv, grad, x: float32 [B, ...] of one shape and device; strides may differ. eps: float, or a
+    tensor of one radius per sample, [B] or [B, 1, ...]. step_size: float, in units of x.
+    norm: "linf" or "l2" over each sample. lo, hi: the box that images live in.
+    Raises TypeError or ValueError that names the argument at fault; eps > hi - lo under linf is
+    refused as a unit mistake (8 for 8/255). The result carries no gradient.
+    """
+    with torch.no_grad():
+        return _pgd_step(x_adv, grad, x, *_radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
+
+
+def pgd_step_(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
+    """`pgd_step` in place: overwrites x_adv, allocates nothing, returns x_adv.
+
+    Raises RuntimeError when autograd records x_adv (call it under torch.no_grad, or detach) and
+    ValueError when x_adv overlaps x or grad in memory.
+    """
+    if x_adv.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x_adv requires grad: call pgd_step_ under torch.no_grad() or detach it")
+    _pgd_step_(x_adv, grad, x, *_radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
+    return x_adv
+
+
+def _radius(eps, x, norm, lo, hi):
+    """(eps_per_sample, eps) of the schema from a float or a tensor."""
+    if isinstance(eps, torch.Tensor):
+        if eps.dim() > 0:
+            if eps.numel() != x.shape[0] or eps.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"eps has shape {tuple(eps.shape)}, must be a float or one value per sample: "
+                    f"[{x.shape[0]}] or [{x.shape[0]}, 1, ...]"
+                )
+            return eps.reshape(-1).to(x.dtype), 0.0
+        eps = eps.item()
+    if norm == "linf" and not 0 <= eps <= hi - lo:
+        raise ValueError(f"eps is {eps}, must be in [0, {hi - lo}] (did you mean {eps}/255?)")
+    return None, eps

@@ -1,0 +1,220 @@
+"""The numeric rules that every op is held to: `OpCase` says what to run, `check_op` runs it.
+
+The rule is twice: an implementation may err from the fp64 reference by at most twice what plain
+torch errs in the same dtype, plus two units in the last place.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import _native, reference
+
+GUARD = 64  # elements of sentinel on each side of a guarded tensor
+LAYOUTS = ("contiguous", "channels_last", "permuted", "offset", "strided")
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of torch.ops.fastadv.<op>. `args` follow the schema; tensors are on the CPU.
+
+    public: the differentiable function over the op, of the tensors at positions `inputs` of
+    `args`; plain: the same in torch's own ops, whose autograd is the oracle of the gradients.
+    """
+
+    op: str
+    args: tuple
+    public: Callable | None = None
+    plain: Callable | None = None
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def overload(self):
+        return getattr(torch.ops.fastadv, self.op).default
+
+    def mapped(self, function):
+        """The case with `function` applied to every tensor."""
+        args = tuple(function(a) if isinstance(a, torch.Tensor) else a for a in self.args)
+        return replace(self, args=args)
+
+
+def assert_close(name, got, exact, same_dtype):
+    """Fails unless |got - exact| <= 2 max|same_dtype - exact| + 2 ulp(exact), element by element.
+
+    exact: the fp64 reference; same_dtype: the reference in got's dtype. NaN is close to nothing
+    but NaN, an infinity to nothing but itself; integers must be equal.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+    if not got.dtype.is_floating_point:
+        assert torch.equal(got, exact.to(got.dtype)), f"{name}: integers differ"
+        return
+    assert got.dtype == same_dtype.dtype, f"{name}: {got.dtype}, not {same_dtype.dtype}"
+    got, exact, same_dtype = got.double(), exact.double(), same_dtype
+    ulp = torch.finfo(same_dtype.dtype).eps * exact.abs()
+    finite = exact.isfinite()
+    error = (same_dtype.double() - exact)[finite].abs()
+    bound = 2 * (error.max() if error.numel() else 0.0) + 2 * ulp
+    # Written so that a NaN on either side makes the comparison false.
+    close = torch.where(finite, (got - exact).abs() <= bound, got == exact)
+    close |= got.isnan() & exact.isnan()
+    if not close.all():
+        worst = (got - exact).abs().nan_to_num(nan=torch.inf).masked_fill(close, -1).argmax()
+        raise AssertionError(
+            f"{name}: {(~close).sum()} of {close.numel()} elements differ, the worst at flat "
+            f"index {worst}: {got.flatten()[worst]} instead of {exact.flatten()[worst]}"
+        )
+
+
+def laid_out(tensor, layout):
+    """The same values in another memory layout; the tensor itself where it does not apply."""
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        order = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(order).contiguous().permute(order)
+    if layout == "offset":
+        buffer = torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)
+        return buffer[3:].view(tensor.shape).copy_(tensor)
+    if layout == "strided" and tensor.dim():
+        return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+    return tensor.contiguous()
+
+
+@contextlib.contextmanager
+def guarded_memory():
+    """Poisons every output the native ops allocate and checks the sentinels around it on exit."""
+    buffers = []
+
+    def guarded(empty):
+        buffer = torch.empty(empty.numel() + 2 * GUARD, dtype=empty.dtype, device=empty.device)
+        poison = torch.nan if empty.dtype.is_floating_point else torch.iinfo(empty.dtype).max
+        buffer.fill_(poison)
+        buffer[:GUARD] = buffer[-GUARD:] = 77
+        buffers.append(buffer)
+        return buffer.as_strided(empty.shape, empty.stride(), GUARD)
+
+    plain_like, plain = _native.empty_like, _native.empty
+    _native.empty_like = lambda *args, **kwargs: guarded(plain_like(*args, **kwargs))
+    _native.empty = lambda *args, **kwargs: guarded(plain(*args, **kwargs))
+    try:
+        yield
+    finally:
+        _native.empty_like, _native.empty = plain_like, plain
+    for buffer in buffers:
+        assert (buffer[:GUARD] == 77).all(), "wrote before the start of an output"
+        assert (buffer[-GUARD:] == 77).all(), "wrote past the end of an output"
+
+
+def run(function, case):
+    """The outputs of one call as a list: what it returns, or the arguments that it mutates."""
+    args = case.args
+    writes = [a.alias_info is not None and a.alias_info.is_write
+              for a in case.overload._schema.arguments]  # fmt: skip
+    copies = [_clone(arg) if write else arg for arg, write in zip(args, writes, strict=True)]
+    result = function(*copies)
+    if result is None:
+        return [copy for copy, write in zip(copies, writes, strict=True) if write]
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _clone(tensor):
+    """A copy with the same strides, between sentinels that `check_values` looks at."""
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    buffer = tensor.new_full((max(span, 0) + 2 * GUARD,), 77)
+    return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).copy_(tensor)
+
+
+def _assert_guards(outputs):
+    for output in outputs:
+        if output._base is not None and output.storage_offset() == GUARD:
+            whole = output._base.flatten()
+            assert (whole[:GUARD] == 77).all(), "wrote before the start of an argument"
+            assert (whole[-GUARD:] == 77).all(), "wrote past the end of an argument"
+
+
+def check_values(case, layouts=LAYOUTS):
+    """Every instruction set and layout against the fp64 reference; thread count changes nothing."""
+    plain = getattr(reference, case.op)
+    exact = run(plain, case.mapped(lambda t: t.double() if t.is_floating_point() else t))
+    same = run(plain, case.mapped(lambda t: t.contiguous()))
+    for isa in _native.isas() or ["reference"]:
+        with using_isa(isa):
+            for layout in layouts:
+                laid = case.mapped(lambda t, layout=layout: laid_out(t, layout))
+                mixed = replace(laid, args=(laid.args[0], *case.args[1:]))
+                for variant in (laid, mixed):
+                    with guarded_memory():
+                        got = run(case.overload, variant)
+                        _assert_guards(got)
+                    for i, parts in enumerate(zip(got, exact, same, strict=True)):
+                        assert_close(f"{case.op}[{i}] {isa} {layout}", *parts)
+            _check_repeatable(case)
+
+
+def _check_repeatable(case):
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(case.overload, case))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.nan_to_num(nan=123.0), b.nan_to_num(nan=123.0)), "threads matter"
+
+
+@contextlib.contextmanager
+def using_isa(isa):
+    """Runs the native ops with one instruction set."""
+    if not _native.isas():
+        yield
+        return
+    before = _native.isa()
+    _native.use_isa(isa)
+    try:
+        yield
+    finally:
+        _native.use_isa(before)
+
+
+def check_op(case):
+    """`check_values`, and what torch expects of an op: opcheck, fullgraph compile, gradcheck."""
+    check_values(case)
+    torch.library.opcheck(case.overload, case.args)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *args: case.overload(*args), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(case.overload, case), run(compiled, case), strict=True):
+        assert torch.equal(a, b), f"{case.op}: torch.compile changes the result"
+    if case.public:
+        check_gradients(case)
+
+
+def check_gradients(case):
+    """Gradients of `case.public`: gradcheck in fp64; in fp32 the 2x rule, all inputs and each alone."""
+    inputs = [case.args[i] for i in case.inputs]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(case.public, doubles)
+    singles = [t.detach().clone().requires_grad_() for t in inputs]
+    exact, same = _gradients(case.plain, doubles), _gradients(case.plain, singles)
+    got = _gradients(case.public, singles)
+    compiled = torch.compile(case.public, fullgraph=True, backend="aot_eager")
+    traced = _gradients(compiled, singles)
+    for i in range(len(inputs)):
+        assert_close(f"{case.op} gradient {i}", got[i], exact[i], same[i])
+        assert_close(f"{case.op} compiled gradient {i}", traced[i], exact[i], same[i])
+    for i in range(len(inputs)):
+        alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(inputs)]
+        (gradient,) = _gradients(case.public, alone)
+        assert_close(f"{case.op} gradient {i} alone", gradient, exact[i], same[i])
+
+
+def _gradients(function, inputs):
+    """Gradients of a fixed uneven weighting of the outputs, so that none can cancel."""
+    output = function(*inputs)
+    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+    wanted = [t for t in inputs if t.requires_grad]
+    return torch.autograd.grad((output * weights).sum(), wanted)
