@@ -106,3 +106,47 @@ def define(schema, *, check, reference, fake, native=None, kernel=None):
             chosen.cpu = "triton (interpreted)"
     ops[name] = chosen
     return getattr(torch.ops.fastadv, name).default
+
+
+def gradients_from_forward(op, inputs):
+    """Autograd for an op that returns (loss, *gradients), the gradients made by the forward pass.
+
+    inputs: the position of each gradient's input among the op's arguments; a gradient that the
+    call did not ask for is an empty tensor. loss is 0-dim, or [B] for gradients [B, ...].
+    Registered at the Autograd key: a third of the overhead of torch.library.register_autograd.
+    """
+
+    class FromForward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                loss, *gradients = op(*args)
+            ctx.save_for_backward(*gradients)
+            ctx.mark_non_differentiable(*gradients)
+            ctx.set_materialize_grads(False)
+            ctx.arity = len(args)
+            return loss, *gradients
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad_loss, *_):
+            result = [None] * ctx.arity
+            for position, gradient in zip(inputs, ctx.saved_tensors, strict=True):
+                if grad_loss is not None and ctx.needs_input_grad[position]:
+                    result[position] = _scaled(gradient, grad_loss)
+            return tuple(result)
+
+    def autograd(*args):
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
+            return FromForward.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(op._schema.name.split("::")[1], autograd, "Autograd")
+
+
+def _scaled(gradient, grad_loss):
+    """gradient * grad_loss as one new tensor; never in place, so that retain_graph holds."""
+    if grad_loss.dim() and gradient.dim() > grad_loss.dim():
+        grad_loss = grad_loss.reshape(-1, *[1] * (gradient.dim() - 1))
+    return gradient * grad_loss.to(gradient.dtype)
