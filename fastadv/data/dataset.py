@@ -1,0 +1,56 @@
+"""What every data set is read into, and the held-out split."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [N, C, H, W], labels int64 [N] and index int64 [N], all on the CPU.
+
+    `index` is the image's position in the set as published, so it names the image for good.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> "ImageSet":
+        """The subset at `rows` (int64), in that order, with the indices it had."""
+        return ImageSet(self.images[rows], self.labels[rows], self.index[rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits and the augmentation that belongs to them.
+
+    Crops are taken after zero padding by `padding` pixels on each side; `flips` is 2 when mirrored
+    images keep their class and 1 when they do not. `index` of val counts in train's set.
+    """
+
+    name: str
+    num_classes: int
+    padding: int
+    flips: int
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+
+def image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
+    """Wrap uint8 [N, C, H, W] and integer [N] arrays in published order."""
+    images = torch.from_numpy(np.array(images, order="C"))
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return ImageSet(images, labels, torch.arange(len(labels)))
+
+
+def cut(full: ImageSet, *sizes: int, seed: int) -> list[ImageSet]:
+    """Disjoint random subsets of the given sizes, the last one being all that remains."""
+    order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
+    return [full.take(rows) for rows in order.split([*sizes, len(full) - sum(sizes)])]

@@ -1,0 +1,48 @@
+"""The digits demo set."""
+
+import sys
+
+import pytest
+import torch
+
+from fastadv import data
+
+
+def test_splits_partition_the_published_set():
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    loaded = data.load("digits")
+    assert (loaded.name, loaded.num_classes, loaded.padding, loaded.flips) == ("digits", 10, 1, 1)
+    splits = (loaded.train, loaded.val, loaded.test)
+    assert [len(split) for split in splits] == [1000, 297, 500]
+    assert torch.cat([split.index for split in splits]).sort().values.tolist() == list(range(1797))
+    published = load_digits()
+    for split in splits:
+        assert split.images.dtype == torch.uint8
+        assert split.images.shape[1:] == (1, 8, 8)
+        levels = torch.from_numpy(published.images)[split.index]
+        assert (split.images[:, 0] / 255 * 16 - levels).abs().max() < 16 / 255
+        assert split.labels.tolist() == published.target[split.index].tolist()
+    assert loaded.train.images.unique().tolist() == [
+        0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255,
+    ]  # fmt: skip
+
+
+def test_the_split_ignores_the_global_generator():
+    torch.manual_seed(5)
+    first = data.load("digits").val.index
+    torch.manual_seed(6)
+    assert torch.equal(first, data.load("digits").val.index)
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install fastadv\[demo\]"):
+        data.load("digits")
+
+
+def test_unknown_names_and_absent_folders():
+    with pytest.raises(ValueError, match="'mnist'; known: digits, cifar10, npz"):
+        data.load("mnist")
+    for name in ("cifar10", "npz"):
+        with pytest.raises(ValueError, match=f"'{name}' needs data_dir"):
+            data.load(name)

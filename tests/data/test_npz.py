@@ -1,0 +1,122 @@
+"""Image sets in one .npz file."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastadv import data
+
+
+class Dropper:
+    """Pickles into a call that creates the file at `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def arrays(shape=(16, 16, 3), train=40, test=7, **changes):
+    random = np.random.default_rng(0)
+    made = {
+        "train_images": random.integers(0, 256, (train, *shape), dtype=np.uint8),
+        "train_labels": np.arange(train) % 4,
+        "test_images": random.integers(0, 256, (test, *shape), dtype=np.uint8),
+        "test_labels": np.arange(test) % 4,
+    } | changes
+    return {name: array for name, array in made.items() if array is not None}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "set.npz"
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "padding", "flips"),
+    [
+        ((16, 16, 3), (3, 16, 16), 4, 2),
+        ((3, 16, 16), (3, 16, 16), 4, 2),
+        ((15, 15, 3), (3, 15, 15), 1, 1),
+        ((28, 28, 1), (1, 28, 28), 1, 1),
+        ((1, 28, 28), (1, 28, 28), 1, 1),
+        ((28, 28), (1, 28, 28), 1, 1),
+    ],
+)
+def test_layouts_and_augmentation(path, shape, expected, padding, flips):
+    content = arrays(shape)
+    np.savez(path, **content)
+    loaded = data.load("npz", path)
+    assert (loaded.name, loaded.num_classes) == ("set", 4)
+    assert (loaded.padding, loaded.flips) == (padding, flips)
+    assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [36, 4, 7]
+    assert sorted(loaded.train.index.tolist() + loaded.val.index.tolist()) == list(range(40))
+    for split, part in ((loaded.train, "train"), (loaded.val, "train"), (loaded.test, "test")):
+        images = content[f"{part}_images"][split.index]
+        images = images.transpose(0, 3, 1, 2) if shape[-1] in (1, 3) else images
+        assert split.images.shape[1:] == expected
+        assert split.images.is_contiguous()
+        assert np.array_equal(split.images, images.reshape(-1, *expected))
+        assert np.array_equal(split.labels, content[f"{part}_labels"][split.index])
+        assert split.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"test_labels": None}, "no array 'test_labels'"),
+        ({"train_images": None}, "no array 'train_images'"),
+        ({"train_images": np.zeros((40, 16, 16, 3))}, r"train_images is float64 \[40, 16, 16, 3\]"),
+        ({"test_images": np.zeros((7, 16, 16, 4), np.uint8)}, r"test_images is uint8 \[7, 16"),
+        ({"test_images": np.zeros((7, 16), np.uint8)}, "test_images is uint8"),
+        ({"test_images": np.zeros((7, 16, 15, 3), np.uint8)}, "test_images"),
+        ({"train_labels": np.zeros(39, int)}, r"train_labels is int64 \[39\], not 40 integers"),
+        ({"train_labels": np.zeros((40, 2), int)}, "train_labels"),
+        ({"test_labels": np.zeros(7)}, "test_labels is float64"),
+        ({"test_labels": np.full(7, -1)}, "test_labels holds -1"),
+    ],
+)
+def test_errors_name_the_file_and_the_array(path, changes, reason):
+    np.savez(path, **arrays(**changes))
+    with pytest.raises(ValueError, match=rf"set\.npz: .*{reason}"):
+        data.load("npz", path)
+
+
+def test_too_few_images(path):
+    np.savez(path, **arrays(train=9))
+    with pytest.raises(ValueError, match=r"set\.npz: train_images needs 10"):
+        data.load("npz", path)
+    np.savez(path, **arrays(test=0))
+    with pytest.raises(ValueError, match=r"test_images 1 or more"):
+        data.load("npz", path)
+
+
+def test_pickled_arrays_are_refused_and_not_run(path, tmp_path):
+    bait = tmp_path / "bait"
+    np.savez(path, **arrays(train_labels=np.array([Dropper(bait)] * 40, dtype=object)))
+    with pytest.raises(ValueError, match=r"set\.npz: not a readable"):
+        data.load("npz", path)
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 100, 5000, -1])
+def test_truncated_files(path, length):
+    np.savez_compressed(path, **arrays())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"set\.npz: not a readable"):
+        data.load("npz", path)
+
+
+def test_damaged_missing_and_other_files(path):
+    np.savez_compressed(path, **arrays())
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"set\.npz: not a readable"):
+        data.load("npz", path)
+    np.save(path.with_suffix(".npy"), np.zeros(3))
+    with pytest.raises(ValueError, match=r"set\.npy: not a readable"):
+        data.load("npz", path.with_suffix(".npy"))
+    with pytest.raises(FileNotFoundError, match=r"gone\.npz"):
+        data.load("npz", path.with_name("gone.npz"))
