@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SANITIZED := build/sanitized
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: install demo test test-slow bench lint sanitize clean
+
+install: $(STAMP)
+
+# The compiled module is rebuilt whenever a C++ file changes.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m fastadv.train
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: install
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
+
+bench: install
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# The op tests again, with the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	rm -rf $(SANITIZED)
+	CMAKE_ARGS=-DFASTADV_SANITIZE=ON $(BIN)/pip install -q --no-deps --target $(SANITIZED) .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/ops -m 'not slow and not gpu'
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastadv/*.so

@@ -1,0 +1,69 @@
+"""What an attack makes sure of once per call. Every message names the argument."""
+
+import contextlib
+import warnings
+
+import torch
+
+
+def check_budget(eps, step_size, norm, lo, hi):
+    """Refuses eps in the wrong unit and warns of a step beyond the ball."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm is {norm!r}, must be 'linf' or 'l2'")
+    if not eps >= 0 or (norm == "linf" and eps > hi - lo):
+        raise ValueError(f"eps is {eps}, must be in [0, {hi - lo}] (did you mean {eps}/255?)")
+    if not step_size > 0 and eps > 0:
+        raise ValueError(f"step_size is {step_size}, must be positive")
+    if step_size > eps:
+        warnings.warn(f"step_size {step_size:.5g} is larger than eps {eps:.5g}: are they swapped?",
+                      stacklevel=4)  # fmt: skip
+
+
+def check_images(x, lo, hi):
+    """x: float32 [B, ...] within [lo, hi]."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x is {x.dtype}, must be torch.float32")
+    if x.numel() == 0:
+        return
+    least, most = (v.item() for v in x.aminmax())
+    if not (least >= lo and most <= hi):
+        raise ValueError(
+            f"x is in [{least:.4g}, {most:.4g}], must be in [{lo}, {hi}]: images are not normalised "
+            "outside the model"
+        )
+
+
+def check_labels(y, logits):
+    """y: int64 [B] with 0 <= y < C."""
+    if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
+        raise ValueError(
+            f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({logits.shape[0]},)"
+        )
+    if y.numel() and not (y.min() >= 0 and y.max() < logits.shape[1]):
+        raise ValueError(
+            f"y has labels from {y.min()} to {y.max()}, must be in [0, {logits.shape[1] - 1}]"
+        )
+
+
+def check_logits(logits, batch):
+    """[B, C], finite, and not already probabilities."""
+    if logits.dim() != 2 or logits.shape[0] != batch:
+        raise ValueError(f"model returned shape {tuple(logits.shape)}, must be ({batch}, classes)")
+    values = logits.detach()
+    if not values.isfinite().all():
+        raise ValueError("model returned NaN or infinite logits")
+    sums_to_one = (values.float().sum(1) - 1).abs().max() < 1e-3
+    if logits.shape[1] > 1 and sums_to_one and values.min() >= 0:
+        raise ValueError("model returned probabilities, must return logits: remove its softmax")
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Every module of the model in eval mode, each put back as it was, also after an exception."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,106 @@
+"""Projected gradient descent (Madry et al. 2018); FGSM (Goodfellow et al. 2015) is a preset."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from .. import losses, ops
+from ..frozen import Frozen
+from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+
+
+@dataclass
+class PGD:
+    """Maximises a per-sample objective within a ball around x, by `steps` projected steps.
+
+    eps, step_size: in units of x (8/255, not 8). init: "uniform" in the ball, clipped to the box
+    (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
+    norm: "linf" or "l2". lo, hi: the box of valid images.
+    bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
+    gradient with NaN or infinity in it; NaN elements do not move.
+    Raises ValueError on a radius in the wrong unit; warns when step_size > eps.
+    """
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    init: str = "uniform"
+    sigma: float = 1e-3
+    norm: str = "linf"
+    lo: float = 0.0
+    hi: float = 1.0
+    bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        check_budget(self.eps, self.step_size, self.norm, self.lo, self.hi)
+        if self.init not in ("uniform", "gaussian", "zero"):
+            raise ValueError(f"init is {self.init!r}, must be 'uniform', 'gaussian' or 'zero'")
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}, must be at least 0")
+
+    def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
+        """x_adv for `model`, the objective being "ce" or "margin" of (logits, y) or "kl" of
+        (logits, target_logits).
+
+        x: float32 [B, ...] in [lo, hi]; y: int64 [B]; target_logits: [B, C], constant. start: x_adv
+        to begin from instead of `init`. index: int64 [B] dataset ids that decide each sample's
+        random start. The model maps x to logits; it runs in eval mode, its modes are put back and
+        its parameters' `.grad` stays untouched. Raises ValueError or TypeError naming the argument.
+        """
+        if loss not in OBJECTIVES:
+            raise ValueError(f"loss is {loss!r}, must be one of {', '.join(OBJECTIVES)}")
+        name, target = ("target_logits", target_logits) if loss == "kl" else ("y", y)
+        if target is None:
+            raise ValueError(f"{name} is missing, which loss={loss!r} needs")
+        check_images(x, self.lo, self.hi)
+        checked = []
+
+        def inner(x_adv, target):
+            logits = model(x_adv)
+            if not checked:  # the first forward pass vouches for the rest
+                check_logits(logits, len(x_adv))
+                if loss != "kl":
+                    check_labels(target, logits)
+                checked.append(True)
+            return OBJECTIVES[loss](logits, target)
+
+        if isinstance(model, Frozen):
+            model.refresh()
+        with evaluating(model):
+            return self.ascend(inner, x, target.detach(), start=start, index=index)
+
+    def ascend(self, inner, x, *targets, start=None, index=None):
+        """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
+        and constant. The building block of training methods: no checks, modes are the caller's."""
+        self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
+        x_adv = self._start(x, index) if start is None else start.detach().clone()
+        for _ in range(self.steps if x.numel() else 0):
+            grad = input_gradient(inner, x_adv, *targets)
+            self.bad_gradients += (~grad.sum(dim=tuple(range(1, grad.dim()))).isfinite()).sum()
+            with torch.no_grad():
+                ops.pgd_step_(x_adv, grad, x, self.eps, self.step_size, self.norm, self.lo, self.hi)
+        return x_adv
+
+    def _start(self, x, index):
+        box = {"lo": self.lo, "hi": self.hi} if self.init == "uniform" else {}
+        return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, index=index, **box)
+
+
+def FGSM(eps=8 / 255):
+    """One step of full length from x itself."""
+    return PGD(eps=eps, step_size=eps, steps=1, init="zero")
+
+
+def input_gradient(inner, x_adv, *targets):
+    """d sum(inner(x_adv, *targets)) / d x_adv; no other gradient is computed or touched."""
+    leaf = x_adv.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(inner(leaf, *targets).sum(), leaf)[0]
+
+
+OBJECTIVES = {
+    "ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"),
+    "margin": lambda logits, y: losses.margin(logits, y),
+    "kl": lambda logits, target: losses.kl(logits, target, reduction="none"),
+}

@@ -1,0 +1,103 @@
+"""The configuration of a training run: one flat dataclass, from recipes (JSON) and flags."""
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def number(text):
+    """A float from "0.031" or "8/255". Raises ValueError quoting the text."""
+    top, slash, bottom = str(text).partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number such as 0.031 or 8/255") from None
+
+
+def _flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. Names and defaults are those of the command line."""
+
+    method: str = _flag("rslad", "natural, at, trades or rslad")
+    method_options: dict = field(default_factory=dict)
+    data: str = _flag("cifar10", "digits, cifar10 or npz")
+    data_dir: str | None = _flag(None, "folder of cifar-10-batches-py, or the .npz file")
+    student: str = _flag("resnet18", "digits_net, resnet18 or wrn{depth}_{widen}")
+    student_width: int | None = _flag(None, "channels of its stem, for narrow networks")
+    teacher: str | None = _flag(None, "architecture of a checkpoint that fastadv did not write")
+    teacher_checkpoint: str | None = _flag(None, "a run's .safetensors, or a public .pt")
+    eps: float = _flag(8 / 255, "radius, such as 8/255")
+    step_size: float | None = _flag(None, "attack step; eps/4 if not given")
+    steps: int = _flag(10, "attack steps in training")
+    init: str | None = _flag(None, "uniform, gaussian or zero start; the method's own if not given")
+    attack_bn: str = _flag("eval", "BatchNorm mode while attacking: eval or train")
+    epochs: int = _flag(200, "passes over the training set")
+    batch_size: int = _flag(128, "images per step")
+    lr: float = _flag(0.1, "learning rate of SGD")
+    momentum: float = _flag(0.9, "momentum of SGD")
+    weight_decay: float = _flag(5e-4, "weight decay of SGD")
+    milestones: tuple[int, ...] = _flag((100, 150), "epochs after which lr drops to a tenth: 100,150")
+    eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
+    precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
+    precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
+    precision_teacher: str = _flag("fp32", "fp32 or bf16: teachers")
+    seed: int = _flag(0, "weights, order, augmentation and attack starts")
+    device: str = _flag("cpu", "cpu or cuda")
+    out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
+
+    def __post_init__(self):
+        self.milestones = tuple(self.milestones)
+        if self.step_size is None:
+            self.step_size = self.eps / 4
+        for name in ("precision_attack", "precision_outer", "precision_teacher"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
+        for name in ("epochs", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("lr", "momentum", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+
+    def lr_at(self, epoch):
+        """The learning rate of epoch `epoch`, counted from 0."""
+        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self) | {"versions": versions()}, indent=2)
+
+    @classmethod
+    def from_json(cls, text):
+        values = json.loads(text)
+        values.pop("versions", None)
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def versions():
+    """Python, torch and fastadv, for the record of a run."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "fastadv": metadata.version("fastadv")}  # fmt: skip
+
+
+def recipe(name):
+    """The fields of a published recipe, `fastadv/recipes/<name>.json`; `source` in it is prose."""
+    folder = resources.files("fastadv.recipes")
+    known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".json"))
+    if name not in known:
+        raise ValueError(f"recipe is {name!r}, must be one of {', '.join(known)}")
+    fields = json.loads((folder / f"{name}.json").read_text())
+    fields.pop("source")
+    return fields

@@ -1,0 +1,130 @@
+"""python -m fastadv.evaluate: clean and robust accuracy of a checkpoint, in fp32.
+
+    python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
+    python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 --data cifar10 --data-dir DIR
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, data, losses, models
+from .attacks import FGSM, PGD
+from .config import Config, number
+from .frozen import freeze
+
+# Steps are given for eps = 8/255 and scale with it. PGD-20 at 2/255 is what papers call PGD_SAT, at
+# 0.003 PGD_TRADES; cw is the CW objective (kappa 50) under 30 linf steps from x itself.
+ATTACKS = {
+    "clean": None,
+    "fgsm": FGSM,
+    "pgd20": lambda eps: PGD(eps, eps / 4, 20),
+    "pgd20_003": lambda eps: PGD(eps, eps * 0.003 * 255 / 8, 20),
+    "cw": lambda eps: PGD(eps, eps / 4, 30, init="zero"),
+}
+
+
+def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, progress=False):
+    """Which images of `split` the model classifies right under `attack`: a bool tensor [N].
+
+    attack: a name of ATTACKS. The random starts depend on (seed, image) alone, so batch size and
+    order do not change the result. Raises ValueError for an unknown attack.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"attack is {attack!r}, must be one of {', '.join(ATTACKS)}")
+    twin = freeze(model)
+    adversary = ATTACKS[attack] and ATTACKS[attack](eps)
+    right = []
+    with torch.random.fork_rng(devices=[]):
+        for x, y, index, _ in tqdm(data.Loader(split, batch_size, device=device).epoch(0), attack,
+                                   -(-len(split) // batch_size), leave=False, disable=not progress):  # fmt: skip
+            torch.manual_seed(seed)
+            if adversary:
+                x = perturb(adversary, attack, twin, x, y, index)
+            with torch.no_grad():
+                right.append(twin(x).argmax(1) == y)
+    return torch.cat(right).cpu()
+
+
+def perturb(adversary, attack, model, x, y, index):
+    """x_adv of one batch; an attack's checks run here, once per batch."""
+    if attack == "cw":
+        return adversary.ascend(lambda v, y: losses.margin(model(v), y, kappa=50.0), x, y, index=index)
+    return adversary(model, x, y, index=index)
+
+
+def accuracies(model, split, attacks, **options):
+    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`."""
+    return {name: correct(model, split, name, **options).float().mean().item() for name in attacks}
+
+
+def from_run(path):
+    """(model with the weights of a fastadv checkpoint, the Config of its run, its data's shape)."""
+    _, metadata = checkpoint.load(path)
+    config = Config.from_json(json.dumps(metadata["config"]))
+    model = models.get(config.student, metadata["num_classes"], metadata["in_channels"],
+                       config.student_width)  # fmt: skip
+    models.load_weights(model, path)
+    return model, config
+
+
+def table(columns, rows):
+    """A text table; `rows` is {label: {column: accuracy}}, printed in percent."""
+    width = max(map(len, rows)) + 2
+    head = " " * width + "".join(f"{name:>11}" for name in columns)
+    body = [f"{label:{width}}" + "".join(f"{100 * row[c]:10.2f}%" for c in columns) for label, row in rows.items()]
+    return "\n".join([head, *body])
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog="python -m fastadv.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--checkpoint", required=True, help="of a run, or a .pt with --model")
+    parser.add_argument("--model", help=f"architecture of a foreign checkpoint: {models.KNOWN}")
+    parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
+    parser.add_argument("--data", help="digits, cifar10 or npz; default: the run's")
+    parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="default: %(default)s")
+    parser.add_argument("--eps", type=number, help="linf radius; default: the run's, else 8/255")
+    parser.add_argument("--limit", type=int, help="only the first N images")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="also write the result to this file")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if args.model:
+        config = Config(data=args.data or "cifar10", data_dir=args.data_dir)
+    else:
+        model, config = from_run(args.checkpoint)
+    dataset = data.load(args.data or config.data, args.data_dir or config.data_dir)
+    split = getattr(dataset, args.split)
+    if args.model:
+        model = models.get(args.model, dataset.num_classes, split.images.shape[1], args.width)
+        models.load_weights(model, args.checkpoint)
+    if args.limit:
+        split = data.ImageSet(split.images[:args.limit], split.labels[:args.limit], split.index[:args.limit])
+    eps = args.eps or config.eps
+    names = args.attacks.split(",")
+    result = accuracies(model.to(args.device), split, names, eps=eps, batch_size=args.batch_size,
+                        device=args.device, seed=args.seed, progress=True)  # fmt: skip
+    print(f"{dataset.name} {args.split}, {len(split)} images, linf eps {eps:.5g} ({eps * 255:.3g}/255), fp32")
+    print(table(names, {args.checkpoint: result}))
+    if args.json:
+        checkpoint.atomic_write(args.json, json.dumps(
+            {"checkpoint": args.checkpoint, "data": dataset.name, "split": args.split,
+             "images": len(split), "eps": eps, "seed": args.seed, **result}, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,58 @@
+"""Metrics of a run: one JSON object per line, and the field's standard figure."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+from .checkpoint import atomic_write
+
+
+def append(path, row):
+    """Adds `row` as one line that is on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path):
+    """All rows; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def keep_before(path, epoch):
+    """Drops the rows of epoch `epoch` and later, which a resumed run will write again."""
+    rows = [row for row in read(path) if row["epoch"] < epoch]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot(path, curves, title):
+    """Clean (solid) and robust (dashed) validation accuracy over epochs as a PNG.
+
+    curves: {label: rows of a metrics.jsonl}. Draws nothing where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, rows) in enumerate(curves.items()):
+        rows = [row for row in rows if "clean_acc" in row]
+        epochs = [row["epoch"] + 1 for row in rows]
+        for key, style, kind in (("clean_acc", "-", "clean"), ("robust_acc", "--", "PGD-20")):
+            values = [100 * row[key] for row in rows]
+            axes.plot(epochs, values, style, color=f"C{i}", label=f"{label}, {kind}".lstrip(", "))
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 100), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
