@@ -13,14 +13,25 @@ from setuptools.errors import CompileError
 
 
 class CMakeBuild(build_ext):
-    """One CMake project. A failed build is a warning: the package then runs on its other backends."""
+    """One CMake project. A failed build is a warning: the package then runs on other backends."""
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         source, build = Path(__file__).parent.resolve(), Path(self.build_temp).resolve()
-        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-DFASTADV_MODULE={target}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        configure = [
+            "cmake",
+            "-S",
+            source,
+            "-B",
+            build,
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFASTADV_MODULE={target}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build], check=True)
@@ -28,4 +39,7 @@ class CMakeBuild(build_ext):
             raise CompileError(f"fastadv._C was not built ({error})") from error
 
 
-setup(ext_modules=[Extension("fastadv._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("fastadv._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import ops
+from . import attacks, losses, methods, ops
+from .frozen import freeze
 
-__all__ = ["ops"]
+__all__ = ["attacks", "freeze", "losses", "methods", "ops"]

@@ -46,7 +46,9 @@ class Config:
     lr: float = _flag(0.1, "learning rate of SGD")
     momentum: float = _flag(0.9, "momentum of SGD")
     weight_decay: float = _flag(5e-4, "weight decay of SGD")
-    milestones: tuple[int, ...] = _flag((100, 150), "epochs after which lr drops to a tenth: 100,150")
+    milestones: tuple[int, ...] = _flag(
+        (100, 150), "epochs after which lr drops to a tenth: 100,150"
+    )
     eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
     precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
     precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
@@ -88,8 +90,11 @@ class Config:
 
 def versions():
     """Python, torch and fastadv, for the record of a run."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "fastadv": metadata.version("fastadv")}  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastadv": metadata.version("fastadv"),
+    }
 
 
 def recipe(name):

@@ -21,9 +21,11 @@ STUDENT = {**COMMON, "student_width": 8, "lr": 0.05, "epochs": 24, "milestones":
 
 
 def demo(folder):
-    """Runs the demo in `folder`, made anew; prints and writes its table, report.json and curves.png."""
+    """Runs the demo in `folder`, made anew; prints its table, writes report.json and curves.png."""
     folder = Path(folder)
-    clean, robust, rslad, at = (folder / n for n in ("clean-teacher", "robust-teacher", "rslad", "at"))
+    clean, robust, rslad, at = (
+        folder / n for n in ("clean-teacher", "robust-teacher", "rslad", "at")
+    )
     teacher = str(robust / "best.safetensors")
     runs = {
         clean: Config(method="natural", out=str(clean), **TEACHER),
@@ -32,18 +34,30 @@ def demo(folder):
         at: Config(method="at", out=str(at), **STUDENT),
     }
     print(f"scikit-learn's 8x8 digits; linf eps {EPS} of [0, 1]; run folder {folder}")
-    curves = {config.method if path in (rslad, at) else path.name: train(config)
-              for path, config in runs.items()}  # fmt: skip
+    curves = {
+        config.method if path in (rslad, at) else path.name: train(config)
+        for path, config in runs.items()
+    }
     log.plot(folder / "curves.png", curves, "digits: validation accuracy")
     test = data.load("digits").test
-    right = {path.name: {name: correct(from_run(path / "best.safetensors")[0], test, name, eps=EPS)
-                         for name in ATTACKS} for path in runs}  # fmt: skip
-    rates = {run: {a: mask.float().mean().item() for a, mask in row.items()} for run, row in right.items()}
+    right = {
+        path.name: {
+            name: correct(from_run(path / "best.safetensors")[0], test, name, eps=EPS)
+            for name in ATTACKS
+        }
+        for path in runs
+    }
+    rates = {
+        run: {a: mask.float().mean().item() for a, mask in row.items()}
+        for run, row in right.items()
+    }
     print(f"\nAccuracy on {len(test)} test images, best checkpoint by held-out validation:")
     print(table(ATTACKS, rates))
     print(verdict(right["rslad"], right["at"]))
-    atomic_write(folder / "report.json", json.dumps({"eps": EPS, "images": len(test), **rates}, indent=2))
-    print(f"\nrun folder: {folder}  (config.json, metrics.jsonl, checkpoints and curves.png of each run)")
+    atomic_write(
+        folder / "report.json", json.dumps({"eps": EPS, "images": len(test), **rates}, indent=2)
+    )
+    print(f"\nrun folder: {folder}  (report.json, curves.png, and each run's own folder)")
 
 
 def verdict(rslad, at):
@@ -53,5 +67,7 @@ def verdict(rslad, at):
     difference = score[0] - score[1]
     points, error = 100 * difference.mean(), 100 * difference.std() / math.sqrt(len(difference))
     outcome = "beats" if points > 2 * error else "does not beat" if points < 2 * error else ""
-    return (f"RSLAD {outcome} PGD-AT at this size: mean of clean and PGD-20 accuracy "
-            f"{points:+.1f} +- {error:.1f} points (paired standard error).")  # fmt: skip
+    return (
+        f"RSLAD {outcome} PGD-AT at this size: mean of clean and PGD-20 accuracy "
+        f"{points:+.1f} +- {error:.1f} points (paired standard error)."
+    )

@@ -1,7 +1,8 @@
-"""python -m fastadv.evaluate: clean and robust accuracy of a checkpoint, in fp32.
+r"""python -m fastadv.evaluate: clean and robust accuracy of a checkpoint, in fp32.
 
-    python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
-    python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 --data cifar10 --data-dir DIR
+python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
+python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 \
+        --data cifar10 --data-dir DIR
 """
 
 import argparse
@@ -39,8 +40,13 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
     adversary = ATTACKS[attack] and ATTACKS[attack](eps)
     right = []
     with torch.random.fork_rng(devices=[]):
-        for x, y, index, _ in tqdm(data.Loader(split, batch_size, device=device).epoch(0), attack,
-                                   -(-len(split) // batch_size), leave=False, disable=not progress):  # fmt: skip
+        for x, y, index, _ in tqdm(
+            data.Loader(split, batch_size, device=device).epoch(0),
+            attack,
+            -(-len(split) // batch_size),
+            leave=False,
+            disable=not progress,
+        ):
             torch.manual_seed(seed)
             if adversary:
                 x = perturb(adversary, attack, twin, x, y, index)
@@ -52,7 +58,9 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
 def perturb(adversary, attack, model, x, y, index):
     """x_adv of one batch; an attack's checks run here, once per batch."""
     if attack == "cw":
-        return adversary.ascend(lambda v, y: losses.margin(model(v), y, kappa=50.0), x, y, index=index)
+        return adversary.ascend(
+            lambda v, y: losses.margin(model(v), y, kappa=50.0), x, y, index=index
+        )
     return adversary(model, x, y, index=index)
 
 
@@ -65,8 +73,9 @@ def from_run(path):
     """(model with the weights of a fastadv checkpoint, the Config of its run, its data's shape)."""
     _, metadata = checkpoint.load(path)
     config = Config.from_json(json.dumps(metadata["config"]))
-    model = models.get(config.student, metadata["num_classes"], metadata["in_channels"],
-                       config.student_width)  # fmt: skip
+    model = models.get(
+        config.student, metadata["num_classes"], metadata["in_channels"], config.student_width
+    )
     models.load_weights(model, path)
     return model, config
 
@@ -75,13 +84,19 @@ def table(columns, rows):
     """A text table; `rows` is {label: {column: accuracy}}, printed in percent."""
     width = max(map(len, rows)) + 2
     head = " " * width + "".join(f"{name:>11}" for name in columns)
-    body = [f"{label:{width}}" + "".join(f"{100 * row[c]:10.2f}%" for c in columns) for label, row in rows.items()]
+    body = [
+        f"{label:{width}}" + "".join(f"{100 * row[c]:10.2f}%" for c in columns)
+        for label, row in rows.items()
+    ]
     return "\n".join([head, *body])
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m fastadv.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, help="of a run, or a .pt with --model")
     parser.add_argument("--model", help=f"architecture of a foreign checkpoint: {models.KNOWN}")
     parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
@@ -110,17 +125,40 @@ def main(argv=None):
         model = models.get(args.model, dataset.num_classes, split.images.shape[1], args.width)
         models.load_weights(model, args.checkpoint)
     if args.limit:
-        split = data.ImageSet(split.images[:args.limit], split.labels[:args.limit], split.index[:args.limit])
+        split = data.ImageSet(
+            split.images[: args.limit], split.labels[: args.limit], split.index[: args.limit]
+        )
     eps = args.eps or config.eps
     names = args.attacks.split(",")
-    result = accuracies(model.to(args.device), split, names, eps=eps, batch_size=args.batch_size,
-                        device=args.device, seed=args.seed, progress=True)  # fmt: skip
-    print(f"{dataset.name} {args.split}, {len(split)} images, linf eps {eps:.5g} ({eps * 255:.3g}/255), fp32")
+    result = accuracies(
+        model.to(args.device),
+        split,
+        names,
+        eps=eps,
+        batch_size=args.batch_size,
+        device=args.device,
+        seed=args.seed,
+        progress=True,
+    )
+    radius = f"linf eps {eps:.5g} ({eps * 255:.3g}/255)"
+    print(f"{dataset.name} {args.split}, {len(split)} images, {radius}, fp32")
     print(table(names, {args.checkpoint: result}))
     if args.json:
-        checkpoint.atomic_write(args.json, json.dumps(
-            {"checkpoint": args.checkpoint, "data": dataset.name, "split": args.split,
-             "images": len(split), "eps": eps, "seed": args.seed, **result}, indent=2))  # fmt: skip
+        checkpoint.atomic_write(
+            args.json,
+            json.dumps(
+                {
+                    "checkpoint": args.checkpoint,
+                    "data": dataset.name,
+                    "split": args.split,
+                    "images": len(split),
+                    "eps": eps,
+                    "seed": args.seed,
+                    **result,
+                },
+                indent=2,
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Frozen(InPrecision):
 
 
 def freeze(model, dtype=torch.float32):
-    """The attack-time twin of `model`: parameters frozen, always in eval mode, [0, 1] -> float32 logits.
+    """The attack-time twin of `model`: frozen parameters, always in eval mode, float32 logits.
 
     It is exact in float32: the twin shares the model's memory, so nothing is copied and every
     update of the model shows at once; `refresh()`, which each attack call runs first, also follows

@@ -1,7 +1,7 @@
-"""python -m fastadv.train: adversarial training and robustness distillation.
+r"""python -m fastadv.train: adversarial training and robustness distillation.
 
     python -m fastadv.train                                   # the digits demo, about two minutes
-    python -m fastadv.train --method rslad --data cifar10 --data-dir DIR --student resnet18 \\
+    python -m fastadv.train --method rslad --data cifar10 --data-dir DIR --student resnet18 \
         --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
     python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
     python -m fastadv.train --resume runs/rslad
@@ -13,17 +13,17 @@ import itertools
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, data, log, methods, models
+from . import data, log, methods, models
 from .attacks import PGD
-from .config import PRECISIONS, Config, number, recipe, versions
+from .config import PRECISIONS, Config, number, recipe
 from .evaluate import accuracies, from_run
 from .frozen import InPrecision, freeze
+from .run import Run
 
 
 def train(config, resume=False):
@@ -47,12 +47,20 @@ def train(config, resume=False):
     )
     optimizer = torch.optim.SGD(
         [*student.parameters(), *method.parameters()],
-        config.lr, config.momentum, weight_decay=config.weight_decay,
-    )  # fmt: skip
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+    )
     loader = data.Loader(
-        dataset.train, config.batch_size, padding=dataset.padding, flips=dataset.flips, shuffle=True,
-        seed=config.seed, channels_last=True, device=device,
-    )  # fmt: skip
+        dataset.train,
+        config.batch_size,
+        padding=dataset.padding,
+        flips=dataset.flips,
+        shuffle=True,
+        seed=config.seed,
+        channels_last=True,
+        device=device,
+    )
     run = Run(config, dataset, student, method, optimizer, method.init_state(device))
     run.resume() if resume else run.open()
 
@@ -63,8 +71,13 @@ def train(config, resume=False):
         loss_sum = torch.zeros((), device=device)
         bad_gradients = torch.zeros((), dtype=torch.int64, device=device)
         start = time.perf_counter()
-        bar = tqdm(loader.epoch(epoch), f"{folder.name} {epoch + 1}/{config.epochs}", len(loader),
-                   leave=False, unit="batch")  # fmt: skip
+        bar = tqdm(
+            loader.epoch(epoch),
+            f"{folder.name} {epoch + 1}/{config.epochs}",
+            len(loader),
+            leave=False,
+            unit="batch",
+        )
         for step, fields in enumerate(bar):
             batch = methods.Batch(*fields)
             batch.x_adv = method.perturb(nets, batch, run.state)
@@ -78,13 +91,16 @@ def train(config, resume=False):
                 bar.set_postfix(loss=f"{finite(loss, epoch):.4f}")
         run.state = method.end_epoch(run.state)
         row = {
-            "epoch": epoch, "lr": config.lr_at(epoch), "loss": finite(loss_sum / len(loader), epoch),
+            "epoch": epoch,
+            "lr": config.lr_at(epoch),
+            "loss": finite(loss_sum / len(loader), epoch),
             "bad_gradients": int(bad_gradients),
             "images_per_s": round(len(dataset.train) / (time.perf_counter() - start), 1),
-        }  # fmt: skip
+        }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            clean, robust = accuracies(student, dataset.val, ("clean", "pgd20"), eps=config.eps,
-                                       device=device).values()  # fmt: skip
+            clean, robust = accuracies(
+                student, dataset.val, ("clean", "pgd20"), eps=config.eps, device=device
+            ).values()
             row |= {"clean_acc": clean, "robust_acc": robust}
         run.end_epoch(row)
     return log.read(run.metrics)
@@ -103,8 +119,9 @@ def build_method(config):
     init = config.init or methods.METHODS.get(config.method, methods.Method).init
     attack = PGD(config.eps, config.step_size, config.steps, init)
     try:
-        return methods.get(config.method, attack=attack, attack_bn=config.attack_bn,
-                           **config.method_options)  # fmt: skip
+        return methods.get(
+            config.method, attack=attack, attack_bn=config.attack_bn, **config.method_options
+        )
     except TypeError as error:
         raise ValueError(f"method {config.method} does not take these options: {error}") from None
 
@@ -128,101 +145,53 @@ def build_teacher(config, dataset):
     return freeze(teacher, PRECISIONS[config.precision_teacher])
 
 
-class Run:
-    """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
-
-    epoch: the next to run. state: the method's dynamic weights, which checkpoints carry.
-    """
-
-    def __init__(self, config, dataset, student, method, optimizer, state):
-        self.config, self.student, self.method = config, student, method
-        self.optimizer, self.state = optimizer, state
-        self.shape = {"num_classes": dataset.num_classes, "in_channels": dataset.train.images.shape[1]}
-        self.folder = Path(config.out)
-        self.metrics = self.folder / "metrics.jsonl"
-        self.epoch, self.best = 0, -1.0
-
-    def open(self):
-        """Makes the folder. Raises FileExistsError when there is a run in it."""
-        if (self.folder / "config.json").exists():
-            raise FileExistsError(f"out is {self.folder}, which holds a run: use --resume {self.folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.atomic_write(self.folder / "config.json", self.config.to_json())
-
-    def resume(self):
-        """Takes up the state of last.safetensors; a run killed in its first epoch starts over."""
-        path = self.folder / "last.safetensors"
-        if path.exists():
-            tensors, metadata = checkpoint.load(path)
-            self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
-            part = partial(_with_prefix, tensors)
-            self.student.load_state_dict(part("model."))
-            self.method.load_state_dict(part("method."))
-            self.state = {k: v.to(self.config.device) for k, v in part("state.").items()}
-            optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()}
-            self.optimizer.load_state_dict(optimizer)
-            torch.set_rng_state(tensors["rng"])
-        log.keep_before(self.metrics, self.epoch)
-
-    def end_epoch(self, row):
-        """Logs the row, writes the checkpoints and the figure."""
-        self.epoch = row["epoch"]
-        log.append(self.metrics, row)
-        score = row.get("clean_acc" if self.config.method == "natural" else "robust_acc", -1.0)
-        if score > self.best:
-            self.best = score
-            self.save("best.safetensors")
-        self.save("last.safetensors")
-        log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
-        text = f"{self.folder.name} epoch {row['epoch'] + 1}/{self.config.epochs}  loss {row['loss']:.4f}"
-        if "clean_acc" in row:
-            text += f"  val clean {row['clean_acc']:.1%} pgd20 {row['robust_acc']:.1%}"
-        tqdm.write(f"{text}  {row['images_per_s']:.0f} images/s")
-        if row["bad_gradients"]:
-            tqdm.write(f"warning: {row['bad_gradients']} attack gradients had NaN or infinity in them")
-
-    def save(self, name):
-        momentum = {i: s["momentum_buffer"] for i, s in self.optimizer.state_dict()["state"].items()
-                    if s.get("momentum_buffer") is not None}  # fmt: skip
-        parts = {"model": self.student.state_dict(), "method": self.method.state_dict(),
-                 "state": self.state, "optimizer": momentum}  # fmt: skip
-        tensors = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
-        tensors["rng"] = torch.get_rng_state()
-        metadata = {"epoch": self.epoch, "best": self.best, **self.shape, "versions": versions(),
-                    "config": dataclasses.asdict(self.config)}  # fmt: skip
-        checkpoint.save(self.folder / name, tensors, metadata)
-
-
-def _with_prefix(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def parse(argv):
     """(Config, resume) from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastadv.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--recipe", help="a published recipe; flags override its fields")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     parser.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="options",
-                        help="an option of the method, such as beta=6 or adv_weight=5/6")  # fmt: skip
-    types = {"float": number, "float | None": number, "int": int, "int | None": int,
-             "tuple[int, ...]": lambda text: tuple(int(v) for v in text.split(",") if v)}  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="options",
+        help="an option of the method, such as beta=6 or adv_weight=5/6",
+    )
+    types = {
+        float: number,
+        float | None: number,
+        int: int,
+        int | None: int,
+        tuple[int, ...]: lambda text: tuple(int(v) for v in text.split(",") if v),
+    }
     for field in dataclasses.fields(Config):
         if field.name != "method_options":
             flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, type=types.get(str(field.type), str), default=argparse.SUPPRESS,
-                                help=field.metadata["help"])  # fmt: skip
+            parser.add_argument(
+                flag,
+                type=types.get(field.type, str),
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
+            )
     given = vars(parser.parse_args(argv))
-    resume, name, precision, options = (given.pop(k) for k in ("resume", "recipe", "precision", "options"))
+    resume, name, precision, options = (
+        given.pop(k) for k in ("resume", "recipe", "precision", "options")
+    )
     if resume:
         if given or name or precision or options:
             parser.error("--resume takes the run's own settings: no other flag goes with it")
         saved = Config.from_json((Path(resume) / "config.json").read_text())
         return dataclasses.replace(saved, out=resume), True
     fields = recipe(name) if name else {}
-    fields |= {f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision}
+    fields |= {
+        f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
+    }
     pairs = [option.partition("=")[::2] for option in options]
     fields["method_options"] = fields.get("method_options", {}) | {k: number(v) for k, v in pairs}
     config = Config(**(fields | given))

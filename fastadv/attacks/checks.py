@@ -15,8 +15,10 @@ def check_budget(eps, step_size, norm, lo, hi):
     if not step_size > 0 and eps > 0:
         raise ValueError(f"step_size is {step_size}, must be positive")
     if step_size > eps:
-        warnings.warn(f"step_size {step_size:.5g} is larger than eps {eps:.5g}: are they swapped?",
-                      stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"step_size {step_size:.5g} is larger than eps {eps:.5g}: are they swapped?",
+            stacklevel=4,
+        )
 
 
 def check_images(x, lo, hi):
@@ -28,8 +30,8 @@ def check_images(x, lo, hi):
     least, most = (v.item() for v in x.aminmax())
     if not (least >= lo and most <= hi):
         raise ValueError(
-            f"x is in [{least:.4g}, {most:.4g}], must be in [{lo}, {hi}]: images are not normalised "
-            "outside the model"
+            f"x is in [{least:.4g}, {most:.4g}], must be in [{lo}, {hi}]: the model "
+            "normalises, not its caller"
         )
 
 

@@ -36,7 +36,7 @@ class Nets:
 
 @dataclass
 class Batch:
-    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: dataset ids, view: augmentation ids."""
+    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index, view: ids of image, augmentation."""
 
     x: torch.Tensor
     y: torch.Tensor

@@ -1,0 +1,103 @@
+"""The folder of a run: its record while it trains, and what resuming it takes."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, log
+from .config import versions
+
+
+class Run:
+    """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
+
+    epoch: the next to run. state: the method's dynamic weights, which checkpoints carry.
+    """
+
+    def __init__(self, config, dataset, student, method, optimizer, state):
+        self.config, self.student, self.method = config, student, method
+        self.optimizer, self.state = optimizer, state
+        self.shape = {
+            "num_classes": dataset.num_classes,
+            "in_channels": dataset.train.images.shape[1],
+        }
+        self.folder = Path(config.out)
+        self.metrics = self.folder / "metrics.jsonl"
+        self.epoch, self.best = 0, -1.0
+
+    def open(self):
+        """Makes the folder. Raises FileExistsError when there is a run in it."""
+        if (self.folder / "config.json").exists():
+            raise FileExistsError(
+                f"out is {self.folder}, which holds a run: use --resume {self.folder}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.atomic_write(self.folder / "config.json", self.config.to_json())
+
+    def resume(self):
+        """Takes up the state of last.safetensors; a run killed in its first epoch starts over."""
+        path = self.folder / "last.safetensors"
+        if path.exists():
+            tensors, metadata = checkpoint.load(path)
+            self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
+            part = partial(_with_prefix, tensors)
+            self.student.load_state_dict(part("model."))
+            self.method.load_state_dict(part("method."))
+            self.state = {k: v.to(self.config.device) for k, v in part("state.").items()}
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {
+                int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()
+            }
+            self.optimizer.load_state_dict(optimizer)
+            torch.set_rng_state(tensors["rng"])
+        log.keep_before(self.metrics, self.epoch)
+
+    def end_epoch(self, row):
+        """Logs the row, writes the checkpoints and the figure."""
+        self.epoch = row["epoch"]
+        log.append(self.metrics, row)
+        score = row.get("clean_acc" if self.config.method == "natural" else "robust_acc", -1.0)
+        if score > self.best:
+            self.best = score
+            self.save("best.safetensors")
+        self.save("last.safetensors")
+        log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
+        text = f"{self.folder.name} epoch {row['epoch'] + 1}/{self.config.epochs}"
+        text += f"  loss {row['loss']:.4f}"
+        if "clean_acc" in row:
+            text += f"  val clean {row['clean_acc']:.1%} pgd20 {row['robust_acc']:.1%}"
+        tqdm.write(f"{text}  {row['images_per_s']:.0f} images/s")
+        if row["bad_gradients"]:
+            tqdm.write(
+                f"warning: {row['bad_gradients']} attack gradients had NaN or infinity in them"
+            )
+
+    def save(self, name):
+        momentum = {
+            i: s["momentum_buffer"]
+            for i, s in self.optimizer.state_dict()["state"].items()
+            if s.get("momentum_buffer") is not None
+        }
+        parts = {
+            "model": self.student.state_dict(),
+            "method": self.method.state_dict(),
+            "state": self.state,
+            "optimizer": momentum,
+        }
+        tensors = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
+        tensors["rng"] = torch.get_rng_state()
+        metadata = {
+            "epoch": self.epoch,
+            "best": self.best,
+            **self.shape,
+            "versions": versions(),
+            "config": dataclasses.asdict(self.config),
+        }
+        checkpoint.save(self.folder / name, tensors, metadata)
+
+
+def _with_prefix(tensors, prefix):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

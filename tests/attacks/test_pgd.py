@@ -1,0 +1,199 @@
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastadv import freeze, models
+from fastadv.attacks import FGSM, PGD
+from fastadv.attacks.pgd import input_gradient
+
+EPS = 8 / 255
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = models.get("resnet18", width=4)
+    net(torch.rand(32, 3, 8, 8))  # BatchNorm statistics of its own
+    return net
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(6, 3, 8, 8, generator=g), torch.randint(10, (6,), generator=g)
+
+
+def transcription(model, x, y, start, steps, eps, step_size):
+    """PGD as Madry et al. write it, in eval mode."""
+    model.eval()
+    x_adv = start.clone()
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+        x_adv = x_adv.detach() + step_size * grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
+
+
+def test_equals_the_transcription(model, batch):
+    x, y = batch
+    ours = PGD(EPS, EPS / 4, 5)(model, x, y, start=x)
+    assert torch.equal(ours, transcription(model, x, y, x, 5, EPS, EPS / 4))
+
+
+def test_fgsm_is_one_full_step_from_x(model, batch):
+    x, y = batch
+    assert torch.equal(FGSM(EPS)(model, x, y), transcription(model, x, y, x, 1, EPS, EPS))
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("init", ["uniform", "gaussian", "zero"])
+def test_raises_the_loss_and_stays_in_ball_and_box(model, batch, loss, norm, init):
+    x, y = batch
+    model.eval()
+    z = 3 * torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    eps = EPS if norm == "linf" else 0.5
+    attack = PGD(eps, eps / 4, 8, init=init, norm=norm)
+    x_adv = attack(model, x, y, loss=loss, target_logits=z)
+    distance = (x_adv - x).flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
+    assert distance.max() <= eps * (1 + 1e-5)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    value = {
+        "ce": lambda v: F.cross_entropy(model(v), y),
+        "margin": lambda v: (others(model(v), y) - model(v).gather(1, y[:, None])[:, 0]).mean(),
+        "kl": lambda v: F.kl_div(model(v).log_softmax(1), z.softmax(1), reduction="batchmean"),
+    }[loss]
+    assert value(x_adv) > value(x) + 1e-3
+
+
+def others(logits, y):
+    return torch.stack(
+        [row[torch.arange(10) != label].max() for row, label in zip(logits, y, strict=True)]
+    )
+
+
+def test_leaves_the_model_as_it_was(model, batch):
+    x, y = batch
+    model.train()
+    model.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    F.cross_entropy(model(x), y).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    PGD(EPS, EPS / 4, 2)(model, x, y)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_restores_modes_after_an_exception(model, batch):
+    x, y = batch
+    model.train()
+    model.linear.forward = lambda v: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        PGD(EPS, EPS / 4, 2)(model, x, y)
+    assert all(m.training for m in model.modules())
+
+
+def test_runs_in_eval_mode_without_weight_gradients(model, batch):
+    seen = []
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return self.net(x)
+
+    x, y = batch
+    with torch.no_grad():
+        PGD(EPS, EPS / 4, 3)(Probe(), x, y)
+    assert seen == [(False, True)] * 3
+
+
+def test_samples_do_not_depend_on_their_batch(model, batch):
+    x, y = batch
+    attack, index = PGD(EPS, EPS / 4, 3), torch.arange(100, 106)
+    torch.manual_seed(5)
+    together = attack(model, x, y, index=index)
+    torch.manual_seed(5)
+    alone = attack(model, x[2:3], y[2:3], index=index[2:3])
+    torch.testing.assert_close(alone, together[2:3], rtol=0, atol=1e-6)
+
+
+def test_ascend_takes_any_objective_and_counts_bad_gradients(batch):
+    x, _ = batch
+    target = torch.ones_like(x)
+    attack = PGD(0.1, 0.05, 4, init="zero")
+    x_adv = attack.ascend(lambda v, t: -(v - t).pow(2).flatten(1).sum(1), x, target)
+    torch.testing.assert_close(x_adv, (x + 0.1).clamp(max=1))
+    assert attack.bad_gradients == 0
+    broken = torch.zeros(len(x))
+    broken[1] = math.nan
+    attack.ascend(lambda v, w: v.flatten(1).sum(1) * w, x, broken)
+    assert attack.bad_gradients == 4  # one sample, four steps
+    assert input_gradient(lambda v: v.flatten(1).sum(1), x).eq(1).all()
+
+
+def test_empty_batch_returns_empty(model, batch):
+    x, y = batch
+    assert PGD()(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
+
+
+def test_frozen_twin_is_refreshed(model, batch):
+    x, y = batch
+    model.eval()
+    twin = freeze(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p * 1.1
+    attack = PGD(EPS, EPS / 4, 2, init="zero")
+    assert torch.equal(attack(twin, x, y), attack(model, x, y))
+
+
+class Probabilities(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10].softmax(1)
+
+
+def test_bad_arguments_name_themselves(model, batch):
+    x, y = batch
+    attack = PGD(EPS, EPS / 4, 1)
+
+    def fails(match, *args, error=ValueError, net=model, **kwargs):
+        with pytest.raises(error, match=match):
+            attack(net, *args, **kwargs)
+
+    with pytest.raises(ValueError, match="eps is 8, must be .*did you mean 8/255"):
+        PGD(eps=8)
+    with pytest.warns(UserWarning, match=r"step_size 0.031373 is larger than eps 0.0078"):
+        PGD(eps=2 / 255, step_size=8 / 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(), FGSM()
+    with pytest.raises(ValueError, match="init is 'normal', must be"):
+        PGD(init="normal")
+    fails(r"x is in \[-?[\d.e+]+, 2\], must be in \[0.0, 1.0\]", x * 0 + 2, y)
+    fails("x is in", x.clone().fill_(math.nan), y)
+    fails("x is torch.uint8, must be torch.float32", (x * 255).byte(), y, error=TypeError)
+    fails("y has labels from 0 to 10, must be in", x, torch.tensor([0, 1, 2, 3, 4, 10]))
+    fails("y is torch.float32", x, y.float())
+    fails(r"y is torch.int64 \(5,\), must be torch.int64 \(6,\)", x, y[:5])
+    fails("y is missing", x)
+    fails("target_logits is missing", x, y, loss="kl")
+    fails("loss is 'mse', must be one of", x, y, loss="mse")
+    fails("model returned probabilities", x, y, net=Probabilities())
+    nan = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    nn.init.constant_(nan[1].bias, math.nan)
+    fails("model returned NaN", x, y, net=nan)
+    fails("model returned shape", x, y, net=nn.Conv2d(3, 10, 1))

@@ -1,0 +1,285 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from fastadv import checkpoint, evaluate, log
+from fastadv.config import Config, number, recipe
+from fastadv.train import fresh_folder, parse, train
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """Three classes of noisy 8x8 stripes, learnable in an epoch or two."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 240)
+    images = rng.integers(60, 140, (240, 8, 8)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * 3] += 100
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(
+        path,
+        train_images=images[:160],
+        train_labels=labels[:160],
+        test_images=images[160:],
+        test_labels=labels[160:],
+    )
+    return path
+
+
+def config(npz, out, **changed):
+    settings = {
+        "method": "at",
+        "data": "npz",
+        "data_dir": str(npz),
+        "student": "digits_net",
+        "student_width": 4,
+        "eps": 0.1,
+        "steps": 2,
+        "epochs": 3,
+        "batch_size": 32,
+        "lr": 0.05,
+        "milestones": (2,),
+        "out": str(out),
+    }
+    return Config(**(settings | changed))
+
+
+@pytest.fixture(scope="module")
+def teacher(npz, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train(config(npz, out, student_width=8))
+    return out / "best.safetensors"
+
+
+def tensors(path):
+    with safe_open(path, "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def test_a_run_leaves_its_whole_record(npz, tmp_path):
+    rows = train(config(npz, tmp_path / "run"))
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "best.safetensors",
+        "last.safetensors",
+        "curves.png",
+    }
+    assert rows == log.read(tmp_path / "run/metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.05, 0.005])
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["bad_gradients"] == 0
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["versions"]["torch"] == torch.__version__
+    assert saved["step_size"] == pytest.approx(0.025)
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    _, metadata = checkpoint.load(tmp_path / "run/best.safetensors")
+    best = max(row["robust_acc"] for row in rows)
+    assert metadata["best"] == best
+    assert metadata["epoch"] == next(r["epoch"] for r in rows if r["robust_acc"] == best)
+
+
+@pytest.mark.parametrize("method", ["at", "trades", "rslad", "natural"])
+def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, method, monkeypatch):
+    options = {"method": method}
+    if method == "rslad":
+        options["teacher_checkpoint"] = str(teacher)
+    train(config(npz, tmp_path / "whole", **options))
+
+    batches = 0
+
+    def dies(*args, **kwargs):
+        nonlocal batches
+        batches += 1
+        if batches == 8:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    step = torch.optim.SGD.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(npz, tmp_path / "cut", **options))
+    assert [row["epoch"] for row in log.read(tmp_path / "cut/metrics.jsonl")] == [0]
+    torch.manual_seed(999)  # whatever the new process does before
+    resumed, resume = parse(["--resume", str(tmp_path / "cut")])
+    assert resume
+    train(resumed, resume)
+
+    for name in ("last.safetensors", "best.safetensors"):
+        a, b = tensors(tmp_path / "whole" / name), tensors(tmp_path / "cut" / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = ("images_per_s",)
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in drop}
+            for row in log.read(tmp_path / run / "metrics.jsonl")
+        ]
+        for run in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_seed_decides_the_run(npz, tmp_path):
+    first, same, other = (
+        train(config(npz, tmp_path / name, epochs=1, seed=seed))[0]["loss"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == same
+    assert first != other
+
+
+def test_bfloat16_trains(npz, tmp_path, teacher):
+    half = dict.fromkeys(("precision_attack", "precision_outer", "precision_teacher"), "bf16")
+    rows = train(
+        config(npz, tmp_path / "run", method="rslad", teacher_checkpoint=str(teacher), **half)
+    )
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    weights = tensors(tmp_path / "run/last.safetensors")
+    assert weights["model.fc.weight"].dtype == torch.float32
+
+
+def test_a_folder_with_a_run_is_refused(npz, tmp_path):
+    train(config(npz, tmp_path / "run", epochs=1))
+    before = (tmp_path / "run/last.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run: use --resume"):
+        train(config(npz, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run/last.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(npz, tmp_path, monkeypatch):
+    calls = 0
+    save = checkpoint.save
+
+    def full(path, *args):
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the first epoch wrote best and last
+
+            def no_space(descriptor):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr("os.fsync", no_space)
+        save(path, *args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config(npz, tmp_path / "run"))
+    monkeypatch.undo()
+    _, metadata = checkpoint.load(tmp_path / "run/last.safetensors")
+    assert metadata["epoch"] == 0
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    train(*parse(["--resume", str(tmp_path / "run")]))
+    assert len(log.read(tmp_path / "run/metrics.jsonl")) == 3
+
+
+def test_divergence_is_an_error(npz, tmp_path):
+    with pytest.raises(ValueError, match="loss is (nan|inf) in epoch .*lower lr"):
+        train(config(npz, tmp_path / "run", lr=1e30))
+
+
+def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
+    def fails(match, **changed):
+        with pytest.raises(ValueError, match=match):
+            train(config(npz, tmp_path / "none", **changed))
+        assert not (tmp_path / "none").exists()
+
+    fails("teacher_checkpoint is missing, which method rslad needs", method="rslad")
+    fails("method is 'pgd', must be one of", method="pgd")
+    fails("unknown model 'vgg'", student="vgg")
+    fails("eps is 8, .*did you mean 8/255", eps=8)
+    fails("does not take these options", method_options={"beta": 1})
+    fails("needs data_dir", data="cifar10", data_dir=None)
+    with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
+        config(npz, tmp_path, epochs=0)
+    with pytest.raises(ValueError, match="precision_attack is 'fp16', must be fp32 or bf16"):
+        config(npz, tmp_path, precision_attack="fp16")
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = (
+        "--recipe rslad-cifar10-resnet18 --epochs 3 --eps 4/255 --precision bf16 "
+        "--set adv_weight=1/2 --milestones 1,2 --data-dir x"
+    )
+    got, resume = parse(line.split())
+    assert not resume
+    assert (got.method, got.epochs, got.weight_decay, got.milestones) == ("rslad", 3, 2e-4, (1, 2))
+    assert got.eps == pytest.approx(4 / 255)
+    assert got.step_size == pytest.approx(1 / 255)
+    assert got.precision_attack == got.precision_outer == got.precision_teacher == "bf16"
+    assert got.method_options == {"adv_weight": 0.5}
+    assert got.out == "runs/rslad-cifar10"
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    assert str(fresh_folder("digits")) == "runs/digits-2"
+    with pytest.raises(SystemExit):
+        parse(["--resume", "x", "--lr", "1"])
+    with pytest.raises(ValueError, match="recipe is 'x', must be one of at-cifar10-resnet18"):
+        parse(["--recipe", "x"])
+
+
+def test_recipes_are_those_of_the_papers():
+    rslad = Config(**recipe("rslad-cifar10-resnet18"))
+    assert [rslad.lr_at(e) for e in (0, 214, 215, 260, 285, 299)] == pytest.approx(
+        [0.1, 0.1, 0.01, 1e-3, 1e-4, 1e-4]
+    )
+    trades = Config(**recipe("trades-cifar10-resnet18"))
+    assert (trades.eps, trades.step_size, trades.epochs) == (0.031, 0.007, 76)
+    assert Config(**recipe("at-cifar10-resnet18")).attack_bn == "train"
+
+
+@pytest.mark.parametrize("text", ["8/0", "x", "", "1/2/3"])
+def test_numbers(text):
+    assert number("8/255") == 8 / 255
+    with pytest.raises(ValueError, match="is not a number such as"):
+        number(text)
+
+
+def test_evaluate_command(npz, teacher, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fastadv.evaluate",
+        "--checkpoint",
+        str(teacher),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pgd20_003" in done.stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["clean"] >= result["fgsm"] >= result["pgd20"] - 0.05
+    model, run = evaluate.from_run(teacher)
+    split = evaluate.data.load("npz", npz).test
+    rates = evaluate.accuracies(model, split, ("clean", "pgd20"), eps=run.eps, batch_size=7)
+    assert rates["clean"] == pytest.approx(result["clean"])
+    assert rates["pgd20"] == pytest.approx(result["pgd20"])  # batch size changes nothing
+
+    missing = subprocess.run(
+        [*command[:4], str(tmp_path / "no.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: ")
+    assert "no.safetensors" in missing.stderr
+
+
+def test_evaluation_leaves_the_random_state_alone(npz, teacher):
+    model, run = evaluate.from_run(teacher)
+    split = evaluate.data.load("npz", npz).val
+    before = torch.get_rng_state()
+    evaluate.accuracies(model, split, ("pgd20",), eps=run.eps)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="attack is 'aa', must be one of clean"):
+        evaluate.accuracies(model, split, ("aa",), eps=run.eps)
