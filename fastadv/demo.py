@@ -32,7 +32,7 @@ def plan(folder):
     robust = Config(
         method="at", out=str(teacher), epochs=40, milestones=(20, 30), weight_decay=2e-3, **LARGE
     )
-    # The authors' RSLAD loss is a tenth of the KL: ten times lr and a tenth of weight decay undo it.
+    # The authors' RSLAD loss is a tenth of the KL: ten times lr, a tenth of weight decay undo it.
     distilled = {
         "method": "rslad",
         "teacher_checkpoint": str(teacher / "best.safetensors"),
@@ -51,7 +51,8 @@ def demo(folder):
     """Runs the demo in `folder`, made anew; prints its table, writes report.json and curves.png."""
     print(f"scikit-learn's 8x8 digits, linf eps {EPS} of [0, 1]; run folder {folder}")
     rows = plan(Path(folder))
-    curves = {label: [train(config) for config in configs][0] for label, configs in rows.items()}
+    metrics = {label: [train(config) for config in configs] for label, configs in rows.items()}
+    curves = {label: runs[0] for label, runs in metrics.items()}
     log.plot(Path(folder) / "curves.png", curves, "digits: validation accuracy (seed 0)")
     test = data.load("digits").test
     right = {
