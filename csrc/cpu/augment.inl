@@ -30,7 +30,7 @@ static void augment(float* out, const uint8_t* images, const int64_t* dy, const 
                     int64_t width, int64_t padding, bool channels_last, int threads) noexcept {
   const int64_t size = channels * height * width;
   const int64_t stride = channels_last ? channels : 1, plane = channels_last ? 1 : height * width;
-  parallel_for(batch, threads, [&](int64_t b) {
+  parallel_for(batch, batch * size > 16384 ? threads : 1, [&](int64_t b) {
     const int64_t down = shift_of(dy[b], padding, height), right = shift_of(dx[b], padding, width);
     const int64_t left = right < 0 ? -right : 0, cut = right > 0 ? right : 0;
     const int64_t begin = flip[b] ? cut : left, end = width - (flip[b] ? left : cut);

@@ -48,13 +48,13 @@ static inline F polynomial(F x, float c0, Rest... rest) {
 static inline D gaussian_radius(U word) {
   const F k = __builtin_convertvector(reinterpret_cast<I>(word >> 8) + 1, F);
   const I bits = reinterpret_cast<I>(k), e = (bits - 0x3f3504f3) >> 23;
-  const F f = reinterpret_cast<F>(bits - (e << 23)) - 1;
+  const F f = reinterpret_cast<F>(bits - (e << 23)) - 1.0f;
   const F p = polynomial(f, 0.33333331f, -0.2500082f, 0.20001227f, -0.16623357f, 0.14201757f,
                          -0.1316018f, 0.12761576f, -0.076344967f);
   const D ln2 = D{} + 0.693147180559945309;
   const D log =
       __builtin_convertvector(e - 24, D) * ln2 + (widen(f) + widen(f * f * (f * p - 0.5f)));
-  return sqrt(-2 * log);
+  return sqrt(-2.0 * log);
 }
 
 // Two normal draws from two words (Box and Muller 1958): r cos t and r sin t, t = 2 pi k 2^-24.
@@ -155,7 +155,7 @@ static void random_start(float* out, const float* x, const int64_t* seed, const 
   const bool ball = init == Init::uniform && norm == Norm::l2;
   const int64_t block = ball || channels > 1 ? size : 4096;
   const int64_t blocks = size > 0 ? (size + block - 1) / block : 0;
-  parallel_for(batch * blocks, threads, [&](int64_t task) {
+  parallel_for(batch * blocks, batch * size > 16384 ? threads : 1, [&](int64_t task) {
     const int64_t b = task / blocks, first = task % blocks * block;
     const Stream s = {static_cast<uint32_t>(*seed), static_cast<uint32_t>(*seed >> 32),
                       static_cast<uint32_t>(index ? index[b] : b), step, restart};

@@ -125,7 +125,7 @@ static inline void transpose4(F* v) {
   v[0] = _mm256_shuffle_ps(a, b, 0x44), v[1] = _mm256_shuffle_ps(a, b, 0xee);
   v[2] = _mm256_shuffle_ps(c, d, 0x44), v[3] = _mm256_shuffle_ps(c, d, 0xee);
 #else
-  F r[4];
+  F r[4] = {};
   for (int j = 0; j < 4; ++j) {
     for (int l = 0; l < W; ++l) r[j][l] = v[l % 4][l - l % 4 + j];
   }
