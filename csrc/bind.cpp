@@ -50,6 +50,24 @@ void pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x, uintp
                    static_cast<Norm>(norm), lo, hi, threads);
 }
 
+void random_start(uintptr_t out, uintptr_t x, uintptr_t seed, uintptr_t index,
+                  uintptr_t eps_per_sample, int64_t batch, int64_t channels, int64_t plane,
+                  float eps, int init, int norm, float sigma, uint32_t step, uint32_t restart,
+                  float lo, float hi, int threads) {
+  active->random_start(at<float>(out), at<const float>(x), at<const int64_t>(seed),
+                       at<const int64_t>(index), at<const float>(eps_per_sample), batch, channels,
+                       plane, eps, static_cast<Init>(init), static_cast<Norm>(norm), sigma, step,
+                       restart, lo, hi, threads);
+}
+
+void augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx, uintptr_t flip,
+             int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t padding,
+             bool channels_last, int threads) {
+  active->augment(at<float>(out), at<const uint8_t>(images), at<const int64_t>(dy),
+                  at<const int64_t>(dx), at<const bool>(flip), batch, channels, height, width,
+                  padding, channels_last, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -59,4 +77,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   module.def("use_isa", use_isa, "Use this instruction set from now on.");
   module.def("pgd_step", pgd_step, unlocked);
+  module.def("random_start", random_start, unlocked);
+  module.def("augment", augment, unlocked);
 }

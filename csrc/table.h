@@ -10,6 +10,7 @@ namespace fastadv {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Norm : int { linf = 0, l2 = 1 };
+enum class Init : int { uniform = 0, gaussian = 1 };
 
 struct Table {
   const char* isa;
@@ -18,6 +19,17 @@ struct Table {
   void (*pgd_step)(float* out, const float* x_adv, const float* grad, const float* x,
                    const float* eps_per_sample, int64_t batch, int64_t size, float eps,
                    float step_size, Norm norm, float lo, float hi, int threads) noexcept;
+
+  // csrc/cpu/random_start.inl
+  void (*random_start)(float* out, const float* x, const int64_t* seed, const int64_t* index,
+                       const float* eps_per_sample, int64_t batch, int64_t channels, int64_t plane,
+                       float eps, Init init, Norm norm, float sigma, uint32_t step,
+                       uint32_t restart, float lo, float hi, int threads) noexcept;
+
+  // csrc/cpu/augment.inl
+  void (*augment)(float* out, const uint8_t* images, const int64_t* dy, const int64_t* dx,
+                  const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                  int64_t padding, bool channels_last, int threads) noexcept;
 };
 
 // The tables compiled in that this machine can run, fastest first; returns how many.

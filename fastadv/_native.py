@@ -21,6 +21,7 @@ else:
         _C.use_isa(os.environ["FASTADV_CPU_ISA"])
 
 NORMS = {"linf": 0, "l2": 1}
+INITS = {"uniform": 0, "gaussian": 1}
 
 
 def isas():
@@ -56,9 +57,11 @@ def empty_like(tensor, dtype=None):
     return torch.empty_like(tensor, dtype=dtype)
 
 
-def empty(shape, like, dtype=None):
+def empty(shape, like, dtype=None, memory_format=torch.contiguous_format):
     """`empty_like` for another shape."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return torch.empty(
+        shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
+    )
 
 
 def _address(name, tensor, dtype=torch.float32):
@@ -95,3 +98,32 @@ def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     )  # fmt: skip
     if out is x_adv:
         _mutated(out)
+
+
+def random_start(
+    out, x, seed, index, eps_per_sample, eps, init, norm, sigma, step, restart, lo, hi
+):
+    """Writes x + noise into `out`. fp32, one dense layout with samples outermost."""
+    if not same_layout(x, out):
+        raise ValueError("out and x must be dense with equal strides")
+    batch, channels = x.shape[0], 1 if x.is_contiguous() else x.shape[1]
+    _C.random_start(
+        _address("out", out), _address("x", x), _address("seed", seed, torch.int64),
+        _address("index", _row("index", index), torch.int64),
+        _address("eps", _row("eps", eps_per_sample)),
+        batch, channels, x.numel() // max(batch * channels, 1), eps, INITS[init], NORMS[norm],
+        sigma, step, restart, lo, hi, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def augment(out, images, dy, dx, flip, padding, channels_last):
+    """Writes the views of uint8 [B, C, H, W] into `out`, fp32, channels_last or contiguous."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if out.shape != images.shape or not out.is_contiguous(memory_format=layout):
+        raise ValueError(f"out has strides {out.stride()}, must be {layout} of images' shape")
+    _C.augment(
+        _address("out", out), _address("images", _row("images", images), torch.uint8),
+        _address("dy", _row("dy", dy), torch.int64), _address("dx", _row("dx", dx), torch.int64),
+        _address("flip", _row("flip", flip), torch.bool),
+        *images.shape, padding, channels_last, torch.get_num_threads(),
+    )  # fmt: skip

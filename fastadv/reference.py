@@ -46,3 +46,74 @@ def _direction(grad):
     """g / ||g|| per sample; 0 where g is 0."""
     norm = per_sample(_l2_norm(grad), grad)
     return torch.where(norm > 0, grad.double() / norm, 0.0).to(grad.dtype)
+
+
+_MASK = 0xFFFFFFFF
+_RADIUS_BLOCK = 0xFFFFFFFF  # the Philox block that holds a sample's radius draw
+
+
+def philox(seed, block, sample, step, restart):
+    """Four words in [0, 2^32): Philox4x32-10 (Salmon et al. 2011) with the 64-bit int `seed` as the
+    key and the other arguments, int64 tensors or ints in [0, 2^32), as the counter."""
+    key0, key1 = seed & _MASK, seed >> 32 & _MASK
+    a, b, c, d = block, sample, step, restart
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, which leaves their 64 bits as they should be.
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b = (q >> 32 & _MASK) ^ b ^ key0, q & _MASK
+        c, d = (p >> 32 & _MASK) ^ d ^ key1, p & _MASK
+        key0, key1 = key0 + 0x9E3779B9 & _MASK, key1 + 0xBB67AE85 & _MASK
+    return a, b, c, d
+
+
+def _noise(words, normal):
+    """fp64 [B, 4N] from four words [B, N]: 2 u - 1 with u = k 2^-24, k a word's upper 24 bits, or
+    Box-Muller's r cos t, r sin t, r = sqrt(-2 ln((k0 + 1) 2^-24)), t = 2 pi k1 2^-24."""
+    u = [(word >> 8).double() * 2.0**-24 for word in words]
+    if normal:
+        pairs = [((-2 * (a + 2.0**-24).log()).sqrt(), 2 * math.pi * b) for a, b in (u[:2], u[2:])]
+        draws = [r * wave(t) for r, t in pairs for wave in (torch.cos, torch.sin)]
+    else:
+        draws = [2 * a - 1 for a in u]
+    return torch.stack(draws, dim=-1).flatten(1)
+
+
+def random_start(x, seed, index, eps_per_sample, eps, init, norm, sigma, step, restart, lo, hi):
+    """clip(x + delta): 0, uniform in the eps-ball of `norm`, or sigma N(0, 1); x: [B, ...].
+
+    Element e of a sample, in logical order, takes word e % 4 of the Philox counter (e // 4, index,
+    step, restart). l2: delta = eps v^(1/D) n / ||n||, n ~ N(0, 1), v from a block of its own.
+    """
+    if init == "zero":
+        return x.clamp(lo, hi)
+    size = math.prod(x.shape[1:])
+    sample = torch.arange(len(x), device=x.device) if index is None else index & _MASK
+    counter = sample[:, None], step, restart
+    block = torch.arange((size + 3) // 4, device=x.device)
+    ball = init == "uniform" and norm == "l2"
+    noise = _noise(philox(seed.item(), block, *counter), ball or init == "gaussian")[:, :size]
+    scale = sigma
+    if init == "uniform":
+        scale = eps if eps_per_sample is None else eps_per_sample[:, None]
+    if ball:
+        v = (philox(seed.item(), _RADIUS_BLOCK, *counter)[0] + 1).double() * 2.0**-32
+        length = noise.norm(dim=1, keepdim=True)
+        radius = scale * v ** (1 / max(size, 1))
+        scale = torch.where(length > 0, radius / length, 0.0).to(x.dtype)
+    return (x + (scale * noise.to(x.dtype)).view(x.shape)).clamp(lo, hi)
+
+
+def augment(images, dy, dx, flip, padding, channels_last):
+    """float32 [B, C, H, W] = images / 255, zero-padded, cropped at (dy, dx) [B], then flipped."""
+    device, (height, width) = images.device, images.shape[2:]
+    rows = dy[:, None] + torch.arange(height, device=device)
+    columns = dx[:, None] + torch.arange(width, device=device)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    in_rows = (rows >= 0) & (rows < height + 2 * padding)
+    in_columns = (columns >= 0) & (columns < width + 2 * padding)
+    padded = torch.nn.functional.pad(images, [padding] * 4).permute(0, 2, 3, 1)
+    batch = torch.arange(len(images), device=device)[:, None, None]
+    crop = padded[batch, (rows * in_rows)[:, :, None], (columns * in_columns)[:, None]]
+    crop = crop * (in_rows[:, :, None] & in_columns[:, None])[..., None]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return (crop.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout)

@@ -6,12 +6,14 @@
 
 namespace fastadv::FASTADV_ISA {
 namespace {
+#include "augment.inl"
 #include "pgd_step.inl"
+#include "random_start.inl"
 }  // namespace
 
 #define FASTADV_STRING_(x) #x
 #define FASTADV_STRING(x) FASTADV_STRING_(x)
 extern const Table table;
-const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step};
+const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step, random_start, augment};
 
 }  // namespace fastadv::FASTADV_ISA

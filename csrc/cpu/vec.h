@@ -77,6 +77,62 @@ static inline F max(F a, F b) {
 
 static inline D widen(F v) { return __builtin_convertvector(v, D); }
 
+static inline F narrow(D v) { return __builtin_convertvector(v, F); }
+
+static inline D sqrt(D v) {
+  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+
+// The upper and lower 32 bits of a * b.
+static inline void multiply(U a, uint32_t b, U* high, U* low) {
+#if defined(__AVX512F__)
+  const __m512i v = reinterpret_cast<__m512i>(a), m = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_mul_epu32(v, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), m);
+  *high = reinterpret_cast<U>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_CDAB));
+  *low = reinterpret_cast<U>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CDAB));
+#elif defined(__AVX2__)
+  const __m256i v = reinterpret_cast<__m256i>(a), m = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_mul_epu32(v, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), m);
+  *high = reinterpret_cast<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+  *low = reinterpret_cast<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#elif defined(__SSE2__)
+  const __m128i v = reinterpret_cast<__m128i>(a), m = _mm_set1_epi32(static_cast<int>(b));
+  const __m128i even = _mm_mul_epu32(v, m), odd = _mm_mul_epu32(_mm_srli_epi64(v, 32), m);
+  *high = reinterpret_cast<U>(
+      _mm_unpacklo_epi32(_mm_shuffle_epi32(even, 0x0d), _mm_shuffle_epi32(odd, 0x0d)));
+  *low = reinterpret_cast<U>(
+      _mm_unpacklo_epi32(_mm_shuffle_epi32(even, 0x08), _mm_shuffle_epi32(odd, 0x08)));
+#else
+  for (int i = 0; i < W; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+    (*high)[i] = static_cast<uint32_t>(product >> 32);
+    (*low)[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+// The 4 x 4 transpose inside each group of 4 lanes: v[j][4 k + i] and v[i][4 k + j] change places.
+static inline void transpose4(F* v) {
+#if defined(__AVX512F__)
+  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpacklo_ps(v[2], v[3]);
+  const __m512 c = _mm512_unpackhi_ps(v[0], v[1]), d = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(a, b, 0x44), v[1] = _mm512_shuffle_ps(a, b, 0xee);
+  v[2] = _mm512_shuffle_ps(c, d, 0x44), v[3] = _mm512_shuffle_ps(c, d, 0xee);
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpacklo_ps(v[2], v[3]);
+  const __m256 c = _mm256_unpackhi_ps(v[0], v[1]), d = _mm256_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm256_shuffle_ps(a, b, 0x44), v[1] = _mm256_shuffle_ps(a, b, 0xee);
+  v[2] = _mm256_shuffle_ps(c, d, 0x44), v[3] = _mm256_shuffle_ps(c, d, 0xee);
+#else
+  F r[4] = {};
+  for (int j = 0; j < 4; ++j) {
+    for (int l = 0; l < W; ++l) r[j][l] = v[l % 4][l - l % 4 + j];
+  }
+  for (int j = 0; j < 4; ++j) v[j] = r[j];
+#endif
+}
+
 // Calls body(i) for i in [0, count) on a static schedule; small work stays on the calling thread.
 template <typename Body>
 static inline void parallel_for(int64_t count, int threads, const Body& body) {

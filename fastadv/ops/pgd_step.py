@@ -10,6 +10,7 @@ import torch
 
 from .. import _native, reference
 from .._library import define, expect
+from ._radius import radius
 
 _ARGS = (
     "Tensor grad, Tensor x, Tensor? eps_per_sample, float eps, float step_size, str norm, "
@@ -100,7 +101,7 @@ def pgd_step(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
     refused as a unit mistake (8 for 8/255). The result carries no gradient.
     """
     with torch.no_grad():
-        return _pgd_step(x_adv, grad, x, *_radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
+        return _pgd_step(x_adv, grad, x, *radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
 
 
 def pgd_step_(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
@@ -111,21 +112,5 @@ def pgd_step_(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
     """
     if x_adv.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x_adv requires grad: call pgd_step_ under torch.no_grad() or detach it")
-    _pgd_step_(x_adv, grad, x, *_radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
+    _pgd_step_(x_adv, grad, x, *radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
     return x_adv
-
-
-def _radius(eps, x, norm, lo, hi):
-    """(eps_per_sample, eps) of the schema from a float or a tensor."""
-    if isinstance(eps, torch.Tensor):
-        if eps.dim() > 0:
-            if eps.numel() != x.shape[0] or eps.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"eps has shape {tuple(eps.shape)}, must be a float or one value per sample: "
-                    f"[{x.shape[0]}] or [{x.shape[0]}, 1, ...]"
-                )
-            return eps.reshape(-1).to(x.dtype), 0.0
-        eps = eps.item()
-    if norm == "linf" and not 0 <= eps <= hi - lo:
-        raise ValueError(f"eps is {eps}, must be in [0, {hi - lo}] (did you mean {eps}/255?)")
-    return None, eps

@@ -1,0 +1,22 @@
+"""The radius of the perturbation ball, as every op that takes `eps` reads it."""
+
+import math
+
+import torch
+
+
+def radius(eps, x, norm, lo, hi):
+    """(eps_per_sample, eps) of an op's schema from a float or a tensor of one value per sample."""
+    if isinstance(eps, torch.Tensor):
+        if eps.dim() > 0:
+            if eps.numel() != x.shape[0] or eps.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"eps has shape {tuple(eps.shape)}, must be a float or one value per sample: "
+                    f"[{x.shape[0]}] or [{x.shape[0]}, 1, ...]"
+                )
+            return eps.reshape(-1).to(x.dtype), 0.0
+        eps = eps.item()
+    limit = hi - lo if math.isfinite(hi - lo) else 1.0  # images live in [0, 1] unless the box says
+    if norm == "linf" and not 0 <= eps <= limit:
+        raise ValueError(f"eps is {eps}, must be in [0, {limit}] (did you mean {eps}/255?)")
+    return None, eps
