@@ -10,6 +10,7 @@ namespace fastadv {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Norm : int { linf = 0, l2 = 1 };
+enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
 
 struct Table {
   const char* isa;
@@ -18,6 +19,15 @@ struct Table {
   void (*pgd_step)(float* out, const float* x_adv, const float* grad, const float* x,
                    const float* eps_per_sample, int64_t batch, int64_t size, float eps,
                    float step_size, Norm norm, float lo, float hi, int threads) noexcept;
+
+  // csrc/cpu/margin.inl
+  void (*margin)(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
+                 int64_t classes, DType dtype, int threads) noexcept;
+
+  // csrc/cpu/feature_distance.inl
+  void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,
+                           const void* teacher, int64_t batch, int64_t size, Distance distance,
+                           DType dtype, int threads) noexcept;
 };
 
 // The tables compiled in that this machine can run, fastest first; returns how many.

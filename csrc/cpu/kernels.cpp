@@ -6,12 +6,14 @@
 
 namespace fastadv::FASTADV_ISA {
 namespace {
+#include "feature_distance.inl"
+#include "margin.inl"
 #include "pgd_step.inl"
 }  // namespace
 
 #define FASTADV_STRING_(x) #x
 #define FASTADV_STRING(x) FASTADV_STRING_(x)
 extern const Table table;
-const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step};
+const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step, margin, feature_distance};
 
 }  // namespace fastadv::FASTADV_ISA
