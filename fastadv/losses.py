@@ -33,9 +33,9 @@ def feature(student_features, teacher_features, distance="mse", reduction="batch
 
 
 def _reduced(loss, reduction, mean):
-    """loss [B], its "sum", or its mean under the name that the caller's field gives it."""
+    """loss [B], its "sum", or its mean by the name `mean`; an empty batch gives 0."""
     if reduction not in ("none", "sum", mean):
         raise ValueError(f"reduction is {reduction!r}, must be 'none', 'sum' or {mean!r}")
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.mean()
+    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)

@@ -61,6 +61,11 @@ def test_float16_mse_gradient_survives_a_large_feature():
     assert torch.equal(gradient, expected)
 
 
+def test_an_empty_batch_gives_zero():
+    assert losses.margin(LOGITS[:0], Y[:0], reduction="mean") == 0
+    assert losses.feature(STUDENT[:0], TEACHER[:0], "cosine") == 0
+
+
 def test_compiles_whole():
     student, z = STUDENT.clone().requires_grad_(), LOGITS.clone().requires_grad_()
 

@@ -66,7 +66,7 @@ def test_a_large_sample_keeps_its_accuracy(distance, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("offset", [0.0, 2.0**-9, 1.5 * 2.0**-9, 3 * 2.0**-11, 2.0**-24, 1.0, 48.0])
+@pytest.mark.parametrize("offset", [0.0, 2.0**-9, 1.5 * 2.0**-9, 3 * 2.0**-11, 2.0**-24, 1.0, 16.0])
 def test_every_half_is_read_and_written_as_torch_does(dtype, offset):
     """mse over two elements has the gradient s - t: rounded once, ties to even."""
     student = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 2)
