@@ -45,8 +45,8 @@ void use_isa(const std::string& isa) {
 void pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x, uintptr_t eps_per_sample,
               int64_t batch, int64_t size, float eps, float step_size, int norm, float lo, float hi,
               int threads) {
-  active->pgd_step(at<float>(out), at<const float>(x_adv), at<const float>(grad), at<const float>(x),
-                   at<const float>(eps_per_sample), batch, size, eps, step_size,
+  active->pgd_step(at<float>(out), at<const float>(x_adv), at<const float>(grad),
+                   at<const float>(x), at<const float>(eps_per_sample), batch, size, eps, step_size,
                    static_cast<Norm>(norm), lo, hi, threads);
 }
 
@@ -68,6 +68,20 @@ void augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx, uintpt
                   padding, channels_last, threads);
 }
 
+void margin(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
+            int64_t classes, int dtype, int threads) {
+  active->margin(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
+                 batch, classes, static_cast<DType>(dtype), threads);
+}
+
+void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_grad,
+                      uintptr_t student, uintptr_t teacher, int64_t batch, int64_t size,
+                      int distance, int dtype, int threads) {
+  active->feature_distance(at<float>(loss), at<void>(student_grad), at<void>(teacher_grad),
+                           at<const void>(student), at<const void>(teacher), batch, size,
+                           static_cast<Distance>(distance), static_cast<DType>(dtype), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -79,4 +93,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("pgd_step", pgd_step, unlocked);
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
+  module.def("margin", margin, unlocked);
+  module.def("feature_distance", feature_distance, unlocked);
 }

@@ -11,6 +11,7 @@ namespace fastadv {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Norm : int { linf = 0, l2 = 1 };
 enum class Init : int { uniform = 0, gaussian = 1 };
+enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
 
 struct Table {
   const char* isa;
@@ -30,6 +31,15 @@ struct Table {
   void (*augment)(float* out, const uint8_t* images, const int64_t* dy, const int64_t* dx,
                   const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
                   int64_t padding, bool channels_last, int threads) noexcept;
+
+  // csrc/cpu/margin.inl
+  void (*margin)(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
+                 int64_t classes, DType dtype, int threads) noexcept;
+
+  // csrc/cpu/feature_distance.inl
+  void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,
+                           const void* teacher, int64_t batch, int64_t size, Distance distance,
+                           DType dtype, int threads) noexcept;
 };
 
 // The tables compiled in that this machine can run, fastest first; returns how many.

@@ -22,6 +22,8 @@ else:
 
 NORMS = {"linf": 0, "l2": 1}
 INITS = {"uniform": 0, "gaussian": 1}
+DISTANCES = {"mse": 0, "l2": 1, "cosine": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def isas():
@@ -126,4 +128,31 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
         _address("dy", _row("dy", dy), torch.int64), _address("dx", _row("dx", dx), torch.int64),
         _address("flip", _row("flip", flip), torch.bool),
         *images.shape, padding, channels_last, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def margin(loss, grad, logits, y):
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
+    dtype = logits.dtype
+    _C.margin(
+        _address("loss", _row("loss", loss)),
+        _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
+        _address("logits", _row("logits", logits), dtype),
+        _address("y", _row("y", y), torch.int64),
+        *logits.shape, DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def feature_distance(loss, student_grad, teacher_grad, student, teacher, distance):
+    """Writes loss fp32 [B] and the gradients (none where one is empty). One dense layout."""
+    grads = [grad if grad.numel() else None for grad in (student_grad, teacher_grad)]
+    if not same_layout(student, teacher, *(grad for grad in grads if grad is not None)):
+        raise ValueError("student, teacher and their gradients must be dense with equal strides")
+    dtype, batch = student.dtype, student.shape[0]
+    _C.feature_distance(
+        _address("loss", _row("loss", loss)),
+        _address("student_grad", grads[0], dtype), _address("teacher_grad", grads[1], dtype),
+        _address("student", student, dtype), _address("teacher", teacher, dtype),
+        batch, student.numel() // max(batch, 1), DISTANCES[distance], DTYPES[dtype],
+        torch.get_num_threads(),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def pgd_step_(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
 
 def _l2_norm(v):
     """[B]: norms in fp64, because the squares of a vanishing gradient underflow in fp32."""
-    return v.double().reshape(v.shape[0], math.prod(v.shape[1:])).norm(dim=1)
+    return _rows(v.double()).norm(dim=1)
 
 
 def _direction(grad):
@@ -117,3 +117,65 @@ def augment(images, dy, dx, flip, padding, channels_last):
     crop = crop * (in_rows[:, :, None] & in_columns[:, None])[..., None]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return (crop.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout)
+
+
+def _at_least_fp32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def margin(logits, y, grad):
+    """max_{c != y} z_c - z_y [B], and its gradient [B, C]: +1 at the first maximum, -1 at y.
+
+    logits [B, C], y int64 [B]. NaN is the largest logit. y outside [0, C): NaN, gradient 0; no
+    other logit above -inf: -inf, gradient 0. Carlini & Wagner 2017, f6.
+    """
+    valid = (y >= 0) & (y < logits.shape[1])
+    label = torch.where(valid, y, 0)[:, None]
+    wide = _at_least_fp32(logits)
+    top, other = wide.scatter(1, label, -math.inf).max(dim=1)
+    loss = torch.where(valid, top - wide.gather(1, label)[:, 0], math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    one = (valid & (top != -math.inf)).to(logits.dtype)[:, None]
+    zero = logits.new_zeros(logits.shape)
+    return loss, zero.scatter(1, other[:, None], one).scatter(1, label, -one)
+
+
+def feature_distance(student, teacher, distance, student_grad, teacher_grad):
+    """mse: mean (s - t)^2; l2: ||s - t||; cosine: 1 - <s, t> / (||s|| ||t||) [B], and gradients.
+
+    student, teacher: [B, ...]. cosine is 1 with gradient 0 where a norm is at most 1e-12; l2 has
+    gradient 0 up to a distance of 1e-30.
+    """
+    s, t = _at_least_fp32(student), _at_least_fp32(teacher)
+    if distance == "mse":
+        scale = 2 / max(math.prod(s.shape[1:]), 1)
+        loss, grads = _rows((s - t).square()).mean(dim=1), ((s - t) * scale, (t - s) * scale)
+    elif distance == "l2":
+        loss = _l2_norm(s - t).to(s.dtype)
+        norm = per_sample(torch.where(loss <= 1e-30, math.inf, loss), s)
+        grads = (s - t) / norm, (t - s) / norm
+    else:
+        loss, grads = _cosine_distance(s, t)
+    student_grad, teacher_grad = (
+        gradient.to(tensor.dtype) if wanted else tensor.new_empty(0)
+        for gradient, tensor, wanted in zip(
+            grads, (student, teacher), (student_grad, teacher_grad), strict=True
+        )
+    )
+    return loss, student_grad, teacher_grad
+
+
+def _cosine_distance(s, t):
+    """(loss, gradients) over unit vectors u, v; a vector without direction has norm infinity."""
+    norms = (_l2_norm(v).to(v.dtype) for v in (s, t))
+    s_norm, t_norm = (per_sample(torch.where(n <= 1e-12, math.inf, n), s) for n in norms)
+    u, v = s / s_norm, t / t_norm
+    similarity = _rows(u * v).sum(dim=1)
+    c = per_sample(similarity, s)
+    return 1 - similarity, ((u * c - v) / s_norm, (v * c - u) / t_norm)
+
+
+def _rows(v):
+    """[B, ...] as [B, D]."""
+    return v.reshape(v.shape[0], math.prod(v.shape[1:]))

@@ -7,6 +7,8 @@
 namespace fastadv::FASTADV_ISA {
 namespace {
 #include "augment.inl"
+#include "feature_distance.inl"
+#include "margin.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
 }  // namespace
@@ -14,6 +16,7 @@ namespace {
 #define FASTADV_STRING_(x) #x
 #define FASTADV_STRING(x) FASTADV_STRING_(x)
 extern const Table table;
-const Table table = {FASTADV_STRING(FASTADV_ISA), pgd_step, random_start, augment};
+const Table table = {
+    FASTADV_STRING(FASTADV_ISA), pgd_step, random_start, augment, margin, feature_distance};
 
 }  // namespace fastadv::FASTADV_ISA

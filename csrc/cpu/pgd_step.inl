@@ -20,7 +20,8 @@ static void linf_span(float* out, const float* x_adv, const float* grad, const f
   }
   if (i < n) {
     const int64_t r = n - i;
-    const F moved = linf_point(load(x_adv + i, r, 0), load(grad + i, r, 0), load(x + i, r, 0), e, s, l, h);
+    const F moved =
+        linf_point(load(x_adv + i, r, 0), load(grad + i, r, 0), load(x + i, r, 0), e, s, l, h);
     store(out + i, moved, r);
   }
 }
@@ -52,7 +53,8 @@ static void l2_sample(float* out, const float* x_adv, const float* grad, const f
   const double grad_norm = l2_norm(n, [&](int64_t i, int64_t r) { return load_upto(grad + i, r); });
   const double scale = grad_norm > 0 ? step_size / grad_norm : 0.0;
   const D s = D{} + scale;
-  // In fp64 until the last rounding: step / ||grad|| may overflow fp32 while step * grad / ||grad|| does not.
+  // In fp64 until the last rounding: step / ||grad|| may overflow fp32 while step * grad / ||grad||
+  // does not.
   const auto moved = [&](int64_t i, int64_t r) {
     const F step = __builtin_convertvector(widen(load_upto(grad + i, r)) * s, F);
     return load_upto(x_adv + i, r) + step - load_upto(x + i, r);

@@ -2,7 +2,9 @@
 tests/ops/ and benchmarks/."""
 
 from .augment import augment
+from .feature_distance import feature_distance
+from .margin import margin
 from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
 
-__all__ = ["augment", "pgd_step", "pgd_step_", "random_start"]
+__all__ = ["augment", "feature_distance", "margin", "pgd_step", "pgd_step_", "random_start"]

@@ -1,0 +1,62 @@
+// The margin by which the strongest other class beats the label, and its gradient:
+//   loss_i = max_{c != y_i} z_c - z_{y_i};  grad_i = +1 at the first maximum, -1 at y_i, else 0
+// logits: [batch, classes] fp32, bf16 or fp16; y: int64 [batch]; loss: fp32 [batch]; grad: like
+// logits, or null. NaN is the largest logit. A label outside [0, classes): loss NaN, gradient 0.
+// No other logit above -inf (classes = 1 among them): loss -inf, gradient 0.
+
+static inline void signs(float* row, int64_t up, int64_t down) { row[up] = 1, row[down] = -1; }
+static inline void signs(BF16* row, int64_t up, int64_t down) {
+  row[up].bits = 0x3f80, row[down].bits = 0xbf80;
+}
+static inline void signs(F16* row, int64_t up, int64_t down) {
+  row[up].bits = 0x3c00, row[down].bits = 0xbc00;
+}
+
+// The largest of z but z[y] into *top, NaN above all; its first index, or -1 where all are -inf.
+template <typename T>
+static int64_t runner_up(const T* z, int64_t y, int64_t classes, float* top) {
+  constexpr float inf = __builtin_inff();
+  I index = {}, at = I{} - 1;
+  for (int lane = 0; lane < W; ++lane) index[lane] = lane;
+  F best = splat(-inf);
+  for (int64_t i = 0; i < classes; i += W, index += W) {
+    const F v = load_head(z + i, classes - i, -inf);
+    const I better = ~(v <= best) & (best == best) & (index != static_cast<int32_t>(y));
+    best = better ? v : best;
+    at = better ? index : at;
+  }
+  *top = best[0];
+  int64_t first = at[0];
+  for (int lane = 1; lane < W && lane < classes; ++lane) {
+    const float v = best[lane];
+    const bool equal = v == *top || (v != v && *top != *top);
+    if (equal ? at[lane] < first : !(v <= *top) && *top == *top) *top = v, first = at[lane];
+  }
+  return first;
+}
+
+template <typename T>
+static void margin_row(float* loss, T* grad, const T* z, int64_t y, int64_t classes) {
+  const bool valid = y >= 0 && y < classes;
+  float top = __builtin_nanf("");
+  const int64_t other = valid ? runner_up(z, y, classes, &top) : -1;
+  *loss = valid ? top - load(z + y, 1, 0)[0] : top;
+  if (!grad) return;
+  __builtin_memset(grad, 0, classes * sizeof(T));
+  if (other >= 0) signs(grad, other, y);
+}
+
+static void margin(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
+                   int64_t classes, DType dtype, int threads) noexcept {
+  const int64_t rows = classes < 16384 ? 16384 / classes : 1;  // of one block
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    parallel_for((batch + rows - 1) / rows, threads, [&](int64_t block) {
+      const int64_t end = (block + 1) * rows < batch ? (block + 1) * rows : batch;
+      for (int64_t i = block * rows; i < end; ++i) {
+        margin_row(loss + i, grad ? static_cast<T*>(grad) + i * classes : nullptr,
+                   static_cast<const T*>(logits) + i * classes, y[i], classes);
+      }
+    });
+  });
+}
