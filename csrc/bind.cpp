@@ -82,6 +82,17 @@ void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_
                            static_cast<Distance>(distance), static_cast<DType>(dtype), threads);
 }
 
+void softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
+                uintptr_t grad_weight, uintptr_t student, uintptr_t teacher, uintptr_t weight,
+                int64_t batch, int64_t classes, int64_t student_stride, int64_t teacher_stride,
+                double temperature, double factor, bool reduced, int dtype, int threads) {
+  active->softmax_kl(
+      {at<float>(loss), at<void>(grad_student), at<void>(grad_teacher), at<float>(grad_weight),
+       at<const void>(student), at<const void>(teacher), at<const float>(weight), batch, classes,
+       student_stride, teacher_stride, temperature, factor, reduced, static_cast<DType>(dtype)},
+      threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -95,4 +106,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("augment", augment, unlocked);
   module.def("margin", margin, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
+  module.def("softmax_kl", softmax_kl, unlocked);
 }

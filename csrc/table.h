@@ -13,6 +13,20 @@ enum class Norm : int { linf = 0, l2 = 1 };
 enum class Init : int { uniform = 0, gaussian = 1 };
 enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
 
+// Arguments of softmax_kl. Logits: `dtype` [batch, classes], unit stride along classes. Gradients:
+// contiguous, of the shape and dtype of their input, null where not wanted.
+struct SoftmaxKL {
+  float* loss;  // [batch], or one number when `reduced`
+  void *grad_student, *grad_teacher;
+  float* grad_weight;
+  const void *student, *teacher;
+  const float* weight;  // [batch] or null
+  int64_t batch, classes, student_stride, teacher_stride;
+  double temperature, factor;  // loss = factor * weight * KL
+  bool reduced;
+  DType dtype;
+};
+
 struct Table {
   const char* isa;
 
@@ -40,6 +54,9 @@ struct Table {
   void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,
                            const void* teacher, int64_t batch, int64_t size, Distance distance,
                            DType dtype, int threads) noexcept;
+
+  // csrc/cpu/softmax_kl.inl
+  void (*softmax_kl)(const SoftmaxKL& args, int threads) noexcept;
 };
 
 // The tables compiled in that this machine can run, fastest first; returns how many.

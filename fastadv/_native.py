@@ -156,3 +156,20 @@ def feature_distance(loss, student_grad, teacher_grad, student, teacher, distanc
         batch, student.numel() // max(batch, 1), DISTANCES[distance], DTYPES[dtype],
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def softmax_kl(loss, grad_student, grad_teacher, grad_weight, student, teacher, weight,
+               temperature, factor, reduced):  # fmt: skip
+    """Loss and the gradients whose tensor is not empty. Logits of one dtype, unit class stride."""
+    (batch, classes), dtype = student.shape, student.dtype
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if classes > 1 and logits.stride(1) != 1:
+            raise ValueError(f"{name} has strides {logits.stride()}, must have unit class stride")
+    _C.softmax_kl(
+        _address("loss", loss), _address("grad_student", grad_student, dtype),
+        _address("grad_teacher", grad_teacher, dtype), _address("grad_weight", grad_weight),
+        _address("student", student, dtype), _address("teacher", teacher, dtype),
+        _address("weight", _row("weight", weight)),
+        batch, classes, student.stride(0), teacher.stride(0), temperature, factor, reduced,
+        DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip

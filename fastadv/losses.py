@@ -5,6 +5,36 @@ import torch
 from . import ops
 
 
+def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):
+    """KL(teacher || student) of softmax(logits / temperature) (Hinton et al. 2015, section 2).
+
+    KL_i = sum_c q_c (log q_c - log p_c), p of the student, q of the teacher. Differentiable once,
+    to the student, the teacher and the weight; detach the teacher where it is a constant.
+
+    student_logits, teacher_logits: [B, C], both float32, bfloat16, float16 or float64, any
+    strides. temperature: float > 0; there is no factor T^2, multiply by temperature**2 where the
+    method has it. weight: [B] float32 (float64 with float64 logits), multiplies KL_i.
+    reduction: "none" [B], "sum", "batchmean" (sum / B) or "mean" (sum / (B C), as RSLAD's code
+    has it). Computed in float32 for half logits; the loss is then float32. An empty batch gives 0
+    (torch: nan for the means).
+
+    A class with q_c = 0, such as one masked by a teacher logit of -inf, counts 0 whatever the
+    student says; in float32 q_c is 0 where (t_c - max t) / temperature < -87. A student logit of
+    -inf where q_c > 0 makes that row's loss inf, its gradient to the student stays finite and the
+    one to the teacher is not. NaN stays in its row.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    if student_logits.dtype == torch.float16:
+        # The gradient of a mean is subnormal in float16 before a loss scale reaches it.
+        student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    grad = torch.is_grad_enabled()
+    return ops.softmax_kl(
+        student_logits, teacher_logits, weight, temperature, reduction,
+        grad and student_logits.requires_grad, grad and teacher_logits.requires_grad,
+        grad and weight is not None and weight.requires_grad,
+    )[0]  # fmt: skip
+
+
 def margin(logits, y, kappa=None, reduction="none"):
     """max_{c != y} z_c - z_y, the CW objective that an attack ascends (Carlini & Wagner 2017, f6).
 

@@ -6,6 +6,9 @@ Each function takes the arguments of the op's schema and computes in the dtype i
 import math
 
 import torch
+import torch.nn.functional as F
+
+REDUCTIONS = ("none", "sum", "batchmean", "mean")
 
 
 def per_sample(values, like):
@@ -179,3 +182,40 @@ def _cosine_distance(s, t):
 def _rows(v):
     """[B, ...] as [B, D]."""
     return v.reshape(v.shape[0], math.prod(v.shape[1:]))
+
+
+def loss_dtype(dtype):
+    """The dtype that losses over logits of `dtype` are computed and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduction_factor(reduction, shape):
+    """What the sum over rows is multiplied by. 1 for an empty batch, whose losses are then 0."""
+    if reduction in ("none", "sum"):
+        return 1.0
+    return 1 / max(shape[0] if reduction == "batchmean" else math.prod(shape), 1)
+
+
+def softmax_kl(
+    student, teacher, weight, temperature, reduction, student_grad, teacher_grad, weight_grad
+):
+    """KL_i = sum_c q_c (log q_c - log p_c) with p, q = softmax(student / T), softmax(teacher / T);
+    d/ds = w (p - q) / T, d/dt = w q (log q - log p - KL_i) / T, d/dw = KL_i, each times the
+    reduction's factor. student, teacher [B, C]; weight [B]. A class with q_c = 0 counts 0.
+    """
+    dtype = loss_dtype(student.dtype)
+    log_p, log_q = (F.log_softmax(v.to(dtype) / temperature, dim=1) for v in (student, teacher))
+    p, q = log_p.exp(), log_q.exp()
+    difference = torch.where(q == 0, 0, log_q - log_p)
+    kl = (q * difference).sum(dim=1)
+    factor = reduction_factor(reduction, student.shape)
+    weighted = kl if weight is None else weight * kl
+    loss = weighted if reduction == "none" else weighted.sum() * factor
+    scale = torch.full_like(kl, factor / temperature) * (1 if weight is None else weight)
+    slope = torch.where(q == 0, 0, q * (difference - kl[:, None]))
+    gradients = (
+        (student_grad, ((p - q) * scale[:, None]).to(student.dtype)),
+        (teacher_grad, (slope * scale[:, None]).to(student.dtype)),
+        (weight_grad, kl * factor),
+    )
+    return loss, *(g.contiguous() if wanted else g.new_empty(0) for wanted, g in gradients)

@@ -3,6 +3,7 @@
 // symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
 #include "../table.h"
 #include "vec.h"
+#include "vec_math.h"
 
 namespace fastadv::FASTADV_ISA {
 namespace {
@@ -11,12 +12,18 @@ namespace {
 #include "margin.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
+#include "softmax_kl.inl"
 }  // namespace
 
 #define FASTADV_STRING_(x) #x
 #define FASTADV_STRING(x) FASTADV_STRING_(x)
 extern const Table table;
-const Table table = {
-    FASTADV_STRING(FASTADV_ISA), pgd_step, random_start, augment, margin, feature_distance};
+const Table table = {FASTADV_STRING(FASTADV_ISA),
+                     pgd_step,
+                     random_start,
+                     augment,
+                     margin,
+                     feature_distance,
+                     softmax_kl};
 
 }  // namespace fastadv::FASTADV_ISA

@@ -1,7 +1,7 @@
 // The vector type every CPU kernel is written against: W fp32 lanes (16 with AVX-512, 8 with AVX2,
 // else 4 in whatever the compiler's baseline offers), on the compiler's vector extensions.
-// Arithmetic, comparison and `mask ? a : b` are the operators; this file adds memory, min/max,
-// reductions and exp. Everything is static: see kernels.cpp.
+// Arithmetic, comparison and `mask ? a : b` are the operators; this file adds memory, min/max
+// and conversions, vec_math.h reductions, exp and log. Everything is static: see kernels.cpp.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -26,7 +26,7 @@ typedef int32_t I __attribute__((vector_size(4 * W)));   // W int32; also the ty
 typedef uint32_t U __attribute__((vector_size(4 * W)));  // W uint32
 typedef double D __attribute__((vector_size(8 * W)));    // W fp64
 
-static inline F splat(float v) { return F{} + v; }
+static inline F splat(float v) { return v - F{}; }  // no instruction of its own, unlike v + 0
 
 static inline F load(const float* p) {
   F v;
@@ -36,10 +36,22 @@ static inline F load(const float* p) {
 
 static inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+#elif defined(__AVX2__)
+static inline __m256i first_lanes(int64_t n) {
+  const I lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  return reinterpret_cast<__m256i>(lanes < static_cast<int32_t>(n));
+}
+#endif
+
 // The first n < W lanes; the others hold `fill` and are never read from memory.
 static inline F load(const float* p, int64_t n, float fill) {
 #if defined(__AVX512F__)
-  return _mm512_mask_loadu_ps(splat(fill), static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm512_mask_loadu_ps(splat(fill), first_lanes(n), p);
+#elif defined(__AVX2__)
+  const __m256i first = first_lanes(n);
+  return _mm256_blendv_ps(splat(fill), _mm256_maskload_ps(p, first), reinterpret_cast<F>(first));
 #else
   F v = splat(fill);
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
@@ -49,7 +61,9 @@ static inline F load(const float* p, int64_t n, float fill) {
 
 static inline void store(float* p, F v, int64_t n) {
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(n), v);
 #else
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 #endif
@@ -141,17 +155,26 @@ static inline void store(T* p, F v) {
 
 template <typename T>
 static inline F load(const T* p, int64_t n, float fill) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return _mm512_mask_mov_ps(splat(fill), first_lanes(n), decode(reinterpret_cast<H>(bits), T{}));
+#else
   H bits = {};
   for (int64_t i = 0; i < n; ++i) bits[i] = p[i].bits;
   F v = decode(bits, T{});
   for (int64_t i = n; i < W; ++i) v[i] = fill;
   return v;
+#endif
 }
 
 template <typename T>
 static inline void store(T* p, F v, int64_t n) {
   const H packed = encode(v, T{});
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(packed));
+#else
   for (int64_t i = 0; i < n; ++i) p[i].bits = packed[i];
+#endif
 }
 
 // The first min(n, W) lanes.
@@ -201,9 +224,38 @@ static inline E widen_high(F v) {
 #endif
 }
 
+static inline E load(const double* p) {
+  E v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(double* p, E v) { std::memcpy(p, &v, sizeof v); }
+
 static inline D widen(F v) { return __builtin_convertvector(v, D); }
 
 static inline F narrow(D v) { return __builtin_convertvector(v, F); }
+
+static inline F narrow(E a, E b) {
+#if defined(__AVX512F__)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)), _mm512_cvtpd_ps(b), 1);
+#elif defined(__AVX2__)
+  return _mm256_set_m128(_mm256_cvtpd_ps(b), _mm256_cvtpd_ps(a));
+#else
+  return __builtin_convertvector((D{a[0], a[1], b[0], b[1]}), F);
+#endif
+}
+
+// a * b + c, rounded once (without the instruction: once in fp64, once in fp32).
+static inline F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return narrow(widen(a) * widen(b) + widen(c));
+#endif
+}
 
 static inline D sqrt(D v) {
   for (int i = 0; i < W; ++i) v[i] = __builtin_sqrt(v[i]);

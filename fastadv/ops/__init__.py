@@ -6,5 +6,7 @@ from .feature_distance import feature_distance
 from .margin import margin
 from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
+from .softmax_kl import softmax_kl
 
-__all__ = ["augment", "feature_distance", "margin", "pgd_step", "pgd_step_", "random_start"]
+__all__ = ["augment", "feature_distance", "margin", "pgd_step", "pgd_step_", "random_start",
+           "softmax_kl"]  # fmt: skip
