@@ -121,18 +121,19 @@ def gradients_from_forward(op, inputs):
         def forward(ctx, *args):
             with torch._C._AutoDispatchBelowAutograd():
                 loss, *gradients = op(*args)
-            ctx.save_for_backward(*gradients)
+            wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
+            ctx.save_for_backward(*[gradients[n] for n in wanted])
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
-            ctx.arity = len(args)
+            ctx.positions, ctx.arity = [inputs[n] for n in wanted], len(args)
             return loss, *gradients
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, grad_loss, *_):
             result = [None] * ctx.arity
-            for position, gradient in zip(inputs, ctx.saved_tensors, strict=True):
-                if grad_loss is not None and ctx.needs_input_grad[position]:
+            if grad_loss is not None:
+                for position, gradient in zip(ctx.positions, ctx.saved_tensors, strict=True):
                     result[position] = _scaled(gradient, grad_loss)
             return tuple(result)
 
@@ -147,6 +148,6 @@ def gradients_from_forward(op, inputs):
 
 def _scaled(gradient, grad_loss):
     """gradient * grad_loss as one new tensor; never in place, so that retain_graph holds."""
-    if grad_loss.dim() and gradient.dim() > grad_loss.dim():
-        grad_loss = grad_loss.reshape(-1, *[1] * (gradient.dim() - 1))
-    return gradient * grad_loss.to(gradient.dtype)
+    if grad_loss.dim():  # a 0-dim factor of another dtype leaves the product's as it is
+        grad_loss = grad_loss.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+    return gradient * grad_loss

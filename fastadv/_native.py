@@ -70,7 +70,7 @@ def _address(name, tensor, dtype=torch.float32):
     """The address of a tensor of this dtype; 0 for None."""
     if tensor is None:
         return 0
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or not tensor.is_cpu:
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, must be {dtype} on cpu")
     return tensor.data_ptr()
 

@@ -33,13 +33,12 @@ def _check(student, teacher, weight, temperature, reduction, *wanted):
 def _outputs(student, teacher, weight, temperature, reduction, *wanted):
     """Memory for (loss, grad_student, grad_teacher, grad_weight); [0] for what is not wanted."""
     shape, dtype = student.shape, reference.loss_dtype(student.dtype)
-    student_grad, teacher_grad, weight_grad = wanted
-    return (
-        _native.empty(shape[:1] if reduction == "none" else (), student, dtype),
-        _native.empty(shape if student_grad else (0,), student),
-        _native.empty(shape if teacher_grad else (0,), student),
-        _native.empty(shape[:1] if weight_grad else (0,), student, dtype),
-    )
+    shapes = (shape, student.dtype), (shape, student.dtype), (shape[:1], dtype)
+    loss = _native.empty(shape[:1] if reduction == "none" else (), student, dtype)
+    return loss, *[
+        _native.empty(shape, student, dtype) if want else student.new_empty(0, dtype=dtype)
+        for want, (shape, dtype) in zip(wanted, shapes, strict=True)
+    ]
 
 
 def _fake(*args):
