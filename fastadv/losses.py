@@ -19,7 +19,7 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
     (torch: nan for the means).
 
     A class with q_c = 0, such as one masked by a teacher logit of -inf, counts 0 whatever the
-    student says; in float32 q_c is 0 where (t_c - max t) / temperature < -87. A student logit of
+    student says; in float32 q_c is 0 where (t_c - max t) / temperature < -86. A student logit of
     -inf where q_c > 0 makes that row's loss inf, its gradient to the student stays finite and the
     one to the teacher is not. NaN stays in its row.
     Raises TypeError or ValueError that names the argument at fault.

@@ -1,13 +1,12 @@
-// KL divergence of two softmaxes and its gradients, from the logits s and t of a row (T:
-// temperature):
+// KL divergence of two softmaxes and its gradients, from a row's logits s and t at temperature T:
 //   p = e^(s / T) / Zs, q = e^(t / T) / Zt, g = t - s, D = sum_c q_c g_c
 //   KL = sum_c q_c (log q_c - log p_c) = D / T + log Zs - log Zt; a term with q_c = 0 counts 0
 //   loss = f w KL, d/ds = f w (p - q) / T, d/dt = f w q (g - D) / T^2, d/dw = f KL
 // Shapes: SoftmaxKL in table.h. Exponentials are fp32; what cancels (g, D and the sums) is fp64. W
 // rows go together: one tree reduces the sums of all, and the rest per row has a row per lane.
 
-constexpr int64_t stash =
-    4096;  // exponentials kept from the second pass for the third, if they fit
+// Exponentials kept from the second pass for the third, where the rows' fit.
+constexpr int64_t stash = 4096;
 
 // Calls body(c, lanes left) for each vector of a row.
 template <typename Body>
@@ -101,7 +100,7 @@ static void sums(const SoftmaxKL& k, const Exp& e, int rows, bool keep, Side<T>&
   }
 }
 
-// The rows [first, first + rows), rows <= W: their gradients, and KL in the result.
+// The rows [first, first + rows), rows <= W: their gradients, and KL in `out`.
 template <typename T>
 static void kl_rows(const SoftmaxKL& k, const Exp& e, int64_t first, int rows, PerRow& out) {
   const int64_t n = k.classes, padded = (n + W - 1) / W * W;
@@ -116,8 +115,7 @@ static void kl_rows(const SoftmaxKL& k, const Exp& e, int64_t first, int rows, P
 
   const F per_t = splat(static_cast<float>(1 / k.temperature));
   for (int r = 0; r < rows; ++r) {
-    T* const grad_s = static_cast<T*>(k.grad_student) + (first + r) * n;
-    T* const grad_t = static_cast<T*>(k.grad_teacher) + (first + r) * n;
+    const int64_t row = (first + r) * n;
     const Row<T> s = student.row(r), t = teacher.row(r);
     const double weight = k.weight ? k.weight[first + r] : 1;
     const F scale = splat(static_cast<float>(weight * out.scale[r]));
@@ -126,12 +124,15 @@ static void kl_rows(const SoftmaxKL& k, const Exp& e, int64_t first, int rows, P
     columns(n, [&](int64_t c, int64_t m) {
       const F p = keep ? load(s.kept + c) : exp(logits(s.logits + c, m), e, s.top);
       const F q = keep ? load(t.kept + c) : exp(logits(t.logits + c, m), e, t.top);
-      if (k.grad_student) store_head(grad_s + c, fma(p, ratio, -q) * scale, m);
+      if (k.grad_student) {
+        store_head(static_cast<T*>(k.grad_student) + row + c, fma(p, ratio, -q) * scale, m);
+      }
       if (k.grad_teacher) {
         const F x = logits(s.logits + c, m), y = logits(t.logits + c, m);
         const F g =
             narrow(widen_low(y) - widen_low(x) - mean, widen_high(y) - widen_high(x) - mean);
-        store_head(grad_t + c, (q == 0 ? F{} : q * g * per_t) * scale, m);
+        const F grad = (q == 0 ? F{} : q * g * per_t) * scale;
+        store_head(static_cast<T*>(k.grad_teacher) + row + c, grad, m);
       }
     });
   }

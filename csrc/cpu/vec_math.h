@@ -103,19 +103,17 @@ static inline Top top_of(F maximum, const Exp& e) {
   return {base, top, to_integer - k, -fma(top, e.lo, fma(top, e.hi, -k))};
 }
 
-// e^((x - maximum) / temperature) for x <= maximum, at most 1.3 ulp off and 0.26 on average: no
+// e^((x - maximum) / temperature) for x <= maximum, at most 1.5 ulp off and 0.26 on average: no
 // difference or quotient is rounded on the way. 1 at the maximum, 0 below e^-86, NaN at NaN.
 static inline F exp(F x, const Exp& e, const Top& from) {
   const F v = x - from.base, a = v - from.top;
   const F t = fma(a, e.hi, splat(to_integer));
   const F r = fma(v, e.hi, from.shift - t) + fma(v, e.lo, from.rest);  // in [-1/2, 1/2]
-  F p = splat(0x1.41fbbcp-13f);                                        // 2^r, relative error 2e-9
-  p = fma(p, r, splat(0x1.5f3e52p-10f));
-  p = fma(p, r, splat(0x1.3b2d4cp-7f));
-  p = fma(p, r, splat(0x1.c6aee8p-5f));
-  p = fma(p, r, splat(0x1.ebfbdcp-3f));
-  p = fma(p, r, splat(0x1.62e430p-1f));
-  p = fma(p, r, splat(1.0f));
+  // 2^r, relative error 2e-9; in pairs, because the chain of Horner's rule would be the bottleneck.
+  const F c56 = fma(splat(0x1.41fbbcp-13f), r, splat(0x1.5f3e52p-10f)), rr = r * r;
+  const F c34 = fma(splat(0x1.3b2d4cp-7f), r, splat(0x1.c6aee8p-5f));
+  const F c12 = fma(splat(0x1.ebfbdcp-3f), r, splat(0x1.62e430p-1f));
+  const F p = fma(fma(fma(c56, rr, c34), rr, c12), r, splat(1.0f));
   const U power = (reinterpret_cast<U>(t) << 23) + 0x3f800000;
   return a < e.least ? F{} : p * reinterpret_cast<F>(power);
 }

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import _native, losses, ops, reference
+from fastadv import _library, _native, losses, ops, reference
 from fastadv.testing import OpCase, assert_close, check_op, check_values, using_isa
 
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
@@ -20,8 +20,8 @@ def plain(student, teacher, weight, temperature=1.0, reduction="batchmean"):
     log_q = F.log_softmax(teacher / temperature, dim=1)
     loss = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
     loss = loss if weight is None else loss * weight
-    count = {"none": 1, "sum": 1, "batchmean": len(loss), "mean": max(student.numel(), 1)}[reduction]
-    return loss if reduction == "none" else loss.sum() / count
+    count = {"sum": 1, "batchmean": len(student), "mean": student.numel()}
+    return loss if reduction == "none" else loss.sum() / count[reduction]
 
 
 def make(batch, classes, reduction="none", temperature=1.0, weighted=False, dtype=torch.float32,
@@ -63,8 +63,9 @@ def test_half(dtype, classes):
         check_values(make(33, classes, reduction, 2.0, weighted=True, dtype=dtype))
 
 
-@pytest.mark.parametrize("wanted", [(False, False, False), (False, True, False), (True, False, True)])
+@pytest.mark.parametrize("wanted", [(0, 0, 0), (0, 1, 0), (1, 0, 1)])
 def test_gradients_not_asked_for_are_empty(wanted):
+    wanted = tuple(map(bool, wanted))
     case = make(3, 10, wanted=wanted)
     check_values(case)
     _, *gradients = case.overload(*case.args)
@@ -107,6 +108,7 @@ class Storages(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(_library.ops["softmax_kl"].cpu != "native", reason="of the native kernel")
 def test_memory_is_the_loss_and_the_gradients(monkeypatch):
     """The op allocates its outputs and nothing else; the backward pass one tensor per gradient."""
     taken = []
@@ -215,6 +217,7 @@ class TestExtremes:
         student[0, 3], teacher[0, 5] = 1e4, 1e4
         student[1] += 1e4
         student[2, 1], teacher[2] = -1e4, teacher[2] - 1e4
+        student[3], teacher[3] = 1e6 * student[3], teacher[3] + 3e6
         got = self.check(student, teacher)
         assert all(t.isfinite().all() for t in got)
 
