@@ -61,14 +61,14 @@ def _l2_delta(x_adv, grad, x, at, inside, scale):
 
 
 @triton.jit
-def l2_kernel(out, x_adv, grad, x, eps_per_sample, size, eps, step_size, lo, hi,
-              BLOCK: tl.constexpr):  # fmt: skip
-    """One sample: ||g||, then ||d||, then the result; arguments as for linf.
+def l2_kernel(out, x_adv, grad, x, eps_per_sample, eps, step_size, lo, hi,
+              SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One sample of SIZE elements: ||g||, then ||d||, then the result; arguments as for linf.
 
     Norms are fp64: the squares of a vanishing gradient underflow in fp32.
     """
     sample = tl.program_id(0)
-    start = sample.to(tl.int64) * size
+    start = sample.to(tl.int64) * SIZE
     out, x_adv, grad, x = out + start, x_adv + start, grad + start, x + start
     if eps_per_sample is not None:
         eps = tl.load(eps_per_sample + sample)
@@ -76,27 +76,27 @@ def l2_kernel(out, x_adv, grad, x, eps_per_sample, size, eps, step_size, lo, hi,
     block = tl.arange(0, BLOCK)
 
     squares = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, size, BLOCK):
+    for first in tl.range(0, SIZE, BLOCK):
         at = first + block
-        g = tl.load(grad + at, at < size, 0.0).to(tl.float64)
+        g = tl.load(grad + at, at < SIZE, 0.0).to(tl.float64)
         squares += g * g
     norm = tl.sqrt(tl.sum(squares, 0))
     scale = tl.where(norm > 0, step.to(tl.float64) / norm, 0.0)
 
     squares = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, size, BLOCK):
+    for first in tl.range(0, SIZE, BLOCK):
         at = first + block
-        _, delta = _l2_delta(x_adv, grad, x, at, at < size, scale)
+        _, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
         squares += delta.to(tl.float64) * delta.to(tl.float64)
     norm = tl.sqrt(tl.sum(squares, 0))
     shrink = tl.where(norm > eps, eps.to(tl.float64) / norm, 1.0).to(tl.float32)
 
-    for first in range(0, size, BLOCK):
+    for first in tl.range(0, SIZE, BLOCK):
         at = first + block
-        origin, delta = _l2_delta(x_adv, grad, x, at, at < size, scale)
+        origin, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
         projected = origin + delta * shrink
         tl.store(out + at, _clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)),
-                 at < size)  # fmt: skip
+                 at < SIZE)  # fmt: skip
 
 
 def pgd_step(x_adv, *args):
@@ -136,7 +136,7 @@ def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
             )  # fmt: skip
         else:
             l2_kernel[(samples,)](
-                out, x_adv, grad, x, eps_per_sample, size, eps, step_size, lo, hi,
+                out, x_adv, grad, x, eps_per_sample, eps, step_size, lo, hi, size,
                 **L2, enable_fp_fusion=False,
             )  # fmt: skip
 

@@ -1,10 +1,15 @@
 """softmax_kl in Triton: KL(teacher || student) of logits and its gradients in one pass.
 
-    p = softmax(student / T), q = softmax(teacher / T), KL_i = sum_c q_c (log q_c - log p_c)
-    d/dstudent = w (p - q) / T,  d/dteacher = w q ((log q - log p) - KL_i) / T,  d/dw = KL_i
+    s, t: the logits less their row's maximum, gap = t - s, Z: sum_c exp(. / T)
+    p = exp(s / T) / Zs, q = exp(t / T) / Zt, D = sum_c q_c gap_c
+    KL_i = sum_c q_c (log q_c - log p_c) = D / T + log(Zs / Zt)
+    d/dstudent = w (p - q) / T,  d/dteacher = w q (gap - D) / T^2,  d/dw = KL_i
 
 each times the factor of the reduction. Computed in fp32; a class with q_c = 0 counts 0.
 """
+
+import ctypes
+import math
 
 import torch
 import triton
@@ -14,13 +19,18 @@ import triton.language as tl
 WIDEST_TILE = 4096  # classes; wider rows are looped over
 TILE = 512  # elements of a tile of several narrow rows
 PER_WARP = 256  # elements of a tile per warp: 8 a thread
-LOOP = {"BLOCK": 1024, "num_warps": 8}
+LOOP = {"BLOCK": 2048, "num_warps": 8}
+
+# Stands for -inf where inf - inf or inf * 0 would follow.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _shifted(logits, top, temperature):
-    """(logit - max) / T, rounded as a division: 1 / T would bias the KL. Never overflows."""
-    return tl.div_rn(logits - top, temperature)
+def _exp(shifted, high, low):
+    """exp(shifted / T) for shifted <= 0; log2(e) / T is high + low: one float would bias the KL."""
+    shifted = tl.maximum(shifted, LOWEST, propagate_nan=ALL)
+    return tl.exp2(shifted * high + shifted * low)
 
 
 @triton.jit
@@ -30,8 +40,14 @@ def _product(q, gap):
 
 
 @triton.jit
+def _kl(mean_gap, p_sum, q_sum, temperature):
+    """sum_c q_c (log q_c - log p_c) from D = sum_c q_c gap_c and the normalisers."""
+    return tl.div_rn(mean_gap, temperature) + tl.log(p_sum / q_sum)
+
+
+@triton.jit
 def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, factor, STUDENT_STRIDE: tl.constexpr,
+                batch, temperature, high, low, factor, STUDENT_STRIDE: tl.constexpr,
                 TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """ROWS rows of C <= BLOCK classes. student, teacher: [batch, C], any float, strides of rows in
@@ -46,14 +62,15 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     inside = (at < batch) & (column < C)
     s = tl.load(student + at * STUDENT_STRIDE + column, inside, -float("inf")).to(tl.float32)
     t = tl.load(teacher + at * TEACHER_STRIDE + column, inside, -float("inf")).to(tl.float32)
-    s_max, t_max = tl.max(s, 1)[:, None], tl.max(t, 1)[:, None]
-    s, t = _shifted(s, s_max, temperature), _shifted(t, t_max, temperature)
-    p, q = tl.exp(s), tl.exp(t)
-    p_sum, q_sum = tl.sum(p, 1)[:, None], tl.sum(q, 1)[:, None]
-    p /= p_sum
-    q /= q_sum
-    gap = t - s + tl.log(p_sum / q_sum)
-    kl = tl.sum(_product(q, gap), 1)
+    s -= tl.max(s, 1)[:, None]
+    t -= tl.max(t, 1)[:, None]
+    p, q = _exp(s, high, low), _exp(t, high, low)
+    p_sum, q_sum = tl.sum(p, 1), tl.sum(q, 1)
+    p /= p_sum[:, None]
+    q /= q_sum[:, None]
+    gap = t - s
+    mean_gap = tl.sum(_product(q, gap), 1)
+    kl = _kl(mean_gap, p_sum, q_sum, temperature)
     scale = tl.full([ROWS], factor, tl.float32)
     if grad_weight is not None:
         tl.store(grad_weight + row, kl * scale, row < batch)
@@ -64,30 +81,31 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     if grad_student is not None:
         tl.store(grad_student + at * C + column, (p - q) * scale, inside)
     if grad_teacher is not None:
-        tl.store(grad_teacher + at * C + column, _product(q, gap - kl[:, None]) * scale, inside)
+        scale /= temperature
+        to_teacher = _product(q, gap - mean_gap[:, None]) * scale
+        tl.store(grad_teacher + at * C + column, to_teacher, inside)
 
 
 @triton.jit
-def _online(logits, at, C, top, total, temperature):
+def _online(logits, at, C, top, total, high, low):
     """The running (max, sum of exp((logit - max) / T)) with one more block."""
     v = tl.load(logits + at, at < C, -float("inf")).to(tl.float32)
     higher = tl.maximum(top, tl.max(v, 0))
-    total *= tl.exp(_shifted(top, higher, temperature))
-    return higher, total + tl.sum(tl.exp(_shifted(v, higher, temperature)), 0)
+    total *= _exp(top - higher, high, low)
+    return higher, total + tl.sum(_exp(v - higher, high, low), 0)
 
 
 @triton.jit
-def _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, temperature):
-    """(p, q, log q - log p) of one block."""
-    s = tl.load(student + at, at < C, -float("inf")).to(tl.float32)
-    t = tl.load(teacher + at, at < C, -float("inf")).to(tl.float32)
-    s, t = _shifted(s, s_max, temperature), _shifted(t, t_max, temperature)
-    return tl.exp(s) / p_sum, tl.exp(t) / q_sum, t - s + tl.log(p_sum / q_sum)
+def _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low):
+    """(p, q, gap) of one block."""
+    s = tl.load(student + at, at < C, -float("inf")).to(tl.float32) - s_max
+    t = tl.load(teacher + at, at < C, -float("inf")).to(tl.float32) - t_max
+    return _exp(s, high, low) / p_sum, _exp(t, high, low) / q_sum, t - s
 
 
 @triton.jit
 def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, factor, STUDENT_STRIDE: tl.constexpr,
+                batch, temperature, high, low, factor, STUDENT_STRIDE: tl.constexpr,
                 TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One row of any width, in passes: normalisers, KL and d/dstudent, d/dteacher.
 
@@ -99,15 +117,14 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     teacher += row * TEACHER_STRIDE
     columns = tl.arange(0, BLOCK)
 
-    # The lowest finite number rather than -inf: a first block of masked classes must not be NaN.
-    s_max = tl.cast(-3.4028234663852886e38, tl.float32)
+    s_max = tl.cast(LOWEST, tl.float32)  # not -inf: a first block may hold masked classes only
     t_max = s_max
     p_sum = tl.cast(0.0, tl.float32)
     q_sum = p_sum
     for first in tl.range(0, C, BLOCK):
         at = first + columns
-        s_max, p_sum = _online(student, at, C, s_max, p_sum, temperature)
-        t_max, q_sum = _online(teacher, at, C, t_max, q_sum, temperature)
+        s_max, p_sum = _online(student, at, C, s_max, p_sum, high, low)
+        t_max, q_sum = _online(teacher, at, C, t_max, q_sum, high, low)
 
     row_scale = tl.cast(factor, tl.float32)
     if weight is not None:
@@ -116,20 +133,22 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     terms = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         at = first + columns
-        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, temperature)
+        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low)
         terms += _product(q, gap)
         if grad_student is not None:
             tl.store(grad_student + row * C + at, (p - q) * scale, at < C)
-    kl = tl.sum(terms, 0)
+    mean_gap = tl.sum(terms, 0)
+    kl = _kl(mean_gap, p_sum, q_sum, temperature)
     tl.store(loss + row, kl * row_scale)
     if grad_weight is not None:
         tl.store(grad_weight + row, kl * factor)
 
     if grad_teacher is not None:
+        scale /= temperature
         for first in tl.range(0, C, BLOCK):
             at = first + columns
-            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, temperature)
-            tl.store(grad_teacher + row * C + at, _product(q, gap - kl) * scale, at < C)
+            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low)
+            tl.store(grad_teacher + row * C + at, _product(q, gap - mean_gap) * scale, at < C)
 
 
 def softmax_kl(
@@ -144,6 +163,8 @@ def softmax_kl(
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     factor = {"none": 1.0, "sum": 1.0, "batchmean": 1 / max(batch, 1),
               "mean": 1 / max(batch * classes, 1)}[reduction]  # fmt: skip
+    exponent = math.log2(math.e) / temperature
+    high = ctypes.c_float(exponent).value
     rows = torch.empty(batch, dtype=torch.float32, device=student.device)
     inputs = (student, student_grad), (teacher, teacher_grad), (rows, weight_grad)
     grads = [torch.empty(t.shape if asked else 0, dtype=t.dtype, device=t.device)
@@ -158,7 +179,8 @@ def softmax_kl(
     with torch.cuda.device_of(student):
         kernel[(triton.cdiv(batch, count),)](
             student, teacher, None if weight is None else weight.contiguous(), rows,
-            *(g if g.numel() else None for g in grads), batch, temperature, factor,
+            *(g if g.numel() else None for g in grads),
+            batch, temperature, high, exponent - high, factor,
             student.stride(0), teacher.stride(0), classes, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return rows if reduction == "none" else rows.sum(), *grads
