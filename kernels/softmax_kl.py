@@ -8,9 +8,6 @@
 each times the factor of the reduction. Computed in fp32; a class with q_c = 0 counts 0.
 """
 
-import ctypes
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,16 +18,14 @@ TILE = 512  # elements of a tile of several narrow rows
 PER_WARP = 256  # elements of a tile per warp: 8 a thread
 LOOP = {"BLOCK": 2048, "num_warps": 8}
 
-# Stands for -inf where inf - inf or inf * 0 would follow.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-ALL = tl.constexpr(tl.PropagateNan.ALL)
+LOG2_E = 1.4426950408889634
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite fp32
 
 
 @triton.jit
-def _exp(shifted, high, low):
-    """exp(shifted / T) for shifted <= 0; log2(e) / T is high + low: one float would bias the KL."""
-    shifted = tl.maximum(shifted, LOWEST, propagate_nan=ALL)
-    return tl.exp2(shifted * high + shifted * low)
+def _exp(shifted, per_t):
+    """exp(shifted / T) for shifted <= 0; per_t = log2(e) / T."""
+    return tl.exp2(shifted * per_t)
 
 
 @triton.jit
@@ -47,7 +42,7 @@ def _kl(mean_gap, p_sum, q_sum, temperature):
 
 @triton.jit
 def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, high, low, factor, STUDENT_STRIDE: tl.constexpr,
+                batch, temperature, per_t, factor, STUDENT_STRIDE: tl.constexpr,
                 TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """ROWS rows of C <= BLOCK classes. student, teacher: [batch, C], any float, strides of rows in
@@ -64,7 +59,7 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     t = tl.load(teacher + at * TEACHER_STRIDE + column, inside, -float("inf")).to(tl.float32)
     s -= tl.max(s, 1)[:, None]
     t -= tl.max(t, 1)[:, None]
-    p, q = _exp(s, high, low), _exp(t, high, low)
+    p, q = _exp(s, per_t), _exp(t, per_t)
     p_sum, q_sum = tl.sum(p, 1), tl.sum(q, 1)
     p /= p_sum[:, None]
     q /= q_sum[:, None]
@@ -87,25 +82,25 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
 
 
 @triton.jit
-def _online(logits, at, C, top, total, high, low):
+def _online(logits, at, C, top, total, per_t):
     """The running (max, sum of exp((logit - max) / T)) with one more block."""
     v = tl.load(logits + at, at < C, -float("inf")).to(tl.float32)
     higher = tl.maximum(top, tl.max(v, 0))
-    total *= _exp(top - higher, high, low)
-    return higher, total + tl.sum(_exp(v - higher, high, low), 0)
+    total *= _exp(top - higher, per_t)
+    return higher, total + tl.sum(_exp(v - higher, per_t), 0)
 
 
 @triton.jit
-def _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low):
+def _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t):
     """(p, q, gap) of one block."""
     s = tl.load(student + at, at < C, -float("inf")).to(tl.float32) - s_max
     t = tl.load(teacher + at, at < C, -float("inf")).to(tl.float32) - t_max
-    return _exp(s, high, low) / p_sum, _exp(t, high, low) / q_sum, t - s
+    return _exp(s, per_t) / p_sum, _exp(t, per_t) / q_sum, t - s
 
 
 @triton.jit
 def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, high, low, factor, STUDENT_STRIDE: tl.constexpr,
+                batch, temperature, per_t, factor, STUDENT_STRIDE: tl.constexpr,
                 TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One row of any width, in passes: normalisers, KL and d/dstudent, d/dteacher.
 
@@ -123,8 +118,8 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     q_sum = p_sum
     for first in tl.range(0, C, BLOCK):
         at = first + columns
-        s_max, p_sum = _online(student, at, C, s_max, p_sum, high, low)
-        t_max, q_sum = _online(teacher, at, C, t_max, q_sum, high, low)
+        s_max, p_sum = _online(student, at, C, s_max, p_sum, per_t)
+        t_max, q_sum = _online(teacher, at, C, t_max, q_sum, per_t)
 
     row_scale = tl.cast(factor, tl.float32)
     if weight is not None:
@@ -133,7 +128,7 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     terms = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         at = first + columns
-        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low)
+        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t)
         terms += _product(q, gap)
         if grad_student is not None:
             tl.store(grad_student + row * C + at, (p - q) * scale, at < C)
@@ -147,7 +142,7 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
         scale /= temperature
         for first in tl.range(0, C, BLOCK):
             at = first + columns
-            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, high, low)
+            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t)
             tl.store(grad_teacher + row * C + at, _product(q, gap - mean_gap) * scale, at < C)
 
 
@@ -163,8 +158,6 @@ def softmax_kl(
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     factor = {"none": 1.0, "sum": 1.0, "batchmean": 1 / max(batch, 1),
               "mean": 1 / max(batch * classes, 1)}[reduction]  # fmt: skip
-    exponent = math.log2(math.e) / temperature
-    high = ctypes.c_float(exponent).value
     rows = torch.empty(batch, dtype=torch.float32, device=student.device)
     inputs = (student, student_grad), (teacher, teacher_grad), (rows, weight_grad)
     grads = [torch.empty(t.shape if asked else 0, dtype=t.dtype, device=t.device)
@@ -180,7 +173,7 @@ def softmax_kl(
         kernel[(triton.cdiv(batch, count),)](
             student, teacher, None if weight is None else weight.contiguous(), rows,
             *(g if g.numel() else None for g in grads),
-            batch, temperature, high, exponent - high, factor,
+            batch, temperature, LOG2_E / temperature, factor,
             student.stride(0), teacher.stride(0), classes, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return rows if reduction == "none" else rows.sum(), *grads
