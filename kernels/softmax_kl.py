@@ -5,7 +5,8 @@
     KL_i = sum_c q_c (log q_c - log p_c) = D / T + log(Zs / Zt)
     d/dstudent = w (p - q) / T,  d/dteacher = w q (gap - D) / T^2,  d/dw = KL_i
 
-each times the factor of the reduction. Computed in fp32; a class with q_c = 0 counts 0.
+each times the factor of the reduction. A class with q_c = 0 counts 0. Computed in fp32; D twice,
+as a centre and as the mean of what is left over, because sum_c q_c is only nearly 1.
 """
 
 import torch
@@ -29,15 +30,22 @@ def _exp(shifted, per_t):
 
 
 @triton.jit
+def _reciprocal(v):
+    """1 / v to the last bit: the approximate division and a Newton step."""
+    r = 1.0 / v
+    return tl.fma(r, tl.fma(-v, r, 1.0), r)
+
+
+@triton.jit
 def _product(q, gap):
     """q gap, 0 where q is 0 (the gap is then infinite or NaN for a masked class)."""
     return tl.where(q == 0, 0.0, q * gap)
 
 
 @triton.jit
-def _kl(mean_gap, p_sum, q_sum, temperature):
-    """sum_c q_c (log q_c - log p_c) from D = sum_c q_c gap_c and the normalisers."""
-    return tl.div_rn(mean_gap, temperature) + tl.log(p_sum / q_sum)
+def _centre(mean):
+    """The first D; 0 where it is infinite or NaN, which the rest then is too."""
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
 
 
 @triton.jit
@@ -61,11 +69,12 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     t -= tl.max(t, 1)[:, None]
     p, q = _exp(s, per_t), _exp(t, per_t)
     p_sum, q_sum = tl.sum(p, 1), tl.sum(q, 1)
-    p /= p_sum[:, None]
-    q /= q_sum[:, None]
-    gap = t - s
-    mean_gap = tl.sum(_product(q, gap), 1)
-    kl = _kl(mean_gap, p_sum, q_sum, temperature)
+    p *= _reciprocal(p_sum)[:, None]
+    q *= _reciprocal(q_sum)[:, None]
+    centre = _centre(tl.sum(_product(q, t - s), 1))
+    gap = t - s - centre[:, None]
+    rest = tl.sum(_product(q, gap), 1)
+    kl = (centre + rest) / temperature + tl.log(p_sum / q_sum)
     scale = tl.full([ROWS], factor, tl.float32)
     if grad_weight is not None:
         tl.store(grad_weight + row, kl * scale, row < batch)
@@ -77,7 +86,7 @@ def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
         tl.store(grad_student + at * C + column, (p - q) * scale, inside)
     if grad_teacher is not None:
         scale /= temperature
-        to_teacher = _product(q, gap - mean_gap[:, None]) * scale
+        to_teacher = _product(q, gap - rest[:, None]) * scale
         tl.store(grad_teacher + at * C + column, to_teacher, inside)
 
 
@@ -91,18 +100,18 @@ def _online(logits, at, C, top, total, per_t):
 
 
 @triton.jit
-def _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t):
+def _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t):
     """(p, q, gap) of one block."""
     s = tl.load(student + at, at < C, -float("inf")).to(tl.float32) - s_max
     t = tl.load(teacher + at, at < C, -float("inf")).to(tl.float32) - t_max
-    return _exp(s, per_t) / p_sum, _exp(t, per_t) / q_sum, t - s
+    return _exp(s, per_t) * p_scale, _exp(t, per_t) * q_scale, t - s
 
 
 @triton.jit
 def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
                 batch, temperature, per_t, factor, STUDENT_STRIDE: tl.constexpr,
                 TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One row of any width, in passes: normalisers, KL and d/dstudent, d/dteacher.
+    """One row of any width, in passes: normalisers, centre, KL and d/dstudent, d/dteacher.
 
     Arguments as for tile_kernel.
     """
@@ -120,6 +129,7 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
         at = first + columns
         s_max, p_sum = _online(student, at, C, s_max, p_sum, per_t)
         t_max, q_sum = _online(teacher, at, C, t_max, q_sum, per_t)
+    p_scale, q_scale = _reciprocal(p_sum), _reciprocal(q_sum)
 
     row_scale = tl.cast(factor, tl.float32)
     if weight is not None:
@@ -128,12 +138,19 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
     terms = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         at = first + columns
-        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t)
+        _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
         terms += _product(q, gap)
+    centre = _centre(tl.sum(terms, 0))
+
+    terms = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, C, BLOCK):
+        at = first + columns
+        p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
+        terms += _product(q, gap - centre)
         if grad_student is not None:
             tl.store(grad_student + row * C + at, (p - q) * scale, at < C)
-    mean_gap = tl.sum(terms, 0)
-    kl = _kl(mean_gap, p_sum, q_sum, temperature)
+    rest = tl.sum(terms, 0)
+    kl = (centre + rest) / temperature + tl.log(p_sum / q_sum)
     tl.store(loss + row, kl * row_scale)
     if grad_weight is not None:
         tl.store(grad_weight + row, kl * factor)
@@ -142,8 +159,8 @@ def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad
         scale /= temperature
         for first in tl.range(0, C, BLOCK):
             at = first + columns
-            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_sum, q_sum, per_t)
-            tl.store(grad_teacher + row * C + at, _product(q, gap - mean_gap) * scale, at < C)
+            _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
+            tl.store(grad_teacher + row * C + at, _product(q, gap - centre - rest) * scale, at < C)
 
 
 def softmax_kl(
