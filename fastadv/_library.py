@@ -78,7 +78,7 @@ def define(schema, *, check, reference, fake, native=None, kernel=None):
     `check` raises on arguments outside the contract and runs before every implementation;
     `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
     of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
-    Triton's interpreter when FASTADV_BACKEND is triton).
+    Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted.
     """
     name = schema.split("(")[0]
 
@@ -97,7 +97,11 @@ def define(schema, *, check, reference, fake, native=None, kernel=None):
         impl(native, "CPU")
         chosen.cpu = "native"
     if kernel and backend() in ("auto", "triton") and not triton_missing():
-        function = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
+        triton_function = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
+
+        def function(*args):
+            return (reference if args[0].dtype == torch.float64 else triton_function)(*args)
+
         if torch.cuda.is_available():
             impl(function, "CUDA")
             chosen.cuda = "triton"

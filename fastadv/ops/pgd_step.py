@@ -79,15 +79,19 @@ def _cpu_(x_adv, *args):
     return _into(x_adv, x_adv, *args)
 
 
+def _fake(x_adv, *args):
+    _check(x_adv, *args)
+    return torch.empty_like(x_adv)
+
+
 _pgd_step = define(
     f"pgd_step(Tensor x_adv, {_ARGS}) -> Tensor",
-    check=_check, reference=reference.pgd_step, native=_cpu, kernel="pgd_step",
-    fake=lambda x_adv, *args: torch.empty_like(x_adv),
+    check=_check, reference=reference.pgd_step, native=_cpu, kernel="pgd_step", fake=_fake,
 )  # fmt: skip
 _pgd_step_ = define(
     f"pgd_step_(Tensor(a!) x_adv, {_ARGS}) -> ()",
     check=_check_in_place, reference=reference.pgd_step_, native=_cpu_, kernel="pgd_step",
-    fake=lambda x_adv, *args: None,
+    fake=_check,
 )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def test_bad_arguments_name_themselves():
 
     fails(TypeError, "grad is torch.float64, must be torch.float32", grad=grad.double())
     fails(ValueError, r"grad has shape \(3, 2, 2\), must be \(4, 3, 2, 2\)", grad=grad[0])
+    fails(ValueError, "x is on meta, must be on cpu", x=x.to("meta"))
     half = {"x_adv": x_adv.bfloat16(), "grad": grad.bfloat16(), "x": x.bfloat16()}
     fails(TypeError, "x_adv is torch.bfloat16, must be torch.float32", **half)
     fails(ValueError, r"eps has shape \(3,\), must be a float or one value", eps=torch.ones(3))

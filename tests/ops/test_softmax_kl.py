@@ -84,6 +84,15 @@ def test_near_equal_logits(near):
     check_values(make(64, 1000, near=near), layouts=("contiguous",))
 
 
+@pytest.mark.parametrize("wanted", [ALL, (False, False, True), (True, False, False)])
+@pytest.mark.parametrize("classes", [5000, 9001])
+def test_wide_rows(classes, wanted):
+    """Wider than the kernels keep in registers or in their stash."""
+    for dtype, layout in ((torch.float32, "permuted"), (torch.bfloat16, "offset")):
+        case = make(9, classes, "none", 3.0, weighted=True, dtype=dtype, wanted=wanted)
+        check_values(case, layouts=(layout,))
+
+
 def test_row_stride_is_taken_as_it_is():
     wide = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     student, teacher = wide[:, 3:13], wide[:, 20:30]
@@ -203,6 +212,13 @@ class TestExtremes:
         _, _, grad_teacher, _ = self.check(student, teacher)
         assert (grad_teacher[:, 1::2] == 0).all()
 
+    @pytest.mark.parametrize("classes", [40, 5000])
+    def test_only_the_last_classes_are_not_masked(self, classes):
+        student, teacher, *_ = make(3, classes).args
+        teacher[:, :-4] = -math.inf
+        student[0, :-4] = -math.inf
+        self.check(student, teacher)
+
     def test_student_rules_out_what_the_teacher_has(self):
         student, teacher, *_ = make(3, 10).args
         student[1, 4] = -math.inf
@@ -211,7 +227,7 @@ class TestExtremes:
         assert grad_student.isfinite().all()
         assert grad_teacher.isfinite().all(dim=1).tolist() == [True, False, True]
 
-    @pytest.mark.parametrize("classes", [10, 100])
+    @pytest.mark.parametrize("classes", [10, 100, 5000])
     def test_large_logits_do_not_overflow(self, classes):
         student, teacher, *_ = make(8, classes).args
         student[0, 3], teacher[0, 5] = 1e4, 1e4
@@ -221,11 +237,13 @@ class TestExtremes:
         got = self.check(student, teacher)
         assert all(t.isfinite().all() for t in got)
 
-    @pytest.mark.parametrize("column", [0, 5, 16, 39])
+    @pytest.mark.parametrize(
+        ("classes", "column"), [(40, 0), (40, 5), (40, 16), (40, 39), (5000, 4999)]
+    )
     @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1])
-    def test_nan_stays_in_its_row(self, column, bits):
+    def test_nan_stays_in_its_row(self, classes, column, bits):
         for which in (0, 1):
-            pair = list(make(20, 40).args[:2])
+            pair = list(make(20, classes).args[:2])
             clean = ops.softmax_kl(*pair, None, 1.0, "none", *ALL)
             pair[which].view(torch.int32)[7, column] = bits
             got = ops.softmax_kl(*pair, None, 1.0, "none", *ALL)
