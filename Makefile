@@ -29,6 +29,7 @@ bench: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # The op tests again, with the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -40,14 +40,20 @@ def case(padding, *shape):
         for result in (gather(*args), ops.augment(*args), ops.augment(*args, channels_last=True)):
             assert torch.equal(result, expected)
 
-    return Case("augment", "x".join(map(str, shape)), {
-        "eager loop": lambda: loop(*args),
-        "eager gather": lambda: gather(*args),
-        "compile gather": lambda: compiled(*args),
-        "fastadv": lambda: ops.augment(*args),
-        "fastadv channels_last": lambda: ops.augment(*args, channels_last=True),
-        "images / 255": lambda: images / 255,
-    }, gate, nbytes=5 * images.numel())  # fmt: skip
+    return Case(
+        "augment",
+        "x".join(map(str, shape)),
+        {
+            "eager loop": lambda: loop(*args),
+            "eager gather": lambda: gather(*args),
+            "compile gather": lambda: compiled(*args),
+            "fastadv": lambda: ops.augment(*args),
+            "fastadv channels_last": lambda: ops.augment(*args, channels_last=True),
+            "images / 255": lambda: images / 255,
+        },
+        gate,
+        nbytes=5 * images.numel(),
+    )
 
 
 def cases():

@@ -34,11 +34,17 @@ def case(distance, *shape, dtype=torch.float32):
         return losses.feature(student, teacher, distance)
 
     shape = "x".join(map(str, shape)) + (" bf16" if dtype == torch.bfloat16 else "")
-    return Case("feature_distance", f"{shape} {distance}", {
-        "eager": lambda: both(published(student, teacher)),
-        "compile": lambda: both(compiled(student, teacher)),
-        "fastadv": lambda: both(fused(student, teacher)),
-    }, gate, nbytes=3 * student.nbytes)  # fmt: skip
+    return Case(
+        "feature_distance",
+        f"{shape} {distance}",
+        {
+            "eager": lambda: both(published(student, teacher)),
+            "compile": lambda: both(compiled(student, teacher)),
+            "fastadv": lambda: both(fused(student, teacher)),
+        },
+        gate,
+        nbytes=3 * student.nbytes,
+    )
 
 
 def cases():

@@ -30,11 +30,17 @@ def case(batch, classes, dtype=torch.float32):
         assert torch.equal(gradient[~ties], wanted[~ties])
 
     shape = f"{batch}x{classes}" + (" bf16" if dtype == torch.bfloat16 else "")
-    return Case("margin", shape, {
-        "eager": lambda: both(published(logits, y)),
-        "compile": lambda: both(compiled(logits, y)),
-        "fastadv": lambda: both(losses.margin(logits, y)),
-    }, gate, nbytes=2 * logits.nbytes + y.nbytes + 4 * batch)  # fmt: skip
+    return Case(
+        "margin",
+        shape,
+        {
+            "eager": lambda: both(published(logits, y)),
+            "compile": lambda: both(compiled(logits, y)),
+            "fastadv": lambda: both(losses.margin(logits, y)),
+        },
+        gate,
+        nbytes=2 * logits.nbytes + y.nbytes + 4 * batch,
+    )
 
 
 def cases():

@@ -29,14 +29,21 @@ def case(*shape):
         assert torch.equal(ops.pgd_step(x_adv, grad, x, EPS, STEP), expected)
         assert torch.equal(ops.pgd_step_(x_adv.clone(), grad, x, EPS, STEP), expected)
 
-    return Case("pgd_step", "x".join(map(str, shape)), {
-        "eager": lambda: published(x_adv, grad, x),
-        "compile": lambda: compiled(x_adv, grad, x),
-        "compile in place": lambda: compiled_(buffer, grad, x),
-        "fastadv": lambda: ops.pgd_step(x_adv, grad, x, EPS, STEP),
-        "fastadv in place": lambda: ops.pgd_step_(buffer, grad, x, EPS, STEP),
-        "torch.add(out=)": lambda: torch.add(x, grad, out=out),
-    }, gate, nbytes=4 * x.nbytes, exceptions={"torch.add(out=)": 3 * x.nbytes})  # fmt: skip
+    return Case(
+        "pgd_step",
+        "x".join(map(str, shape)),
+        {
+            "eager": lambda: published(x_adv, grad, x),
+            "compile": lambda: compiled(x_adv, grad, x),
+            "compile in place": lambda: compiled_(buffer, grad, x),
+            "fastadv": lambda: ops.pgd_step(x_adv, grad, x, EPS, STEP),
+            "fastadv in place": lambda: ops.pgd_step_(buffer, grad, x, EPS, STEP),
+            "torch.add(out=)": lambda: torch.add(x, grad, out=out),
+        },
+        gate,
+        nbytes=4 * x.nbytes,
+        exceptions={"torch.add(out=)": 3 * x.nbytes},
+    )
 
 
 def cases():

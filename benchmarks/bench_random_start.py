@@ -41,13 +41,19 @@ def case(plain, *shape):
         torch.testing.assert_close(start(x, seed)[:8], expected, rtol=0, atol=1e-7)
         assert torch.equal(start(nhwc, seed), start(x, seed))
 
-    return Case(f"random_start {plain.__name__}", "x".join(map(str, shape)), {
-        "eager": lambda: plain(x),
-        "compile": lambda: compiled(x),
-        "fastadv": lambda: start(x),
-        "fastadv channels_last": lambda: start(nhwc),
-        "torch.abs(out=)": lambda: torch.abs(x, out=out),
-    }, gate, nbytes=2 * x.nbytes)  # fmt: skip
+    return Case(
+        f"random_start {plain.__name__}",
+        "x".join(map(str, shape)),
+        {
+            "eager": lambda: plain(x),
+            "compile": lambda: compiled(x),
+            "fastadv": lambda: start(x),
+            "fastadv channels_last": lambda: start(nhwc),
+            "torch.abs(out=)": lambda: torch.abs(x, out=out),
+        },
+        gate,
+        nbytes=2 * x.nbytes,
+    )
 
 
 def cases():

@@ -29,9 +29,17 @@ def case(batch, classes, both=False):
     name = f"{batch}x{classes}" + (" both" if both else "")
     # Both logits read, the gradients written, then read and written once more by autograd.
     nbytes = student.nbytes * (2 + 3 * len(inputs))
-    return Case("softmax_kl", name, {
-        "eager": step(published), "compile": step(compiled), "fastadv": step(losses.kl),
-    }, gate, nbytes=nbytes)  # fmt: skip
+    return Case(
+        "softmax_kl",
+        name,
+        {
+            "eager": step(published),
+            "compile": step(compiled),
+            "fastadv": step(losses.kl),
+        },
+        gate,
+        nbytes=nbytes,
+    )
 
 
 def cases():

@@ -32,11 +32,20 @@ def run(suite, only, seconds):
             base = timed[next(iter(timed))]["us"]
             for provider, times in timed.items():
                 nbytes = case.nbytes_of(provider)
-                row = {"suite": suite, "op": case.op, "shape": case.shape, "provider": provider, **times,
-                       "speedup": round(base / times["us"], 2),
-                       "GB/s": round(nbytes / times["us"] / 1e3, 1) if nbytes else None}  # fmt: skip
-                print(f"{case.op:18} {case.shape:14} {provider:20} {row['us']:10.1f} us "
-                      f"[{row['p20']:.1f}, {row['p80']:.1f}]  {row['speedup']:6.2f}x  {row['GB/s']} GB/s")  # fmt: skip
+                row = {
+                    "suite": suite,
+                    "op": case.op,
+                    "shape": case.shape,
+                    "provider": provider,
+                    **times,
+                    "speedup": round(base / times["us"], 2),
+                    "GB/s": round(nbytes / times["us"] / 1e3, 1) if nbytes else None,
+                }
+                spread = f"[{row['p20']:.1f}, {row['p80']:.1f}]"
+                print(
+                    f"{case.op:18} {case.shape:14} {provider:20} {row['us']:10.1f} us {spread:20} "
+                    f"{row['speedup']:6.2f}x  {row['GB/s'] or ''}"
+                )
                 with open(RESULTS / f"{suite}.jsonl", "a") as file:
                     file.write(json.dumps(row | where) + "\n")
             torch.compiler.reset()
@@ -48,13 +57,20 @@ def table(suite):
     for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines():
         row = json.loads(line)
         newest[row["op"], row["shape"], row["provider"]] = row
-    lines = ["| op | shape | provider | median us | p20-p80 | speed-up | GB/s |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| op | shape | provider | median us | p20-p80 | speed-up | GB/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in newest.values():
-        lines.append(f"| {row['op']} | {row['shape']} | {row['provider']} | {row['us']:.1f} | "
-                     f"{row['p20']:.1f}-{row['p80']:.1f} | {row['speedup']:.2f}x | {row['GB/s'] or ''} |")  # fmt: skip
+        lines.append(
+            f"| {row['op']} | {row['shape']} | {row['provider']} | {row['us']:.1f} | "
+            f"{row['p20']:.1f}-{row['p80']:.1f} | {row['speedup']:.2f}x | {row['GB/s'] or ''} |"
+        )
     row = next(reversed(newest.values()))
-    where = (f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
-             f"fastadv {row['commit']}, {row['time'][:10]}.")  # fmt: skip
+    where = (
+        f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
+        f"fastadv {row['commit']}, {row['time'][:10]}."
+    )
     text = README.read_text()
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -62,7 +78,9 @@ def table(suite):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
     parser.add_argument("--only", help="one op")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case")

@@ -62,23 +62,45 @@ def interleave(providers, seconds=2.0, warmup=3):
 
 def summary(samples):
     """Median, p20 and p80 in microseconds."""
-    q = torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.5, 0.2, 0.8]).double())
-    return {key: round(value * 1e6, 2) for key, value in zip(("us", "p20", "p80"), q.tolist(), strict=True)}
+    q = torch.quantile(
+        torch.tensor(samples, dtype=torch.float64), torch.tensor([0.5, 0.2, 0.8]).double()
+    )
+    return {
+        key: round(value * 1e6, 2)
+        for key, value in zip(("us", "p20", "p80"), q.tolist(), strict=True)
+    }
 
 
 def machine():
     """Hardware, versions and commit of a result row."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo")
-                if line.startswith("model name")), platform.machine())  # fmt: skip
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent, check=False).stdout.strip()  # fmt: skip
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "cpu": cpu,
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-        "isa": info.isa(), "fastadv": fastadv.__version__, "torch": torch.__version__,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "isa": info.isa(),
+        "fastadv": fastadv.__version__,
+        "torch": torch.__version__,
         "python": platform.python_version(),
-    }  # fmt: skip
+    }
 
 
 def _lines(path):
@@ -87,7 +109,11 @@ def _lines(path):
 
 def pytest_cases(cases):
     """A parametrised pytest-benchmark test over cases x providers: a group per op and shape."""
-    params = [pytest.param(case, name, id=f"{case.shape}-{name}") for case in cases for name in case.providers]
+    params = [
+        pytest.param(case, name, id=f"{case.shape}-{name}")
+        for case in cases
+        for name in case.providers
+    ]
 
     @pytest.mark.parametrize(("case", "provider"), params)
     def test(benchmark, case, provider):

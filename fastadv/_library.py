@@ -57,7 +57,7 @@ def triton_missing():
         triton = importlib.import_module("triton")
         if os.environ.get("TRITON_INTERPRET") != "1":
             triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # noqa: BLE001 (a broken driver fails in ways of its own)
+    except Exception as error:
         return f"triton cannot run: {error}"
     return None
 
@@ -142,7 +142,9 @@ def gradients_from_forward(op, inputs):
             return tuple(result)
 
     def autograd(*args):
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
+        if torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in inputs
+        ):
             return FromForward.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

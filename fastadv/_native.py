@@ -93,11 +93,20 @@ def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
         raise ValueError("out, x_adv, grad and x must be dense with equal strides")
     batch = x_adv.shape[0] if x_adv.dim() else 1
     _C.pgd_step(
-        _address("out", out), _address("x_adv", x_adv), _address("grad", grad), _address("x", x),
+        _address("out", out),
+        _address("x_adv", x_adv),
+        _address("grad", grad),
+        _address("x", x),
         _address("eps", _row("eps", eps_per_sample)),
-        batch, x_adv.numel() // max(batch, 1), eps, step_size, NORMS[norm], lo, hi,
+        batch,
+        x_adv.numel() // max(batch, 1),
+        eps,
+        step_size,
+        NORMS[norm],
+        lo,
+        hi,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if out is x_adv:
         _mutated(out)
 
@@ -110,12 +119,24 @@ def random_start(
         raise ValueError("out and x must be dense with equal strides")
     batch, channels = x.shape[0], 1 if x.is_contiguous() else x.shape[1]
     _C.random_start(
-        _address("out", out), _address("x", x), _address("seed", seed, torch.int64),
+        _address("out", out),
+        _address("x", x),
+        _address("seed", seed, torch.int64),
         _address("index", _row("index", index), torch.int64),
         _address("eps", _row("eps", eps_per_sample)),
-        batch, channels, x.numel() // max(batch * channels, 1), eps, INITS[init], NORMS[norm],
-        sigma, step, restart, lo, hi, torch.get_num_threads(),
-    )  # fmt: skip
+        batch,
+        channels,
+        x.numel() // max(batch * channels, 1),
+        eps,
+        INITS[init],
+        NORMS[norm],
+        sigma,
+        step,
+        restart,
+        lo,
+        hi,
+        torch.get_num_threads(),
+    )
 
 
 def augment(out, images, dy, dx, flip, padding, channels_last):
@@ -124,11 +145,16 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
     if out.shape != images.shape or not out.is_contiguous(memory_format=layout):
         raise ValueError(f"out has strides {out.stride()}, must be {layout} of images' shape")
     _C.augment(
-        _address("out", out), _address("images", _row("images", images), torch.uint8),
-        _address("dy", _row("dy", dy), torch.int64), _address("dx", _row("dx", dx), torch.int64),
+        _address("out", out),
+        _address("images", _row("images", images), torch.uint8),
+        _address("dy", _row("dy", dy), torch.int64),
+        _address("dx", _row("dx", dx), torch.int64),
         _address("flip", _row("flip", flip), torch.bool),
-        *images.shape, padding, channels_last, torch.get_num_threads(),
-    )  # fmt: skip
+        *images.shape,
+        padding,
+        channels_last,
+        torch.get_num_threads(),
+    )
 
 
 def margin(loss, grad, logits, y):
@@ -139,8 +165,10 @@ def margin(loss, grad, logits, y):
         _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
         _address("logits", _row("logits", logits), dtype),
         _address("y", _row("y", y), torch.int64),
-        *logits.shape, DTYPES[dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        *logits.shape,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
 
 
 def feature_distance(loss, student_grad, teacher_grad, student, teacher, distance):
@@ -151,25 +179,50 @@ def feature_distance(loss, student_grad, teacher_grad, student, teacher, distanc
     dtype, batch = student.dtype, student.shape[0]
     _C.feature_distance(
         _address("loss", _row("loss", loss)),
-        _address("student_grad", grads[0], dtype), _address("teacher_grad", grads[1], dtype),
-        _address("student", student, dtype), _address("teacher", teacher, dtype),
-        batch, student.numel() // max(batch, 1), DISTANCES[distance], DTYPES[dtype],
+        _address("student_grad", grads[0], dtype),
+        _address("teacher_grad", grads[1], dtype),
+        _address("student", student, dtype),
+        _address("teacher", teacher, dtype),
+        batch,
+        student.numel() // max(batch, 1),
+        DISTANCES[distance],
+        DTYPES[dtype],
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
-def softmax_kl(loss, grad_student, grad_teacher, grad_weight, student, teacher, weight,
-               temperature, factor, reduced):  # fmt: skip
+def softmax_kl(
+    loss,
+    grad_student,
+    grad_teacher,
+    grad_weight,
+    student,
+    teacher,
+    weight,
+    temperature,
+    factor,
+    reduced,
+):
     """Loss and the gradients whose tensor is not empty. Logits of one dtype, unit class stride."""
     (batch, classes), dtype = student.shape, student.dtype
     for name, logits in (("student", student), ("teacher", teacher)):
         if classes > 1 and logits.stride(1) != 1:
             raise ValueError(f"{name} has strides {logits.stride()}, must have unit class stride")
     _C.softmax_kl(
-        _address("loss", loss), _address("grad_student", grad_student, dtype),
-        _address("grad_teacher", grad_teacher, dtype), _address("grad_weight", grad_weight),
-        _address("student", student, dtype), _address("teacher", teacher, dtype),
+        _address("loss", loss),
+        _address("grad_student", grad_student, dtype),
+        _address("grad_teacher", grad_teacher, dtype),
+        _address("grad_weight", grad_weight),
+        _address("student", student, dtype),
+        _address("teacher", teacher, dtype),
         _address("weight", _row("weight", weight)),
-        batch, classes, student.stride(0), teacher.stride(0), temperature, factor, reduced,
-        DTYPES[dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        batch,
+        classes,
+        student.stride(0),
+        teacher.stride(0),
+        temperature,
+        factor,
+        reduced,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )

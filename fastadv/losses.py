@@ -29,10 +29,15 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
         student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     grad = torch.is_grad_enabled()
     return ops.softmax_kl(
-        student_logits, teacher_logits, weight, temperature, reduction,
-        grad and student_logits.requires_grad, grad and teacher_logits.requires_grad,
+        student_logits,
+        teacher_logits,
+        weight,
+        temperature,
+        reduction,
+        grad and student_logits.requires_grad,
+        grad and teacher_logits.requires_grad,
         grad and weight is not None and weight.requires_grad,
-    )[0]  # fmt: skip
+    )[0]
 
 
 def margin(logits, y, kappa=None, reduction="none"):

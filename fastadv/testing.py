@@ -109,8 +109,9 @@ def guarded_memory():
 def run(function, case):
     """The outputs of one call as a list: what it returns, or the arguments that it mutates."""
     args = case.args
-    writes = [a.alias_info is not None and a.alias_info.is_write
-              for a in case.overload._schema.arguments]  # fmt: skip
+    writes = [
+        a.alias_info is not None and a.alias_info.is_write for a in case.overload._schema.arguments
+    ]
     copies = [_clone(arg) if write else arg for arg, write in zip(args, writes, strict=True)]
     result = function(*copies)
     if result is None:
@@ -200,7 +201,9 @@ def check_op(case):
     check_values(case)
     torch.library.opcheck(case.overload, case.args)
     torch.compiler.reset()
-    compiled = torch.compile(lambda *args: case.overload(*args), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *args: case.overload(*args), fullgraph=True, backend="aot_eager"
+    )
     for a, b in zip(run(case.overload, case), run(compiled, case), strict=True):
         assert torch.equal(a, b), f"{case.op}: torch.compile changes the result"
     if case.public:
@@ -208,7 +211,7 @@ def check_op(case):
 
 
 def check_gradients(case):
-    """Gradients of `case.public`: gradcheck in fp64; in fp32 the 2x rule, all inputs and each alone."""
+    """Of `case.public`: gradcheck in fp64; in fp32 the 2x rule, all inputs and each alone."""
     inputs = [case.args[i] for i in case.inputs]
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(case.public, doubles)

@@ -24,8 +24,9 @@ def _clamp(v, low, high):
 
 
 @triton.jit
-def linf_kernel(out, x_adv, grad, x, eps_per_sample, size, blocks, eps, step_size, lo, hi,
-                BLOCK: tl.constexpr):  # fmt: skip
+def linf_kernel(
+    out, x_adv, grad, x, eps_per_sample, size, blocks, eps, step_size, lo, hi, BLOCK: tl.constexpr
+):
     """One block of one sample; without eps_per_sample the whole batch counts as one sample.
 
     out, x_adv, grad, x: fp32 [samples, size], dense; out may be x_adv. eps_per_sample: fp32
@@ -61,8 +62,19 @@ def _l2_delta(x_adv, grad, x, at, inside, scale):
 
 
 @triton.jit
-def l2_kernel(out, x_adv, grad, x, eps_per_sample, eps, step_size, lo, hi,
-              SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def l2_kernel(
+    out,
+    x_adv,
+    grad,
+    x,
+    eps_per_sample,
+    eps,
+    step_size,
+    lo,
+    hi,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One sample of SIZE elements: ||g||, then ||d||, then the result; arguments as for linf.
 
     Norms are fp64: the squares of a vanishing gradient underflow in fp32.
@@ -95,8 +107,9 @@ def l2_kernel(out, x_adv, grad, x, eps_per_sample, eps, step_size, lo, hi,
         at = first + block
         origin, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
         projected = origin + delta * shrink
-        tl.store(out + at, _clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)),
-                 at < SIZE)  # fmt: skip
+        tl.store(
+            out + at, _clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), at < SIZE
+        )
 
 
 def pgd_step(x_adv, *args):
@@ -120,8 +133,9 @@ def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
         _into(dense, dense, grad, x, eps_per_sample, eps, step_size, norm, lo, hi)
         out.copy_(dense)
         return
-    grad, x = (t if t.stride() == x_adv.stride() else torch.empty_like(x_adv).copy_(t)
-               for t in (grad, x))  # fmt: skip
+    grad, x = (
+        t if t.stride() == x_adv.stride() else torch.empty_like(x_adv).copy_(t) for t in (grad, x)
+    )
     per_sample = norm == "l2" or eps_per_sample is not None
     samples = x_adv.shape[0] if per_sample and x_adv.dim() else 1
     size = x_adv.numel() // max(samples, 1)
@@ -131,14 +145,35 @@ def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
         if norm == "linf":
             blocks = triton.cdiv(size, LINF["BLOCK"])
             linf_kernel[(samples * blocks,)](
-                out, x_adv, grad, x, eps_per_sample, size, blocks, eps, step_size, lo, hi,
-                **LINF, enable_fp_fusion=False,
-            )  # fmt: skip
+                out,
+                x_adv,
+                grad,
+                x,
+                eps_per_sample,
+                size,
+                blocks,
+                eps,
+                step_size,
+                lo,
+                hi,
+                **LINF,
+                enable_fp_fusion=False,
+            )
         else:
             l2_kernel[(samples,)](
-                out, x_adv, grad, x, eps_per_sample, eps, step_size, lo, hi, size,
-                **L2, enable_fp_fusion=False,
-            )  # fmt: skip
+                out,
+                x_adv,
+                grad,
+                x,
+                eps_per_sample,
+                eps,
+                step_size,
+                lo,
+                hi,
+                size,
+                **L2,
+                enable_fp_fusion=False,
+            )
 
 
 def _is_dense(tensor):

@@ -49,10 +49,24 @@ def _centre(mean):
 
 
 @triton.jit
-def tile_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, per_t, factor, STUDENT_STRIDE: tl.constexpr,
-                TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def tile_kernel(
+    student,
+    teacher,
+    weight,
+    loss,
+    grad_student,
+    grad_teacher,
+    grad_weight,
+    batch,
+    temperature,
+    per_t,
+    factor,
+    STUDENT_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """ROWS rows of C <= BLOCK classes. student, teacher: [batch, C], any float, strides of rows in
     elements; weight, loss, grad_weight: fp32 [batch]; grad_*: [batch, C], dense; None is absent.
 
@@ -108,9 +122,23 @@ def _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t):
 
 
 @triton.jit
-def loop_kernel(student, teacher, weight, loss, grad_student, grad_teacher, grad_weight,
-                batch, temperature, per_t, factor, STUDENT_STRIDE: tl.constexpr,
-                TEACHER_STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def loop_kernel(
+    student,
+    teacher,
+    weight,
+    loss,
+    grad_student,
+    grad_teacher,
+    grad_weight,
+    batch,
+    temperature,
+    per_t,
+    factor,
+    STUDENT_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row of any width, in passes: normalisers, centre, KL and d/dstudent, d/dteacher.
 
     Arguments as for tile_kernel.
@@ -173,12 +201,17 @@ def softmax_kl(
     """
     batch, classes = student.shape
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
-    factor = {"none": 1.0, "sum": 1.0, "batchmean": 1 / max(batch, 1),
-              "mean": 1 / max(batch * classes, 1)}[reduction]  # fmt: skip
+    factor = {
+        "none": 1.0,
+        "sum": 1.0,
+        "batchmean": 1 / max(batch, 1),
+        "mean": 1 / max(batch * classes, 1),
+    }[reduction]
     rows = torch.empty(batch, dtype=torch.float32, device=student.device)
     inputs = (student, student_grad), (teacher, teacher_grad), (rows, weight_grad)
-    grads = [torch.empty(t.shape if asked else 0, dtype=t.dtype, device=t.device)
-             for t, asked in inputs]  # fmt: skip
+    grads = [
+        torch.empty(t.shape if asked else 0, dtype=t.dtype, device=t.device) for t, asked in inputs
+    ]
     block = triton.next_power_of_2(classes)
     if block <= WIDEST_TILE:
         tile = max(block, TILE)
@@ -188,9 +221,19 @@ def softmax_kl(
         kernel, count, config = loop_kernel, 1, LOOP
     with torch.cuda.device_of(student):
         kernel[(triton.cdiv(batch, count),)](
-            student, teacher, None if weight is None else weight.contiguous(), rows,
+            student,
+            teacher,
+            None if weight is None else weight.contiguous(),
+            rows,
             *(g if g.numel() else None for g in grads),
-            batch, temperature, LOG2_E / temperature, factor,
-            student.stride(0), teacher.stride(0), classes, **config, enable_fp_fusion=True,
-        )  # fmt: skip
+            batch,
+            temperature,
+            LOG2_E / temperature,
+            factor,
+            student.stride(0),
+            teacher.stride(0),
+            classes,
+            **config,
+            enable_fp_fusion=True,
+        )
     return rows if reduction == "none" else rows.sum(), *grads

@@ -8,5 +8,12 @@ from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
 from .softmax_kl import softmax_kl
 
-__all__ = ["augment", "feature_distance", "margin", "pgd_step", "pgd_step_", "random_start",
-           "softmax_kl"]  # fmt: skip
+__all__ = [
+    "augment",
+    "feature_distance",
+    "margin",
+    "pgd_step",
+    "pgd_step_",
+    "random_start",
+    "softmax_kl",
+]

@@ -38,8 +38,11 @@ def _cpu(images, dy, dx, flip, padding, channels_last):
 _augment = define(
     "augment(Tensor images, Tensor dy, Tensor dx, Tensor flip, int padding, bool channels_last)"
     " -> Tensor",
-    check=_check, reference=reference.augment, native=_cpu, fake=_empty,
-)  # fmt: skip
+    check=_check,
+    reference=reference.augment,
+    native=_cpu,
+    fake=_empty,
+)
 
 
 def augment(images, dy, dx, flip, padding=4, channels_last=False):

@@ -52,8 +52,11 @@ def _fake(student, teacher, distance, student_grad, teacher_grad):
 _feature_distance = define(
     "feature_distance(Tensor student, Tensor teacher, str distance, bool student_grad, "
     "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
-    check=_check, reference=reference.feature_distance, native=_cpu, fake=_fake,
-)  # fmt: skip
+    check=_check,
+    reference=reference.feature_distance,
+    native=_cpu,
+    fake=_fake,
+)
 gradients_from_forward(_feature_distance, (0, 1))
 
 

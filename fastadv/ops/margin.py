@@ -38,8 +38,11 @@ def _fake(logits, y, grad):
 
 _margin = define(
     "margin(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
-    check=_check, reference=reference.margin, native=_cpu, fake=_fake,
-)  # fmt: skip
+    check=_check,
+    reference=reference.margin,
+    native=_cpu,
+    fake=_fake,
+)
 gradients_from_forward(_margin, (0,))
 
 

@@ -48,7 +48,9 @@ def _extent(tensor):
     start = tensor.data_ptr()
     if _native.is_dense(tensor):
         return start, start + tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
 
 
@@ -86,13 +88,20 @@ def _fake(x_adv, *args):
 
 _pgd_step = define(
     f"pgd_step(Tensor x_adv, {_ARGS}) -> Tensor",
-    check=_check, reference=reference.pgd_step, native=_cpu, kernel="pgd_step", fake=_fake,
-)  # fmt: skip
+    check=_check,
+    reference=reference.pgd_step,
+    native=_cpu,
+    kernel="pgd_step",
+    fake=_fake,
+)
 _pgd_step_ = define(
     f"pgd_step_(Tensor(a!) x_adv, {_ARGS}) -> ()",
-    check=_check_in_place, reference=reference.pgd_step_, native=_cpu_, kernel="pgd_step",
+    check=_check_in_place,
+    reference=reference.pgd_step_,
+    native=_cpu_,
+    kernel="pgd_step",
     fake=_check,
-)  # fmt: skip
+)
 
 
 def pgd_step(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):

@@ -60,15 +60,26 @@ def _cpu(x, seed, index, eps_per_sample, eps, init, *rest):
 _random_start = define(
     "random_start(Tensor x, Tensor seed, Tensor? index, Tensor? eps_per_sample, float eps, "
     "str init, str norm, float sigma, int step, int restart, float lo, float hi) -> Tensor",
-    check=_check, reference=reference.random_start, native=_cpu,
+    check=_check,
+    reference=reference.random_start,
+    native=_cpu,
     fake=lambda x, *args: torch.empty_like(x),
-)  # fmt: skip
+)
 
 
 def random_start(
-    x, eps, init="uniform", norm="linf", sigma=1e-3, seed=None, index=None, step=0, restart=0,
-    lo=-math.inf, hi=math.inf,
-):  # fmt: skip
+    x,
+    eps,
+    init="uniform",
+    norm="linf",
+    sigma=1e-3,
+    seed=None,
+    index=None,
+    step=0,
+    restart=0,
+    lo=-math.inf,
+    hi=math.inf,
+):
     """Where an attack begins: x plus noise as a new tensor, clipped to [lo, hi].
 
     x: float32 [B, ...]; strides may be any. eps: float, or a tensor of one radius per sample, [B]

@@ -56,26 +56,44 @@ def _cpu(student, teacher, weight, temperature, reduction, *wanted):
         return reference.softmax_kl(student, teacher, weight, temperature, reduction, *wanted)
     outputs = _outputs(student, teacher, weight, temperature, reduction, *wanted)
     _native.softmax_kl(
-        *outputs, _rows(student), _rows(teacher), None if weight is None else weight.contiguous(),
-        temperature, reference.reduction_factor(reduction, student.shape), reduction != "none",
-    )  # fmt: skip
+        *outputs,
+        _rows(student),
+        _rows(teacher),
+        None if weight is None else weight.contiguous(),
+        temperature,
+        reference.reduction_factor(reduction, student.shape),
+        reduction != "none",
+    )
     return outputs
 
 
 _softmax_kl = define(
     "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, str reduction, "
     "bool student_grad, bool teacher_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    check=_check, reference=reference.softmax_kl, native=_cpu, kernel="softmax_kl", fake=_fake,
-)  # fmt: skip
+    check=_check,
+    reference=reference.softmax_kl,
+    native=_cpu,
+    kernel="softmax_kl",
+    fake=_fake,
+)
 gradients_from_forward(_softmax_kl, inputs=(0, 1, 2))
 
 
-def softmax_kl(student, teacher, weight=None, temperature=1.0, reduction="batchmean",
-               student_grad=False, teacher_grad=False, weight_grad=False):  # fmt: skip
+def softmax_kl(
+    student,
+    teacher,
+    weight=None,
+    temperature=1.0,
+    reduction="batchmean",
+    student_grad=False,
+    teacher_grad=False,
+    weight_grad=False,
+):
     """(loss, grad_student, grad_teacher, grad_weight) of KL(teacher || student) in one call.
 
     The op under `losses.kl`, which has the arguments, errors and edge cases; of use alone where
     the gradient of the logits is wanted without autograd. A gradient not asked for is empty, [0].
     """
-    return _softmax_kl(student, teacher, weight, temperature, reduction,
-                       student_grad, teacher_grad, weight_grad)  # fmt: skip
+    return _softmax_kl(
+        student, teacher, weight, temperature, reduction, student_grad, teacher_grad, weight_grad
+    )

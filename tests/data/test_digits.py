@@ -23,8 +23,24 @@ def test_splits_partition_the_published_set():
         assert (split.images[:, 0] / 255 * 16 - levels).abs().max() < 16 / 255
         assert split.labels.tolist() == published.target[split.index].tolist()
     assert loaded.train.images.unique().tolist() == [
-        0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255,
-    ]  # fmt: skip
+        0,
+        16,
+        32,
+        48,
+        64,
+        80,
+        96,
+        112,
+        128,
+        143,
+        159,
+        175,
+        191,
+        207,
+        223,
+        239,
+        255,
+    ]
 
 
 def test_the_split_ignores_the_global_generator():

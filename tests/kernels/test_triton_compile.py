@@ -27,8 +27,9 @@ def report(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cwd / "cache")
-    done = subprocess.run([sys.executable, __file__], cwd=cwd, env=env, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)
 
@@ -142,8 +143,11 @@ def facts(kernel, values, arch):
         usage = cuobjdump([tool, "-res-usage", file.name])
         sass = cuobjdump([tool, "-sass", file.name])
     used = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return {"registers": used["REG"], "local": used["STACK"] + used["LOCAL"],
-            "sass": "\n".join(re.findall(r"/\*\w{4}\*/\s+(.*?);", sass))}  # fmt: skip
+    return {
+        "registers": used["REG"],
+        "local": used["STACK"] + used["LOCAL"],
+        "sass": "\n".join(re.findall(r"/\*\w{4}\*/\s+(.*?);", sass)),
+    }
 
 
 def main():

@@ -17,8 +17,9 @@ TESTS = Path(__file__).parents[1]
 def run(arguments, cwd, **env):
     """The finished process; an empty value takes the variable away."""
     env = {name: value for name, value in (os.environ | env).items() if value}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("op", ["pgd_step", "softmax_kl"])

@@ -25,8 +25,10 @@ def sliced(images, dy, dx, flip, padding):
     height, width = images.shape[2:]
     pad = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
     padded = np.pad(images.numpy(), pad).astype(np.float32) / np.float32(255)
-    views = [image[:, y : y + height, x : x + width][..., :: -1 if mirror else 1]
-             for image, y, x, mirror in zip(padded, dy, dx, flip, strict=True)]  # fmt: skip
+    views = [
+        image[:, y : y + height, x : x + width][..., :: -1 if mirror else 1]
+        for image, y, x, mirror in zip(padded, dy, dx, flip, strict=True)
+    ]
     return torch.from_numpy(np.stack(views))
 
 
@@ -39,9 +41,18 @@ def test_op(shape, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (1, 1, 1, 1), (4, 4, 7, 15),
-     (3, 3, 31, 33), (2, 1, 17, 16), (3, 3, 32, 32)],
-)  # fmt: skip
+    [
+        (0, 3, 4, 4),
+        (2, 0, 4, 4),
+        (2, 3, 0, 4),
+        (2, 3, 4, 0),
+        (1, 1, 1, 1),
+        (4, 4, 7, 15),
+        (3, 3, 31, 33),
+        (2, 1, 17, 16),
+        (3, 3, 32, 32),
+    ],
+)
 def test_shapes(shape, channels_last):
     for padding in (0, 4):
         check_values(make(shape, padding, channels_last, outside=6))

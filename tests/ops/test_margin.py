@@ -86,8 +86,11 @@ VALUES = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, 2.0, math.inf, math.nan])
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=st.integers(1, 40).flatmap(lambda c: st.lists(VALUES, min_size=c, max_size=c)),
-       y=st.integers(-2, 41), dtype=st.sampled_from([torch.float32, *HALVES]))  # fmt: skip
+@given(
+    rows=st.integers(1, 40).flatmap(lambda c: st.lists(VALUES, min_size=c, max_size=c)),
+    y=st.integers(-2, 41),
+    dtype=st.sampled_from([torch.float32, *HALVES]),
+)
 def test_ties_nan_infinities_and_labels_out_of_range(rows, y, dtype):
     """Kernel and reference are the definition, bit for bit, at every special value."""
     loss, gradient = by_hand(rows, y)

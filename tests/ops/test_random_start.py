@@ -50,8 +50,10 @@ def test_known_answers():
     ones_out = 0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD
     pi_out = 0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1
     for seed, counter, expected in (
-        (0, (0,) * 4, zeros_out), (-1, (ones,) * 4, ones_out), (0x299F31D0A4093822, pi, pi_out)
-    ):  # fmt: skip
+        (0, (0,) * 4, zeros_out),
+        (-1, (ones,) * 4, ones_out),
+        (0x299F31D0A4093822, pi, pi_out),
+    ):
         words = reference.philox(seed, *(torch.tensor(word) for word in counter))
         assert tuple(int(word) for word in words) == expected
     for isa in ISAS:
@@ -140,9 +142,14 @@ def test_neighbouring_counters_are_uncorrelated():
     """Seeds, steps, restarts and samples one apart, and elements, blocks and samples one along."""
     first, *others = [
         torch.stack(draws(**counter)).flatten(1)
-        for counter in ({"seed": 3}, {"seed": 4}, {"seed": 3, "step": 1}, {"seed": 3, "restart": 1},
-                        {"seed": 3, "index": torch.arange(64) + 1})
-    ]  # fmt: skip
+        for counter in (
+            {"seed": 3},
+            {"seed": 4},
+            {"seed": 3, "step": 1},
+            {"seed": 3, "restart": 1},
+            {"seed": 3, "index": torch.arange(64) + 1},
+        )
+    ]
     others += [first.roll(1, dims=1), first.roll(4, dims=1), first.roll(4096, dims=1)]
     for other in others:
         for a, b in zip(first - 0.5, other - 0.5, strict=True):

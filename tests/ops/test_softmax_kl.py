@@ -24,8 +24,17 @@ def plain(student, teacher, weight, temperature=1.0, reduction="batchmean"):
     return loss if reduction == "none" else loss.sum() / count[reduction]
 
 
-def make(batch, classes, reduction="none", temperature=1.0, weighted=False, dtype=torch.float32,
-         wanted=ALL, near=None, seed=0):  # fmt: skip
+def make(
+    batch,
+    classes,
+    reduction="none",
+    temperature=1.0,
+    weighted=False,
+    dtype=torch.float32,
+    wanted=ALL,
+    near=None,
+    seed=0,
+):
     """near: None, or the distance between the student's and the teacher's logits."""
     g = torch.Generator().manual_seed(seed)
     teacher = 3 * torch.randn(batch, classes, generator=g)
