@@ -162,6 +162,7 @@ def main():
         getattr(launcher, module)(*arguments(module, spec))
         kernel, values = Recorder.last
         assert name.startswith(kernel.__name__), (name, kernel.__name__)
+        assert values["enable_fp_fusion"] is False, name
         report[name] = {arch: facts(kernel, values, arch) for arch in ARCHS}
     print(json.dumps(report))
 
