@@ -52,21 +52,19 @@ def run(suite, only, seconds):
 
 
 def table(suite):
-    """README's table: the newest row of every (op, shape, provider)."""
-    newest = {}
-    for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        newest[row["op"], row["shape"], row["provider"]] = row
+    """README's table: the rows of the newest run."""
+    rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["time"] == rows[-1]["time"]]
     lines = [
         "| op | shape | provider | median us | p20-p80 | speed-up | GB/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in newest.values():
+    for row in rows:
         lines.append(
             f"| {row['op']} | {row['shape']} | {row['provider']} | {row['us']:.1f} | "
             f"{row['p20']:.1f}-{row['p80']:.1f} | {row['speedup']:.2f}x | {row['GB/s'] or ''} |"
         )
-    row = next(reversed(newest.values()))
+    row = rows[-1]
     where = (
         f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
         f"fastadv {row['commit']}, {row['time'][:10]}."

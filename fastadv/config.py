@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata, resources
@@ -18,6 +19,15 @@ def number(text):
         return float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number such as 0.031 or 8/255") from None
+
+
+def device(name):
+    """The torch.device of this name. Raises ValueError when this machine does not have it."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which cannot be used here: {error}") from None
+    return torch.device(name)
 
 
 def _flag(default, text):
@@ -64,8 +74,17 @@ class Config:
         for name in ("precision_attack", "precision_outer", "precision_teacher"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
-        for name in ("epochs", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
+        if self.attack_bn == "train" and self.precision_attack != self.precision_outer:
+            raise ValueError(
+                f"precision_attack is {self.precision_attack}, must be precision_outer "
+                f"({self.precision_outer}) when attack_bn is train: the student itself is attacked"
+            )
+        device(self.device)
+        for name in ("data_dir", "teacher_checkpoint"):  # a run may be resumed from anywhere
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.abspath(getattr(self, name)))
+        for name in ("epochs", "batch_size", "eval_every", "student_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("lr", "momentum", "weight_decay"):
             if not getattr(self, name) >= 0:

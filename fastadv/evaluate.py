@@ -8,19 +8,21 @@ python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 \
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, data, losses, models
+from . import checkpoint, data, models
 from .attacks import FGSM, PGD
-from .config import Config, number
+from .attacks.checks import check_labels, check_logits, evaluating
+from .config import Config, device, number
 from .frozen import freeze
 
 # Steps are given for eps = 8/255 and scale with it. PGD-20 at 2/255 is what papers call PGD_SAT, at
 # 0.003 PGD_TRADES; cw is the CW objective (kappa 50) under 30 linf steps from x itself.
 ATTACKS = {
-    "clean": None,
+    "clean": lambda eps: PGD(eps, eps / 4, 0, init="zero"),
     "fgsm": FGSM,
     "pgd20": lambda eps: PGD(eps, eps / 4, 20),
     "pgd20_003": lambda eps: PGD(eps, eps * 0.003 * 255 / 8, 20),
@@ -28,40 +30,38 @@ ATTACKS = {
 }
 
 
+def adversary(attack, eps):
+    """(PGD, objective) of a name of ATTACKS. Raises ValueError for an unknown name or a bad eps."""
+    if attack not in ATTACKS:
+        raise ValueError(f"attack is {attack!r}, must be one of {', '.join(ATTACKS)}")
+    return ATTACKS[attack](eps), "cw" if attack == "cw" else "ce"
+
+
 def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, progress=False):
     """Which images of `split` the model classifies right under `attack`: a bool tensor [N].
 
     attack: a name of ATTACKS. The random starts depend on (seed, image) alone, so batch size and
-    order do not change the result. Raises ValueError for an unknown attack.
+    order do not change them. Raises ValueError for an unknown attack, labels or logits that make
+    no sense, and gradients with NaN or infinity: an attack that cannot move proves nothing.
     """
-    if attack not in ATTACKS:
-        raise ValueError(f"attack is {attack!r}, must be one of {', '.join(ATTACKS)}")
+    pgd, objective = adversary(attack, eps)
     twin = freeze(model)
-    adversary = ATTACKS[attack] and ATTACKS[attack](eps)
-    right = []
+    batches = data.Loader(split, batch_size, device=device).epoch(0)
+    count = -(-len(split) // batch_size)
+    right, bad = [], 0
     with torch.random.fork_rng(devices=[]):
-        for x, y, index, _ in tqdm(
-            data.Loader(split, batch_size, device=device).epoch(0),
-            attack,
-            -(-len(split) // batch_size),
-            leave=False,
-            disable=not progress,
-        ):
-            torch.manual_seed(seed)
-            if adversary:
-                x = perturb(adversary, attack, twin, x, y, index)
+        for x, y, index, _ in tqdm(batches, attack, count, leave=False, disable=not progress):
+            torch.default_generator.manual_seed(seed)
+            x_adv = pgd(twin, x, y, loss=objective, index=index)
             with torch.no_grad():
-                right.append(twin(x).argmax(1) == y)
+                logits = twin(x_adv)
+            check_logits(logits, len(x))
+            check_labels(y, logits)
+            right.append(logits.argmax(1) == y)
+            bad += int(pgd.bad_gradients)
+    if bad:
+        raise ValueError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
     return torch.cat(right).cpu()
-
-
-def perturb(adversary, attack, model, x, y, index):
-    """x_adv of one batch; an attack's checks run here, once per batch."""
-    if attack == "cw":
-        return adversary.ascend(
-            lambda v, y: losses.margin(model(v), y, kappa=50.0), x, y, index=index
-        )
-    return adversary(model, x, y, index=index)
 
 
 def accuracies(model, split, attacks, **options):
@@ -70,14 +70,34 @@ def accuracies(model, split, attacks, **options):
 
 
 def from_run(path):
-    """(model with the weights of a fastadv checkpoint, the Config of its run, its data's shape)."""
+    """(model with the weights of a fastadv checkpoint, the Config of its run).
+
+    Raises ValueError naming the file when a run did not write it.
+    """
+    if not str(path).endswith(".safetensors"):
+        raise ValueError(f"{path} is not a run's .safetensors: name its architecture as well")
     _, metadata = checkpoint.load(path)
-    config = Config.from_json(json.dumps(metadata["config"]))
-    model = models.get(
-        config.student, metadata["num_classes"], metadata["in_channels"], config.student_width
-    )
+    try:
+        config = Config.from_json(json.dumps(metadata["config"]))
+        classes, channels = metadata["num_classes"], metadata["in_channels"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its header is not that of a run ({error})") from error
+    model = models.get(config.student, classes, channels, config.student_width)
     models.load_weights(model, path)
     return model, config
+
+
+def check_fits(model, dataset, path):
+    """Raises ValueError unless the model of `path` takes the data set's images and classes."""
+    images = dataset.train.images
+    x = torch.zeros(1, *images.shape[1:])
+    try:
+        with evaluating(model), torch.no_grad():
+            classes = model(x).shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
+    if classes != dataset.num_classes:
+        raise ValueError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")
 
 
 def table(columns, rows):
@@ -115,6 +135,13 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    names = args.attacks.split(",")
+    for name in names:
+        adversary(name, 0.0 if args.eps is None else args.eps)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"limit is {args.limit}, must be at least 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ValueError(f"json is {args.json}, whose folder does not exist")
     if args.model:
         config = Config(data=args.data or "cifar10", data_dir=args.data_dir)
     else:
@@ -124,14 +151,12 @@ def main(argv=None):
     if args.model:
         model = models.get(args.model, dataset.num_classes, split.images.shape[1], args.width)
         models.load_weights(model, args.checkpoint)
+    check_fits(model, dataset, args.checkpoint)
     if args.limit:
-        split = data.ImageSet(
-            split.images[: args.limit], split.labels[: args.limit], split.index[: args.limit]
-        )
-    eps = args.eps or config.eps
-    names = args.attacks.split(",")
+        split = split.take(torch.arange(min(args.limit, len(split))))
+    eps = config.eps if args.eps is None else args.eps
     result = accuracies(
-        model.to(args.device),
+        model.to(device(args.device)),
         split,
         names,
         eps=eps,

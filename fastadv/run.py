@@ -39,6 +39,8 @@ class Run:
 
     def resume(self):
         """Takes up the state of last.safetensors; a run killed in its first epoch starts over."""
+        for half_written in self.folder.glob(".*.tmp"):
+            half_written.unlink()
         path = self.folder / "last.safetensors"
         if path.exists():
             tensors, metadata = checkpoint.load(path)

@@ -41,7 +41,8 @@ class OpCase:
 
 
 def assert_close(name, got, exact, same_dtype):
-    """Fails unless |got - exact| <= 2 max|same_dtype - exact| + 2 ulp(exact), element by element.
+    """Fails unless |got - exact| <= 2 max|same_dtype - exact| + 2 ulp(exact) for every element, the
+    maximum being that of the whole tensor.
 
     exact: the fp64 reference; same_dtype: the reference in got's dtype. NaN is close to nothing
     but NaN, an infinity to nothing but itself; integers must be equal.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import data, log, methods, models
 from .attacks import PGD
 from .config import PRECISIONS, Config, number, recipe
-from .evaluate import accuracies, from_run
+from .evaluate import accuracies, check_fits, from_run
 from .frozen import InPrecision, freeze
 from .run import Run
 
@@ -136,12 +136,8 @@ def build_teacher(config, dataset):
         channels = dataset.train.images.shape[1]
         teacher = models.get(config.teacher, dataset.num_classes, channels)
         models.load_weights(teacher, config.teacher_checkpoint)
+    check_fits(teacher, dataset, config.teacher_checkpoint)
     teacher.to(config.device, memory_format=torch.channels_last)
-    logits = teacher.eval()(torch.zeros(1, *dataset.train.images.shape[1:], device=config.device))
-    if logits.shape != (1, dataset.num_classes):
-        raise ValueError(
-            f"teacher_checkpoint has {logits.shape[1]} classes, {config.data} {dataset.num_classes}"
-        )
     return freeze(teacher, PRECISIONS[config.precision_teacher])
 
 

@@ -8,7 +8,7 @@
 static inline F linf_point(F x_adv, F grad, F x, F eps, F step, F lo, F hi) {
   const F zero = {};
   const F moved = x_adv + (grad > zero ? step : (grad < zero ? -step : zero));
-  return min(min(hi, x + eps), max(max(lo, x - eps), moved));
+  return min(hi, max(lo, min(x + eps, max(x - eps, moved))));
 }
 
 static void linf_span(float* out, const float* x_adv, const float* grad, const float* x, int64_t n,

@@ -40,8 +40,8 @@ class PGD:
             raise ValueError(f"steps is {self.steps}, must be at least 0")
 
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
-        """x_adv for `model`, the objective being "ce" or "margin" of (logits, y) or "kl" of
-        (logits, target_logits).
+        """x_adv for `model`; the objective is "ce", "margin" or "cw" (the margin up to kappa = 50,
+        as evaluations have it) of (logits, y), or "kl" of (logits, target_logits).
 
         x: float32 [B, ...] in [lo, hi]; y: int64 [B]; target_logits: [B, C], constant. start: x_adv
         to begin from instead of `init`. index: int64 [B] dataset ids that decide each sample's
@@ -70,10 +70,13 @@ class PGD:
         with evaluating(model):
             return self.ascend(inner, x, target.detach(), start=start, index=index)
 
+    @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
         and constant. The building block of training methods: no checks, modes are the caller's."""
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
+        if start is not None and start.shape != x.shape:
+            raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
         x_adv = self._start(x, index) if start is None else start.detach().clone()
         for _ in range(self.steps if x.numel() else 0):
             grad = input_gradient(inner, x_adv, *targets)
@@ -102,5 +105,6 @@ def input_gradient(inner, x_adv, *targets):
 OBJECTIVES = {
     "ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"),
     "margin": lambda logits, y: losses.margin(logits, y),
+    "cw": lambda logits, y: losses.margin(logits, y, kappa=50.0),
     "kl": lambda logits, target: losses.kl(logits, target, reduction="none"),
 }

@@ -8,6 +8,7 @@ from .dataset import Dataset, cut, image_set
 
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 HELD_OUT = 1_000
+MAX_CLASSES = 100_000
 
 
 def load(path: str | Path, seed: int) -> Dataset:
@@ -70,6 +71,7 @@ def _labels(path: str | Path, arrays: dict[str, np.ndarray], part: str) -> np.nd
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         found = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"{path}: {name} is {found}, not {count} integers")
-    if count and labels.min() < 0:
-        raise ValueError(f"{path}: {name} holds {labels.min()}; labels start at 0")
+    if count and not (labels.min() >= 0 and labels.max() < MAX_CLASSES):
+        found = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"{path}: {name} holds {found}; labels are 0 to {MAX_CLASSES - 1}")
     return labels

@@ -14,9 +14,18 @@ def radius(eps, x, norm, lo, hi):
                     f"eps has shape {tuple(eps.shape)}, must be a float or one value per sample: "
                     f"[{x.shape[0]}] or [{x.shape[0]}, 1, ...]"
                 )
+            if eps.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+                for value in eps.aminmax() if eps.numel() else ():
+                    _check(value.item(), norm, lo, hi)
             return eps.reshape(-1).to(x.dtype), 0.0
         eps = eps.item()
-    limit = hi - lo if math.isfinite(hi - lo) else 1.0  # images live in [0, 1] unless the box says
-    if norm == "linf" and not 0 <= eps <= limit:
-        raise ValueError(f"eps is {eps}, must be in [0, {limit}] (did you mean {eps}/255?)")
+    _check(eps, norm, lo, hi)
     return None, eps
+
+
+def _check(eps, norm, lo, hi):
+    if isinstance(eps, str):
+        raise TypeError(f"eps is {eps!r}, must be a number or a tensor")
+    limit = hi - lo if math.isfinite(hi - lo) else 1.0  # images live in [0, 1] unless the box says
+    if not eps >= 0 or (norm == "linf" and eps > limit):
+        raise ValueError(f"eps is {eps:g}, must be in [0, {limit}] (did you mean {eps:g}/255?)")

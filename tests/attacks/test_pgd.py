@@ -145,6 +145,15 @@ def test_ascend_takes_any_objective_and_counts_bad_gradients(batch):
     assert input_gradient(lambda v: v.flatten(1).sum(1), x).eq(1).all()
 
 
+def test_works_under_no_grad_and_inference_mode(model, batch):
+    x, y = batch
+    attack = PGD(EPS, EPS / 4, 2, init="zero")
+    expected = attack(model, x, y)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(attack(model, x, y), expected)
+
+
 def test_empty_batch_returns_empty(model, batch):
     x, y = batch
     assert PGD()(model, x[:0], y[:0]).shape == (0, 3, 8, 8)

@@ -61,6 +61,13 @@ def test_mixed_layouts_do_not_mix_pixels():
     assert torch.equal(ops.pgd_step(x_adv.contiguous(**nhwc), grad, x, EPS, STEP), expected)
 
 
+def test_x_outside_the_box_ends_in_the_box():
+    x = torch.tensor([[-0.2, 1.2, 0.5, -0.05]])
+    case = OpCase("pgd_step", (x, torch.ones_like(x), x, None, 0.1, 0.05, "linf", 0.0, 1.0))
+    check_values(case)
+    assert case.overload(*case.args).tolist() == [[0.0, 1.0, pytest.approx(0.55), 0.0]]
+
+
 def test_nan_and_zero_gradients_do_not_move():
     x = torch.full((2, 20), 0.5)
     grad = torch.zeros(2, 20)
@@ -136,6 +143,10 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"eps has shape \(3,\), must be a float or one value", eps=torch.ones(3))
     fails(ValueError, r"eps has shape \(2, 2\)", eps=torch.ones(2, 2))
     fails(ValueError, r"eps is 8, .*did you mean 8/255", eps=8)
+    fails(ValueError, "eps is -1, must be in", eps=-1.0, norm="l2")
+    fails(ValueError, "eps is nan, must be in", eps=math.nan, norm="l2")
+    fails(ValueError, "eps is 8, .*did you mean 8/255", eps=torch.full((4,), 8.0))
+    fails(TypeError, "eps is '8/255', must be a number", eps="8/255")
     fails(ValueError, "norm is 'l1', must be 'linf' or 'l2'", norm="l1")
     fails(ValueError, "x_adv overlaps x in memory", x=x_adv)
     fails(ValueError, "x_adv overlaps grad in memory", grad=x_adv.view(2, 2, 3, 4).view(4, 3, 2, 2))
