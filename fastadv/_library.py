@@ -92,7 +92,11 @@ def define(schema, *, check, reference, fake, native=None, kernel=None):
     _library.define(schema)
     impl(reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
-    chosen = Backends("reference (plain torch)", "reference (plain torch)")
+    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else None
+    chosen = Backends(
+        f"reference ({why or 'fastadv._C is missing' if native else 'no kernel'})",
+        f"reference ({why or triton_missing() if kernel else 'no kernel'})",
+    )
     if native and backend() in ("auto", "native") and not _native.missing:
         impl(native, "CPU")
         chosen.cpu = "native"
