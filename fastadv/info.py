@@ -24,8 +24,8 @@ def report():
         f"Triton kernels: {_library.triton_missing() or 'can run'}",
         f"CUDA:           {cuda}",
         "",
-        f"{'op':18} {'on cpu':26} on cuda",
-        *(f"{name:18} {op.cpu:26} {op.cuda}" for name, op in _library.ops.items()),
+        f"{'op':18} {'on cpu':38} on cuda",
+        *(f"{name:18} {op.cpu:38} {op.cuda}" for name, op in _library.ops.items()),
         "",
         *(f"{name}={os.environ.get(name, '')}" for name in ("FASTADV_BACKEND", "FASTADV_CPU_ISA")),
     ]
