@@ -22,6 +22,7 @@ MARKS = "<!-- benchmark table: python benchmarks/run.py --table -->", "<!-- end 
 
 def run(suite, only, seconds):
     where = machine()
+    RESULTS.mkdir(exist_ok=True)
     print(where)
     for module in SUITES[suite]:
         if only and module != f"bench_{only}":
