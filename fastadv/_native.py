@@ -18,6 +18,11 @@ except ImportError as error:
 else:
     missing = None
     if os.environ.get("FASTADV_CPU_ISA"):
+        if os.environ["FASTADV_CPU_ISA"] not in _C.isas():
+            raise ValueError(
+                f"FASTADV_CPU_ISA is {os.environ['FASTADV_CPU_ISA']!r}, must be one of those that "
+                f"this build and machine have: {', '.join(_C.isas())}"
+            )
         _C.use_isa(os.environ["FASTADV_CPU_ISA"])
 
 NORMS = {"linf": 0, "l2": 1}

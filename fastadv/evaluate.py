@@ -74,7 +74,9 @@ def from_run(path):
 
     Raises ValueError naming the file when a run did not write it.
     """
-    if not str(path).endswith(".safetensors"):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} is not a run's .safetensors: name its architecture as well")
     _, metadata = checkpoint.load(path)
     try:

@@ -40,6 +40,8 @@ def train(config, resume=False):
     method = build_method(config).to(device)
     student = models.get(config.student, dataset.num_classes, channels, config.student_width)
     student.to(device, memory_format=torch.channels_last)
+    if config.teacher_checkpoint and "teacher" not in method.teachers:
+        raise ValueError(f"teacher_checkpoint is given, but method {config.method} has no teacher")
     nets = methods.Nets(
         student=InPrecision(student, PRECISIONS[config.precision_outer]),
         teacher=build_teacher(config, dataset) if "teacher" in method.teachers else None,
@@ -182,12 +184,17 @@ def parse(argv):
     if resume:
         if given or name or precision or options:
             parser.error("--resume takes the run's own settings: no other flag goes with it")
+        if not (Path(resume) / "config.json").is_file():
+            raise FileNotFoundError(f"--resume is {resume}, a folder without a run's config.json")
         saved = Config.from_json((Path(resume) / "config.json").read_text())
         return dataclasses.replace(saved, out=resume), True
     fields = recipe(name) if name else {}
     fields |= {
         f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
     }
+    for option in options:
+        if "=" not in option:
+            raise ValueError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
     pairs = [option.partition("=")[::2] for option in options]
     fields["method_options"] = fields.get("method_options", {}) | {k: number(v) for k, v in pairs}
     config = Config(**(fields | given))

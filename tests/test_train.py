@@ -194,6 +194,7 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
 
     fails("teacher_checkpoint is missing, which method rslad needs", method="rslad")
     fails("method is 'pgd', must be one of", method="pgd")
+    fails("method at has no teacher", teacher_checkpoint=str(teacher))
     fails("unknown model 'vgg'", student="vgg")
     fails("eps is 8, .*did you mean 8/255", eps=8)
     fails("does not take these options", method_options={"beta": 1})
@@ -229,6 +230,10 @@ def test_command_line(tmp_path, monkeypatch):
     assert str(fresh_folder("digits")) == "runs/digits-2"
     with pytest.raises(SystemExit):
         parse(["--resume", "x", "--lr", "1"])
+    with pytest.raises(ValueError, match="--set is 'beta6', must be NAME=VALUE"):
+        parse(["--set", "beta6"])
+    with pytest.raises(FileNotFoundError, match="--resume is no, a folder without"):
+        parse(["--resume", "no"])
     with pytest.raises(ValueError, match="recipe is 'x', must be one of at-cifar10-resnet18"):
         parse(["--recipe", "x"])
 
@@ -353,6 +358,8 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
         np.savez(other, **{k: v + 2 if k.endswith("labels") else v for k, v in file.items()})
     with pytest.raises(ValueError, match="has 3 classes, other 5"):
         evaluate.main([*line, "--data-dir", str(other)])
+    with pytest.raises(FileNotFoundError, match="no such file .a run's is DIR/best.safetensors"):
+        evaluate.main(["--checkpoint", str(teacher.parent)])
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="not a run's .safetensors"):
         evaluate.main(["--checkpoint", str(tmp_path / "w.pt")])
