@@ -25,7 +25,8 @@ def run(arguments, cwd, **env):
 @pytest.mark.parametrize("op", ["pgd_step", "softmax_kl"])
 def test_interpreted(op, tmp_path):
     arguments = ["-m", "pytest", TESTS / f"ops/test_{op}.py"]
-    done = run(arguments, tmp_path, TRITON_INTERPRET="1", FASTADV_BACKEND="triton")
+    env = {"TRITON_INTERPRET": "1", "FASTADV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    done = run(arguments, tmp_path, **env)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
