@@ -3,7 +3,7 @@
 //   l2:   d = x_adv + step_size * grad / ||grad|| - x;  x_adv' = clip(x + d * min(1, eps / ||d||))
 // out, x_adv, grad, x: fp32 [batch, size], dense, in the same element order; out may be x_adv.
 // eps_per_sample: fp32 [batch] or null, then eps holds for all. sign(0) = sign(NaN) = 0; a sample
-// whose gradient is zero takes no l2 step.
+// whose gradient is zero or has a NaN takes no l2 step.
 
 static inline F linf_point(F x_adv, F grad, F x, F eps, F step, F lo, F hi) {
   const F zero = {};
@@ -56,7 +56,7 @@ static void l2_sample(float* out, const float* x_adv, const float* grad, const f
   // In fp64 until the last rounding: step / ||grad|| may overflow fp32 while step * grad / ||grad||
   // does not.
   const auto moved = [&](int64_t i, int64_t r) {
-    const F step = __builtin_convertvector(widen(load_upto(grad + i, r)) * s, F);
+    const F step = scale > 0 ? __builtin_convertvector(widen(load_upto(grad + i, r)) * s, F) : F{};
     return load_upto(x_adv + i, r) + step - load_upto(x + i, r);
   };
   const double norm = l2_norm(n, moved);

@@ -74,6 +74,8 @@ def test_nan_and_zero_gradients_do_not_move():
     grad[0] = math.nan
     assert torch.equal(ops.pgd_step(x, grad, x, EPS, STEP), x)
     assert torch.equal(ops.pgd_step(x, torch.zeros_like(x), x, EPS, STEP, norm="l2"), x)
+    grad[0, 1:] = 1  # one NaN leaves the sample without a direction
+    assert torch.equal(ops.pgd_step(x, grad, x, EPS, STEP, norm="l2"), x)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
