@@ -1,0 +1,46 @@
+"""The commands as a user runs them, in processes of their own: minutes long."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastadv import checkpoint, log
+
+TRAIN = [sys.executable, "-m", "fastadv.train"]
+
+
+@pytest.mark.slow
+def test_demo_makes_students_robust(tmp_path):
+    done = subprocess.run(TRAIN, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "run folder: runs/digits" in done.stdout
+    report = json.loads((tmp_path / "runs/digits/report.json").read_text())
+    rates = report["accuracy"]
+    assert rates["natural"]["clean"] > 0.95
+    assert rates["natural"]["pgd20"] < 0.1
+    for label in ("PGD-AT teacher", "RSLAD student", "PGD-AT student"):
+        assert rates[label]["clean"] > 0.85
+        assert rates[label]["pgd20"] > 0.5
+    assert report["comparison"] in done.stdout
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_give_the_same_bits(tmp_path):
+    settings = "--method trades --data digits --student digits_net --student-width 4 --eps 0.1"
+    command = [*TRAIN, *settings.split(), "--epochs", "12", "--lr", "0.05", "--out"]
+    subprocess.run([*command, "whole"], cwd=tmp_path, check=True)
+    cut = subprocess.Popen([*command, "cut"], cwd=tmp_path)
+    while len(log.read(tmp_path / "cut/metrics.jsonl")) < 3:
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGKILL)
+    assert cut.wait() == -signal.SIGKILL
+    assert len(log.read(tmp_path / "cut/metrics.jsonl")) < 12
+    subprocess.run([*TRAIN, "--resume", "cut"], cwd=tmp_path, check=True)
+    a, b = (checkpoint.load(tmp_path / run / "last.safetensors")[0] for run in ("whole", "cut"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
