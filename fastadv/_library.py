@@ -16,6 +16,7 @@ import torch
 from . import _native
 
 BACKENDS = ("auto", "native", "triton", "cuda", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what losses take
 _library = torch.library.Library("fastadv", "DEF")
 _log = logging.getLogger("fastadv")
 
@@ -57,7 +58,7 @@ def triton_missing():
         triton = importlib.import_module("triton")
         if os.environ.get("TRITON_INTERPRET") != "1":
             triton.runtime.driver.active.get_current_target()
-    except Exception as error:
+    except Exception as error:  # a broken driver fails in ways of its own
         return f"triton cannot run: {error}"
     return None
 

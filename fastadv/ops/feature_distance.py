@@ -9,16 +9,14 @@ Differentiable in both.
 import torch
 
 from .. import _native, reference
-from .._library import define, expect, gradients_from_forward
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .._library import FLOATS, define, expect, gradients_from_forward
 
 
 def _check(student, teacher, distance, student_grad, teacher_grad):
     if student.dim() == 0:
         raise ValueError("student has no batch dimension, must be [B, ...]")
-    if student.dtype not in _DTYPES:
-        raise TypeError(f"student is {student.dtype}, must be one of {_DTYPES}")
+    if student.dtype not in FLOATS:
+        raise TypeError(f"student is {student.dtype}, must be one of {FLOATS}")
     expect("teacher", teacher, dtype=student.dtype, like=student, shape=student.shape)
     if distance not in _native.DISTANCES:
         raise ValueError(f"distance is {distance!r}, must be 'mse', 'l2' or 'cosine'")

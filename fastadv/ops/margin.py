@@ -8,16 +8,14 @@ logits z: [B, C]; y: int64 [B]; loss: [B], float32 for halves. Differentiable in
 import torch
 
 from .. import _native, reference
-from .._library import define, expect, gradients_from_forward
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .._library import FLOATS, define, expect, gradients_from_forward
 
 
 def _check(logits, y, grad):
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 1")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"logits is {logits.dtype}, must be one of {_DTYPES}")
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"logits is {logits.dtype}, must be one of {FLOATS}")
     expect("y", y, dtype=torch.int64, like=logits, shape=logits.shape[:1])
 
 

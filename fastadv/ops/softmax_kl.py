@@ -10,16 +10,14 @@ student, teacher: [B, C]; weight: [B] or None; gradients: contiguous, each in it
 import torch
 
 from .. import _native, reference
-from .._library import define, expect, gradients_from_forward
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .._library import FLOATS, define, expect, gradients_from_forward
 
 
 def _check(student, teacher, weight, temperature, reduction, *wanted):
     shape, dtype = student.shape, student.dtype
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"student has shape {tuple(shape)}, must be [B, C] with C > 0")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"student is {dtype}, must be a floating point type")
     expect("teacher", teacher, dtype=dtype, like=student, shape=shape)
     if weight is not None:
