@@ -74,3 +74,22 @@ def _reduced(loss, reduction, mean):
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
+
+
+def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
+    loss = torch.nn.functional.cross_entropy(
+        logits, target, label_smoothing=label_smoothing, reduction="none"
+    )
+    return _reduced(loss, reduction, "mean")
+
+
+def mart_bce(logits, y, reduction="mean"):
+    q = logits.softmax(1)
+    wrong = q.scatter(1, y[:, None], -1.0).amax(1)
+    loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+    return _reduced(loss - (1.0001 - wrong + 1e-12).log(), reduction, "mean")
+
+
+def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
+    q = (logits / temperature).softmax(1)
+    return _reduced(-(q * (q + offset).log()).sum(1), reduction, "mean")

@@ -11,7 +11,7 @@ LEVELS = (
     {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint"},
     {"ops"},
     {"losses"},
-    {"attacks", "frozen", "models", "data"},
+    {"attacks", "frozen", "features", "models", "data"},
     {"methods"},
     {"graphs", "teacher_cache", "compat"},
     {"testing", "info", "run"},

@@ -16,6 +16,7 @@ class PGD:
 
     eps, step_size: in units of x (8/255, not 8). init: "uniform" in the ball, clipped to the box
     (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
+    clip_start: whether the start is clipped to the box, where other than that (ARD's is not).
     norm: "linf" or "l2". lo, hi: the box of valid images.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
     gradient with NaN or infinity in it; NaN elements do not move.
@@ -30,6 +31,7 @@ class PGD:
     norm: str = "linf"
     lo: float = 0.0
     hi: float = 1.0
+    clip_start: bool | None = None
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -86,7 +88,8 @@ class PGD:
         return x_adv
 
     def _start(self, x, index):
-        box = {"lo": self.lo, "hi": self.hi} if self.init == "uniform" else {}
+        clip = self.init == "uniform" if self.clip_start is None else self.clip_start
+        box = {"lo": self.lo, "hi": self.hi} if clip else {}
         return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, index=index, **box)
 
 

@@ -1,20 +1,26 @@
 """PGD adversarial training (Madry et al. 2018, equation 2.1)."""
 
-import torch.nn.functional as F
+from .. import losses
+from .base import LabelAttack, update_statistics
 
-from .base import Method
 
+class AT(LabelAttack):
+    """max CE(s(x_adv), y);  min CE(s(x_adv), y), batch mean, y smoothed by label_smoothing.
 
-class AT(Method):
-    """max CE(s(x_adv), y);  min CE(s(x_adv), y)."""
+    parity: the forwards of weight zero in the code of Rice et al. 2020, s(x_adv) before (there to
+    choose among restarts) and s(x) after (for its log; theirs follows the optimiser's step).
+    """
 
     init = "uniform"
 
-    def targets(self, nets, batch, state):
-        return (batch.y,)
-
-    def inner(self, nets, x_adv, y):
-        return F.cross_entropy(nets.student(x_adv), y, reduction="none")
+    def __init__(self, label_smoothing=0.0, parity=False, **options):
+        super().__init__(**options)
+        self.label_smoothing, self.parity = label_smoothing, parity
 
     def outer(self, nets, batch, state):
-        return F.cross_entropy(nets.student(batch.x_adv), batch.y), state
+        if self.parity:
+            update_statistics(nets.student, batch.x_adv)
+        adv = nets.student(batch.x_adv)
+        if self.parity:
+            update_statistics(nets.student, batch.x)
+        return losses.cross_entropy(adv, batch.y, self.label_smoothing), state

@@ -6,7 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from .. import losses
 from ..attacks import PGD
+from ..features import forward_features
 from ..frozen import Frozen, freeze
 
 
@@ -14,7 +16,8 @@ from ..frozen import Frozen, freeze
 class Nets:
     """The networks of a method, [0, 1] images -> logits. Teachers are frozen and in eval mode.
 
-    student_twin: the student as attacks in eval mode see it; made from `student` when missing.
+    teacher: the robust one. clean_teacher: the natural ("standard", "vanilla") one. student_twin:
+    the student as attacks in eval mode see it; made from `student` when missing.
     """
 
     student: nn.Module
@@ -36,7 +39,8 @@ class Nets:
 
 @dataclass
 class Batch:
-    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index, view: ids of image, augmentation."""
+    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B], or probabilities [B, classes] where images
+    are mixed; index, view: ids of image and augmentation. What teachers say of it is memoised."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -47,33 +51,50 @@ class Batch:
 
     def teacher_logits(self, nets, teacher="teacher", on="x"):
         """Logits of a teacher on "x" or "x_adv": computed once per batch, without gradient."""
-        key = teacher, on
-        if key not in self.memo:
-            net = getattr(nets, teacher)
-            if net is None:
-                raise ValueError(f"nets.{teacher} is None, must be a network for this method")
+        return self.teacher_features(nets, ("logits",), teacher, on)["logits"]
+
+    def teacher_features(self, nets, names, teacher="clean_teacher", on="x"):
+        """{name: features} of a teacher, see `forward_features`; computed once, no gradient."""
+        net = getattr(nets, teacher)
+        if net is None:
+            raise ValueError(f"nets.{teacher} is None, must be a network for this method")
+        if any((teacher, on, name) not in self.memo for name in names):
             with torch.no_grad():
-                self.memo[key] = net(getattr(self, on))
-        return self.memo[key]
+                logits, features = forward_features(net, getattr(self, on), names)
+            features["logits"] = logits
+            self.memo |= {(teacher, on, name): value for name, value in features.items()}
+        return {name: self.memo[teacher, on, name] for name in names}
 
 
 class Method(nn.Module):
     """A training method: `inner` is maximised over x_adv, `outer` minimised over the student.
 
-    attack: a PGD, by default with the start and sizes of the paper. attack_bn: "eval" attacks the
-    frozen twin, "train" the student itself, BatchNorm statistics and all. teachers: which nets the
-    method needs besides the student.
+    attack: a PGD; by default with the sizes common to all papers and the start of this one.
+    attack_bn: "eval" attacks the frozen twin, "train" the student itself, BatchNorm statistics and
+    all; by default as the authors' code has it. milestones: the epochs after which the rates of
+    dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
+
+    Of the class: teachers, the nets it needs besides the student; init and clip_start, the paper's
+    start; hard_labels, whether y must be class ids.
     """
 
     teachers = ()
     init = "gaussian"
+    clip_start = None
+    attack_bn = "eval"
+    hard_labels = False
 
-    def __init__(self, attack=None, attack_bn="eval"):
+    def __init__(self, attack=None, attack_bn=None, milestones=()):
         super().__init__()
-        if attack_bn not in ("eval", "train"):
+        if attack_bn not in ("eval", "train", None):
             raise ValueError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
-        self.attack = attack or PGD(init=self.init)
-        self.attack_bn = attack_bn
+        self.attack = attack or PGD(init=self.init, clip_start=self.clip_start)
+        self.attack_bn = attack_bn or self.attack_bn
+        self.milestones = milestones
+
+    def prepare(self, nets, x):
+        """Makes what depends on the networks, such as a projector; x [B, C, H, W] is an example.
+        Called once, before the optimiser and `init_state`."""
 
     def init_state(self, device):
         """Dynamic weights and temperatures as a dict of tensors; empty for most methods."""
@@ -100,4 +121,29 @@ class Method(nn.Module):
 
     def end_epoch(self, state):
         """The state that the next epoch starts with."""
-        return state
+        return state | {"epoch": state["epoch"] + 1} if "epoch" in state else state
+
+    def decayed(self, rate, state):
+        """`rate` after the milestones that state["epoch"] has passed; no host sync."""
+        return rate * 0.1 ** sum(state["epoch"] >= milestone for milestone in self.milestones)
+
+
+class LabelAttack(Method):
+    """A method whose adversary maximises CE(s(x_adv), y)."""
+
+    def targets(self, nets, batch, state):
+        return (batch.y,)
+
+    def inner(self, nets, x_adv, y):
+        return losses.cross_entropy(nets.student(x_adv), y, reduction="none")
+
+
+def update_statistics(net, x):
+    """A forward pass of weight zero, which moves the BatchNorm statistics of `net` and no more."""
+    with torch.no_grad():
+        net(x)
+
+
+def label_probability(logits, y):
+    """softmax(logits)_y, [B]."""
+    return logits.softmax(1).gather(1, y[:, None])[:, 0]

@@ -1,15 +1,18 @@
 """Natural training: no adversary."""
 
-import torch.nn.functional as F
-
+from .. import losses
 from .base import Method
 
 
 class Natural(Method):
-    """min CE(s(x), y)."""
+    """min CE(s(x), y), batch mean, y smoothed by label_smoothing."""
+
+    def __init__(self, label_smoothing=0.0, **options):
+        super().__init__(**options)
+        self.label_smoothing = label_smoothing
 
     def perturb(self, nets, batch, state, start=None):
         return batch.x
 
     def outer(self, nets, batch, state):
-        return F.cross_entropy(nets.student(batch.x), batch.y), state
+        return losses.cross_entropy(nets.student(batch.x), batch.y, self.label_smoothing), state

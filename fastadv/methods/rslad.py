@@ -18,14 +18,23 @@ class RSLAD(Method):
         super().__init__(**options)
         self.adv_weight = adv_weight
 
+    def teacher_logits(self, nets, batch, state):
+        """The soft labels of x_adv and of x: one and the same."""
+        z = batch.teacher_logits(nets)
+        return z, z
+
     def targets(self, nets, batch, state):
-        return (batch.teacher_logits(nets),)
+        return self.teacher_logits(nets, batch, state)[:1]
 
     def inner(self, nets, x_adv, z):
         return losses.kl(nets.student(x_adv), z, reduction="none")
 
+    def distil(self, nets, batch, state):
+        """(loss, (s(x_adv), s(x)))."""
+        z_adv, z = self.teacher_logits(nets, batch, state)
+        adv, clean = nets.student(batch.x_adv), nets.student(batch.x)
+        loss = self.adv_weight * losses.kl(adv, z_adv) + (1 - self.adv_weight) * losses.kl(clean, z)
+        return loss / 10, (adv, clean)
+
     def outer(self, nets, batch, state):
-        z = batch.teacher_logits(nets)
-        adv = losses.kl(nets.student(batch.x_adv), z)
-        clean = losses.kl(nets.student(batch.x), z)
-        return (self.adv_weight * adv + (1 - self.adv_weight) * clean) / 10, state
+        return self.distil(nets, batch, state)[0], state

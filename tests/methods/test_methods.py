@@ -1,106 +1,98 @@
 """Each method against a plain transcription of its paper: x_adv, loss, gradients, BatchNorm."""
 
 import copy
+from functools import partial
 
+import papers
 import pytest
 import torch
 import torch.nn.functional as F
+from papers import EPS, STEP, STEPS
 
 from fastadv import freeze, methods, models
 from fastadv.attacks import PGD
 
-EPS, STEP, STEPS = 8 / 255, 2 / 255, 3
-
-
-def kl(target, logits):
-    """KL(softmax(target) || softmax(logits)), batch mean, by definition."""
-    p, q = logits.softmax(1), target.softmax(1)
-    return (q * (q.log() - p.log())).sum(1).mean()
-
-
-def attacked(x, start, objective):
-    x_adv = start.clone()
-    for _ in range(STEPS):
-        x_adv.requires_grad_()
-        (grad,) = torch.autograd.grad(objective(x_adv) * len(x), x_adv)
-        x_adv = x_adv.detach() + STEP * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
-    return x_adv
-
-
-def at(s, t, x, y, start):
-    s.eval()
-    x_adv = attacked(x, start, lambda v: F.cross_entropy(s(v), y))
-    s.train()
-    return x_adv, F.cross_entropy(s(x_adv), y)
-
-
-def trades(s, t, x, y, start, beta=6.0):
-    s.eval()
-    clean = s(x).detach()
-    x_adv = attacked(x, start, lambda v: kl(clean, s(v)))
-    s.train()
-    clean, adv = s(x), s(x_adv)
-    return x_adv, F.cross_entropy(clean, y) + beta * kl(clean, adv)
-
-
-def rslad(s, t, x, y, start):
-    z = t(x).detach()
-    s.eval()
-    x_adv = attacked(x, start, lambda v: kl(z, s(v)))
-    s.train()
-    q, adv, clean = z.softmax(1), s(x_adv), s(x)
-    # The authors' CIFAR-10 loss: means over batch and classes.
-    loss = 5 / 6 * (q * (q.log() - adv.log_softmax(1))).mean()
-    return x_adv, loss + 1 / 6 * (q * (q.log() - clean.log_softmax(1))).mean()
-
-
-def natural(s, t, x, y, start):
-    s.train()
-    return x, F.cross_entropy(s(x), y)
+CASES = {
+    "natural": ("natural", {}, papers.natural),
+    "natural smoothed": (
+        "natural",
+        {"label_smoothing": 0.1},
+        partial(papers.natural, smoothing=0.1),
+    ),
+    "at": ("at", {}, papers.at),
+    "at smoothed": ("at", {"label_smoothing": 0.1}, partial(papers.at, smoothing=0.1)),
+    "at as Rice et al.": (
+        "at",
+        {"parity": True, "attack_bn": "train"},
+        partial(papers.at, parity=True, mode="train"),
+    ),
+    "trades": ("trades", {}, papers.trades),
+    "trades parity": (
+        "trades",
+        {"parity": True, "beta": 5},
+        partial(papers.trades, beta=5, parity=True),
+    ),
+    "mart": ("mart", {}, papers.mart),
+    "mart beta 6": ("mart", {"beta": 6.0}, partial(papers.mart, beta=6.0)),
+    "ard": ("ard", {}, papers.ard),
+    "ard parity": ("ard", {"parity": True}, partial(papers.ard, parity=True)),
+    "ard with labels": (
+        "ard",
+        {"alpha": 0.9, "temperature": 5.0},
+        partial(papers.ard, alpha=0.9, temperature=5.0),
+    ),
+    "iad1 early": ("iad1", {}, papers.iad1),
+    "iad1": ("iad1", {"begin": 0}, partial(papers.iad1, begin=0)),
+    "iad1 parity": (
+        "iad1",
+        {"begin": 0, "parity": True},
+        partial(papers.iad1, begin=0, parity=True),
+    ),
+    "iad2 early": ("iad2", {}, papers.iad2),
+    "iad2": ("iad2", {"begin": 0, "temperature": 2}, partial(papers.iad2, begin=0, temperature=2)),
+    "rslad": ("rslad", {}, papers.rslad),
+    "absld": ("absld", {}, papers.absld),
+    "mtard": ("mtard", {}, papers.mtard),
+    "bmtard": ("bmtard", {}, papers.bmtard),
+    "adaad": ("adaad", {}, papers.adaad),
+    "adaad parity": ("adaad", {"parity": True}, partial(papers.adaad, parity=True)),
+    "adaad CIFAR-100": (
+        "adaad",
+        {"alpha": 0.7, "reduction": "batchmean"},
+        partial(papers.adaad, alpha=0.7, share=1),
+    ),
+    "funmatch": ("funmatch", {"temperature": 2.0}, partial(papers.funmatch, temperature=2.0)),
+    "advfunmatch": ("advfunmatch", {}, papers.advfunmatch),
+    "advfunmatch clean": (
+        "advfunmatch",
+        {"clean_weight": 0.25, "temperature": 3.0},
+        partial(papers.advfunmatch, clean_weight=0.25, temperature=3.0),
+    ),
+    "vfd+at": ("vfd+at", {}, papers.vfd_at),
+    "vfd+at weights": (
+        "vfd+at",
+        {"lambda_adv": 2.0, "lambda_clean": 0.0},
+        partial(papers.vfd_at, weights=(2.0, 0.0)),
+    ),
+    "vfd+trades": ("vfd+trades", {}, papers.vfd_trades),
+}
 
 
 @pytest.fixture
 def setup():
+    """Student, robust teacher, clean teacher, x, y and an attack's start, in float64."""
     torch.manual_seed(0)
-    student, teacher = models.get("resnet18", width=4), models.get("resnet18", width=8)
-    for net in (student, teacher):
+    nets = [models.get("resnet18", width=width) for width in (4, 8, 4)]
+    for net in nets:
         for _ in range(3):
             net(torch.rand(64, 3, 8, 8))
-    x, y = torch.rand(8, 3, 8, 8), torch.randint(10, (8,))
-    return student.double(), teacher.double().eval(), x.double(), y
-
-
-@pytest.mark.parametrize(
-    ("name", "paper"), [("natural", natural), ("at", at), ("trades", trades), ("rslad", rslad)]
-)
-def test_follows_the_paper(setup, name, paper):
-    """In float64, where rounding cannot flip a sign."""
-    student, teacher, x, y = setup
-    ours, theirs = student, copy.deepcopy(student)
-    start = x + 1e-3 * torch.randn_like(x)
-    x_adv, loss = paper(theirs, teacher, x, y, start)
-    loss.backward()
-
-    method = methods.get(name, attack=PGD(EPS, STEP, STEPS))
-    nets = methods.Nets(student=ours.train(), teacher=teacher, student_twin=DoubleTwin(ours))
-    batch, state = methods.Batch(x=x, y=y), method.init_state("cpu")
-    batch.x_adv = method.perturb(nets, batch, state, start=start)
-    before = [m.training for m in ours.modules()]
-    our_loss, state = method.outer(nets, batch, state)
-    our_loss.backward()
-
-    assert all(before)
-    torch.testing.assert_close(batch.x_adv, x_adv, rtol=0, atol=1e-12)
-    torch.testing.assert_close(our_loss, loss)
-    for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-10, msg=key)
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
+    x, y = torch.rand(8, 3, 8, 8).double(), torch.randint(10, (8,))
+    student, *teachers = (net.double().eval() for net in nets)
+    return student, *teachers, x, y, x + 1e-3 * torch.randn_like(x)
 
 
 class DoubleTwin(torch.nn.Module):
-    """freeze() returns float32 logits; this test compares in float64."""
+    """freeze() returns float32 logits; these tests compare in float64."""
 
     def __init__(self, model):
         super().__init__()
@@ -110,26 +102,161 @@ class DoubleTwin(torch.nn.Module):
         return self.twin.net(x)
 
 
-def test_trades_target_is_not_detached(setup):
-    student, _, x, y = setup
-    method = methods.get("trades")
-    outputs = []
+def ours(name, options, student, teacher, clean_teacher, x):
+    """(method, nets, state) ready for the first step."""
+    method = methods.get(name, attack=PGD(EPS, STEP, STEPS), **options)
+    nets = methods.Nets(student.train(), teacher, clean_teacher, DoubleTwin(student))
+    method.prepare(replaced(nets), x)
+    state = method.init_state("cpu")
+    state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    return method, nets, state
+
+
+def replaced(nets):
+    """Nets whose student may be called without moving its statistics."""
+    return methods.Nets(copy.deepcopy(nets.student), nets.teacher, nets.clean_teacher)
+
+
+def assert_same_step(student, plain, loss, plain_loss, x_adv, plain_x_adv):
+    torch.testing.assert_close(x_adv, plain_x_adv, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-7, atol=1e-9)
+    for (key, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9, msg=key)
+    for (key, a), b in zip(student.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_follows_the_paper(setup, case):
+    """In float64, where rounding cannot flip a sign."""
+    name, options, paper = CASES[case]
+    student, teacher, clean_teacher, x, y, start = setup
+    plain = copy.deepcopy(student).train()
+    x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
+    plain_loss.backward()
+
+    method, nets, state = ours(name, options, student, teacher, clean_teacher, x)
+    batch = methods.Batch(x=x, y=y)
+    batch.x_adv = method.perturb(nets, batch, state, start=start)
+    assert all(m.training for m in student.modules())
+    loss, _ = method.outer(nets, batch, state)
+    loss.backward()
+    assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+    assert all(p.grad is None for net in (teacher, clean_teacher) for p in net.parameters())
+
+
+def test_every_method_has_a_transcription():
+    tested = {name for name, _, _ in CASES.values()}
+    assert set(methods.METHODS) <= tested
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.5)
+
+
+@pytest.mark.parametrize("name", ["mtard", "bmtard"])
+def test_dynamic_weights_and_temperatures_over_steps(setup, name):
+    """Five steps of training; the temperature rate is raised so that it shows."""
+    student, teacher, clean_teacher, x, y, start = setup
+    plain = copy.deepcopy(student).train()
+    rate = 0.2 if name == "bmtard" else 0.0
+    paper = papers.BMTARD(temperature_rate=rate)
+    options = {"temperature_rate": rate} if rate else {}
+    method, nets, state = ours(name, options, student, teacher, clean_teacher, x)
+    optimizers = sgd(student), sgd(plain)
+    seen = set()
+    for _ in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
+        plain_loss.backward()
+        batch = methods.Batch(x=x, y=y)
+        batch.x_adv = method.perturb(nets, batch, state, start=start)
+        loss, state = method.outer(nets, batch, state)
+        loss.backward()
+        assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+        assert state["weights"].tolist() == pytest.approx(list(paper.weight.values()), abs=1e-12)
+        if rate:
+            assert state["temperatures"].tolist() == pytest.approx(list(paper.tau.values()))
+        seen.add((*paper.weight.values(), *paper.tau.values()))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(seen) == 5  # they do move
+
+
+def test_dynamic_rates_drop_at_the_milestones(setup):
+    student, teacher, clean_teacher, x, y, _ = setup
+    method, nets, state = ours("mtard", {"milestones": (1, 3)}, student, teacher, clean_teacher, x)
+    rates = []
+    for _ in range(4):
+        rates.append(float(method.decayed(0.025, state)))
+        state = method.end_epoch(state)
+    assert rates == pytest.approx([0.025, 0.0025, 0.0025, 0.00025])
+
+
+def test_absld_temperatures_over_epochs(setup):
+    student, teacher, clean_teacher, x, y, start = setup
+    plain = copy.deepcopy(student).train()
+    paper = papers.ABSLD()
+    method, nets, state = ours("absld", {}, student, teacher, clean_teacher, x)
+    optimizers = sgd(student), sgd(plain)
+    for step in range(6):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
+        plain_loss.backward()
+        batch = methods.Batch(x=x, y=y)
+        batch.x_adv = method.perturb(nets, batch, state, start=start)
+        loss, state = method.outer(nets, batch, state)
+        loss.backward()
+        assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 2:
+            paper.end_epoch()
+            state = method.end_epoch(state)
+            expected = [paper.tau["adv"], paper.tau["nat"]]
+            torch.testing.assert_close(state["temperatures"].tolist(), expected)
+    assert (state["temperatures"][0] - state["temperatures"][1]).abs().max() > 1e-4
+    assert state["errors"].count_nonzero() == 0
+
+
+def test_iad_begins_to_trust_itself_at_its_epoch(setup):
+    student, teacher, clean_teacher, x, y, _ = setup
+    method, nets, state = ours("iad1", {"begin": 2}, student, teacher, clean_teacher, x)
+    batch = methods.Batch(x=x, y=y, x_adv=(x + 0.03).clamp(0, 1))
+    trusts = []
+    for _ in range(3):
+        trusts.append(method.trust(nets, batch, state))
+        state = method.end_epoch(state)
+    assert all((a == 1).all() for a in trusts[:2])
+    p = teacher(batch.x_adv).softmax(1)[range(8), y]
+    torch.testing.assert_close(trusts[2], p**0.1)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "iad1"])
+def test_the_clean_target_is_not_detached(setup, name):
+    student, teacher, clean_teacher, x, y, _ = setup
+    options = {"begin": 0} if name == "iad1" else {}
+    method, nets, state = ours(name, options, student, teacher, clean_teacher, x)
+    batch = methods.Batch(x=x, y=y, x_adv=(x + 0.03).clamp(0, 1))
+    outputs = {}
 
     def keep(module, args, output):
         output.retain_grad()
-        outputs.append(output)
+        outputs["clean" if args[0] is x else "adv"] = output
 
-    student.train().register_forward_hook(keep)
-    loss, _ = method.outer(
-        methods.Nets(student), methods.Batch(x, y, x_adv=(x + 0.03).clamp(0, 1)), {}
-    )
-    (loss - F.cross_entropy(outputs[0], y)).backward()
-    assert outputs[0].grad.abs().max() > 1e-6
+    student.register_forward_hook(keep)
+    loss, _ = method.outer(nets, batch, state)
+    if name == "trades":
+        loss = loss - F.cross_entropy(outputs["clean"], y)
+    loss.backward()
+    assert outputs["clean"].grad.abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("attack_bn", ["eval", "train"])
 def test_attack_bn_decides_whether_the_attack_moves_the_statistics(setup, attack_bn):
-    student, _, x, y = setup
+    student, _, _, x, y, _ = setup
     student.float().train()
     method = methods.get("at", attack=PGD(EPS, STEP, STEPS), attack_bn=attack_bn)
     method.perturb(methods.Nets(student), methods.Batch(x.float(), y), {})
@@ -138,24 +265,70 @@ def test_attack_bn_decides_whether_the_attack_moves_the_statistics(setup, attack
     assert all(p.grad is None for p in student.parameters())
 
 
-def test_teacher_runs_once_per_batch_without_gradient(setup):
-    student, teacher, x, y = setup
-    calls = []
-    teacher.register_forward_hook(lambda m, i, o: calls.append(o.requires_grad))
-    method = methods.get("rslad", attack=PGD(EPS, STEP, 2))
-    nets, batch = methods.Nets(student.float(), teacher.float()), methods.Batch(x.float(), y)
-    batch.x_adv = method.perturb(nets, batch, {})
-    method.outer(nets, batch, {})
-    assert calls == [False]
+def test_the_papers_own_starts_and_modes():
+    table = {
+        name: (method.attack.init, method.attack.clip_start, method.attack_bn)
+        for name, method in ((name, methods.get(name)) for name in methods.METHODS)
+    }
+    plain = ("gaussian", None, "eval")
+    assert table.pop("at") == ("uniform", None, "eval")
+    for name in ("ard", "iad1", "iad2"):
+        assert table.pop(name) == ("uniform", False, "train")
+    assert set(table.values()) == {plain}
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("rslad", ["teacher x"]), ("absld", ["teacher x"]), ("ard", ["teacher x"])]
+    + [("mtard", ["teacher x_adv", "clean_teacher x"]), ("funmatch", ["teacher x"])]
+    + [("iad1", ["teacher x_adv", "teacher x"]), ("vfd+rslad", ["teacher x", "clean_teacher x"])],
+)
+def test_teachers_run_once_per_batch_without_gradient(setup, name, calls):
+    student, teacher, clean_teacher, x, y, _ = setup
+    student, teacher, clean_teacher = student.float(), teacher.float(), clean_teacher.float()
+    method = methods.get(name, attack=PGD(EPS, STEP, 2))
+    nets = methods.Nets(student, teacher, clean_teacher)
+    batch = methods.Batch(x.float(), y)
+    method.prepare(nets, batch.x)
+    seen = []
+
+    def note(which, module, args, output):
+        assert not output.requires_grad
+        seen.append(f"{which} {'x' if args[0] is batch.x else 'x_adv'}")
+
+    teacher.register_forward_hook(partial(note, "teacher"))
+    clean_teacher.register_forward_hook(partial(note, "clean_teacher"))
+    state = method.init_state("cpu")
+    batch.x_adv = method.perturb(nets, batch, state)
+    method.outer(nets, batch, state)
+    assert sorted(seen) == sorted(calls)
+
+
+@pytest.mark.parametrize("name", ["natural", "at", "trades", "ard", "mtard", "rslad", "adaad"])
+def test_soft_labels_of_one_class_are_its_label(setup, name):
+    student, teacher, clean_teacher, x, y, start = setup
+    results = []
+    for labels in (y, F.one_hot(y, 10).double()):
+        net = copy.deepcopy(student)
+        method, nets, state = ours(name, {}, net, teacher, clean_teacher, x)
+        assert not method.hard_labels
+        batch = methods.Batch(x=x, y=labels)
+        batch.x_adv = method.perturb(nets, batch, state, start=start)
+        results.append(method.outer(nets, batch, state)[0])
+    torch.testing.assert_close(*results)
 
 
 def test_errors_name_what_is_wrong(setup):
-    student, _, x, y = setup
-    with pytest.raises(
-        ValueError, match="method is 'rsald', must be one of natural, at, trades, rslad"
-    ):
+    student, _, _, x, y, _ = setup
+    with pytest.raises(ValueError, match="method is 'rsald', must be one of natural, at, trades,"):
         methods.get("rsald")
+    with pytest.raises(ValueError, match="method is 'vfd\\+', must be one of"):
+        methods.get("vfd+")
+    with pytest.raises(ValueError, match="method rslad has no option beta; it has adv_weight,"):
+        methods.get("rslad", beta=6)
     with pytest.raises(ValueError, match="nets.teacher is None"):
         methods.get("rslad").perturb(methods.Nets(student), methods.Batch(x, y), {})
     with pytest.raises(ValueError, match="attack_bn is 'frozen', must be 'eval' or 'train'"):
         methods.get("at", attack_bn="frozen")
+    with pytest.raises(ValueError, match="call prepare"):
+        methods.get("absld").init_state("cpu")

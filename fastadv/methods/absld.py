@@ -1,0 +1,56 @@
+"""ABSLD, anti-bias soft label distillation (Zhao et al. 2024)."""
+
+import torch
+
+from .. import losses
+from .rslad import RSLAD
+
+
+class ABSLD(RSLAD):
+    """RSLAD with a temperature per class for the teacher, t(x) / tau_y: one for the inner problem
+    and the adversarial term, one for the clean term.
+
+    After each epoch, with E_c the sum of the student's cross-entropy over images of class c (on
+    x_adv, on x) and g = E - mean E: tau <- clip(tau - rate g / max|g|, 0.5, 5), so that classes
+    with a large error get sharper labels. The two temperatures are kept apart; in the authors'
+    release an aliased tensor multiplies them.
+    """
+
+    hard_labels = True
+
+    def __init__(self, temperature_rate=0.1, **options):
+        super().__init__(**options)
+        self.temperature_rate = temperature_rate
+        self.classes = 0
+
+    def prepare(self, nets, x):
+        with torch.no_grad():
+            self.classes = nets.teacher(x).shape[1]
+
+    def init_state(self, device):
+        if not self.classes:
+            raise ValueError("classes is 0: call prepare(nets, x) before init_state")
+        return {
+            "epoch": torch.zeros((), dtype=torch.int64, device=device),
+            "temperatures": torch.ones(2, self.classes, device=device),  # adv, nat
+            "errors": torch.zeros(2, self.classes, device=device),
+        }
+
+    def teacher_logits(self, nets, batch, state):
+        z = batch.teacher_logits(nets)
+        adv, nat = state["temperatures"][:, batch.y, None]
+        return z / adv, z / nat
+
+    def outer(self, nets, batch, state):
+        loss, logits = self.distil(nets, batch, state)
+        errors = [losses.cross_entropy(z.detach(), batch.y, reduction="none") for z in logits]
+        errors = state["errors"].index_add(1, batch.y, torch.stack(errors))
+        return loss, state | {"errors": errors}
+
+    def end_epoch(self, state):
+        gap = state["errors"] - state["errors"].mean(1, keepdim=True)
+        gap = gap / gap.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        step = self.decayed(self.temperature_rate, state) * gap
+        temperatures = (state["temperatures"] - step).clamp(0.5, 5)
+        errors = torch.zeros_like(state["errors"])
+        return super().end_epoch(state | {"temperatures": temperatures, "errors": errors})

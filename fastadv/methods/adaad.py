@@ -1,0 +1,33 @@
+"""AdaAD, adaptive adversarial distillation (Huang et al. 2023, equations 4 and 5)."""
+
+from .. import losses
+from .base import Method, update_statistics
+
+
+class AdaAD(Method):
+    """max KL(t(x_adv) || s(x_adv)), the gradient through both networks;
+    min alpha KL(t(x_adv) || s(x_adv)) + (1 - alpha) KL(t(x) || s(x)).
+
+    reduction: "mean" over batch and classes is the authors' code on CIFAR-10, "batchmean" on
+    CIFAR-100. parity: s(x) is computed, before s(x_adv), also when alpha is 1 and its term
+    vanishes.
+    """
+
+    teachers = ("teacher",)
+
+    def __init__(self, alpha=1.0, reduction="mean", parity=False, **options):
+        super().__init__(**options)
+        self.alpha, self.reduction, self.parity = alpha, reduction, parity
+
+    def inner(self, nets, x_adv):
+        return losses.kl(nets.student(x_adv), nets.teacher(x_adv), reduction="none")
+
+    def outer(self, nets, batch, state):
+        loss = 0.0
+        if self.alpha < 1:
+            clean, z = nets.student(batch.x), batch.teacher_logits(nets)
+            loss = (1 - self.alpha) * losses.kl(clean, z, reduction=self.reduction)
+        elif self.parity:
+            update_statistics(nets.student, batch.x)
+        adv, z_adv = nets.student(batch.x_adv), batch.teacher_logits(nets, on="x_adv")
+        return loss + self.alpha * losses.kl(adv, z_adv, reduction=self.reduction), state

@@ -1,0 +1,124 @@
+"""VFD-Adv, vanilla feature distillation (Cao et al. 2022, arXiv 2206.02158)."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import losses
+from ..features import forward_features
+from .base import Method
+
+DISTANCES = ("mse", "l2", "cosine")
+
+
+class VFD(Method):
+    """max: that of `base`;
+    min L_base + lambda_adv D(h_s(x_adv), h_v(x)) + lambda_clean D(h_s(x), h_v(x)),
+    summed over the layers, batch mean.
+
+    h_v are the features of a natural ("vanilla") teacher, always read at clean x, a constant.
+    The paper's abstract fixes: a pre-trained natural teacher; the features of adversarial and of
+    clean examples are both aligned to its; it joins any base method. This project's choice, as the
+    full text was not available: the penultimate layer, the distance, both weights, the projector,
+    and that the attack stays the base's.
+
+    base: a Method. layers: names of `forward_features`, "student:teacher" where they differ.
+    distance: "mse" (mean over elements), "l2" or "cosine". normalise: features to unit length
+    first. Where channels differ a learned linear map (1x1 convolution on maps) projects the
+    student's; it trains with the student. Raises ValueError where maps differ in height or width.
+    """
+
+    def __init__(
+        self,
+        base,
+        layers=("penultimate",),
+        distance="mse",
+        normalise=False,
+        lambda_adv=1.0,
+        lambda_clean=1.0,
+    ):
+        super().__init__(base.attack, base.attack_bn)
+        if distance not in DISTANCES:
+            raise ValueError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
+        self.base, self.distance, self.normalise = base, distance, normalise
+        layers = (layers,) if isinstance(layers, str) else layers
+        self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
+        self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
+        self.projectors = nn.ModuleList()
+        self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
+        self.hard_labels = base.hard_labels
+
+    def prepare(self, nets, x):
+        self.base.prepare(nets, x)
+        names, teacher_names = zip(*self.layers, strict=True)
+        with torch.no_grad():
+            _, ours = forward_features(nets.student, x, names)
+            _, theirs = forward_features(nets.clean_teacher, x, teacher_names)
+        for a, b in self.layers:
+            self.projectors.append(projector(a, ours[a], b, theirs[b]))
+
+    def init_state(self, device):
+        return self.base.init_state(device)
+
+    def end_epoch(self, state):
+        return self.base.end_epoch(state)
+
+    def perturb(self, nets, batch, state, start=None):
+        return self.base.perturb(nets, batch, state, start)
+
+    def outer(self, nets, batch, state):
+        names, teacher_names = zip(*self.layers, strict=True)
+        vanilla = batch.teacher_features(nets, teacher_names)
+        student = Recorder(nets.student, names)
+        loss, state = self.base.outer(replace(nets, student=student), batch, state)
+        for on, weight in self.weights.items():
+            if weight:
+                features = student.features(getattr(batch, on))
+                loss = loss + weight * self.alignment(features, vanilla)
+        return loss, state
+
+    def alignment(self, features, vanilla):
+        """The sum over layers of D(h_s, h_v), batch mean."""
+        total = 0.0
+        for (a, b), project in zip(self.layers, self.projectors, strict=True):
+            ours, theirs = project(features[a]).flatten(1), vanilla[b].flatten(1)
+            if self.normalise:
+                ours, theirs = F.normalize(ours), F.normalize(theirs)
+            total = total + losses.feature(ours, theirs, self.distance)
+        return total
+
+
+class Recorder:
+    """A network that remembers the features of what it has seen, so that aligning them costs no
+    second forward pass of an image that the base method has passed through."""
+
+    def __init__(self, net, names):
+        self.net, self.names, self.seen = net, names, []
+
+    def __call__(self, x):
+        logits, features = forward_features(self.net, x, self.names)
+        if logits.requires_grad:
+            self.seen.append((x, features))
+        return logits
+
+    def features(self, x):
+        if not any(x is image for image, _ in self.seen):
+            self(x)
+        return next(features for image, features in self.seen if image is x)
+
+
+def projector(name, ours, teacher_name, theirs):
+    """The identity, or a linear map from the student's channels to the teacher's."""
+    if ours.shape[2:] != theirs.shape[2:]:
+        raise ValueError(
+            f"layers: student {name} is {list(ours.shape[1:])}, teacher {teacher_name} is "
+            f"{list(theirs.shape[1:])}: they must agree in all but channels"
+        )
+    channels = ours.shape[1], theirs.shape[1]
+    if channels[0] == channels[1]:
+        return nn.Identity()
+    if ours.dim() == 4:
+        return nn.Conv2d(*channels, 1, bias=False, device=ours.device)
+    return nn.Linear(*channels, bias=False, device=ours.device)
