@@ -1,4 +1,4 @@
-"""AdaAD, adaptive adversarial distillation (Huang et al. 2023, equations 4 and 5)."""
+"""AdaAD, adaptive adversarial distillation (Huang et al. 2023)."""
 
 from .. import losses
 from .base import Method, update_statistics

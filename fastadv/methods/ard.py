@@ -1,4 +1,4 @@
-"""ARD, adversarially robust distillation (Goldblum et al. 2020, equation 2)."""
+"""ARD, adversarially robust distillation (Goldblum et al. 2020)."""
 
 from .. import losses
 from .base import LabelAttack, update_statistics

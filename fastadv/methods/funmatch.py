@@ -1,4 +1,4 @@
-"""Function matching on clean images (Beyer et al. 2022, "a good teacher is patient and consistent")."""
+"""FunMatch, function matching on clean images (Beyer et al. 2022)."""
 
 from .. import losses
 from .base import Method

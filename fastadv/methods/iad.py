@@ -1,4 +1,4 @@
-"""IAD, introspective adversarial distillation, I and II (Zhu et al. 2022, equations 2 and 4)."""
+"""IAD, introspective adversarial distillation, I and II (Zhu et al. 2022)."""
 
 import torch
 

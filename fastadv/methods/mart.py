@@ -1,4 +1,4 @@
-"""MART (Wang et al. 2020, equations 6 to 9)."""
+"""MART (Wang et al. 2020)."""
 
 from .. import losses
 from .base import LabelAttack, label_probability

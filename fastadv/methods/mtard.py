@@ -1,4 +1,4 @@
-"""MTARD, multi-teacher adversarial robustness distillation (Zhao et al. 2022, equations 6 to 10)."""
+"""MTARD, multi-teacher adversarial robustness distillation (Zhao et al. 2022)."""
 
 import torch
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
+from ..attacks.checks import evaluating
 from ..features import forward_features
 from .base import Method
 
@@ -53,7 +54,7 @@ class VFD(Method):
     def prepare(self, nets, x):
         self.base.prepare(nets, x)
         names, teacher_names = zip(*self.layers, strict=True)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(nets.student):
             _, ours = forward_features(nets.student, x, names)
             _, theirs = forward_features(nets.clean_teacher, x, teacher_names)
         for a, b in self.layers:

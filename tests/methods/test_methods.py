@@ -106,15 +106,10 @@ def ours(name, options, student, teacher, clean_teacher, x):
     """(method, nets, state) ready for the first step."""
     method = methods.get(name, attack=PGD(EPS, STEP, STEPS), **options)
     nets = methods.Nets(student.train(), teacher, clean_teacher, DoubleTwin(student))
-    method.prepare(replaced(nets), x)
+    method.prepare(nets, x)
     state = method.init_state("cpu")
     state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
     return method, nets, state
-
-
-def replaced(nets):
-    """Nets whose student may be called without moving its statistics."""
-    return methods.Nets(copy.deepcopy(nets.student), nets.teacher, nets.clean_teacher)
 
 
 def assert_same_step(student, plain, loss, plain_loss, x_adv, plain_x_adv):
@@ -184,10 +179,9 @@ def test_dynamic_weights_and_temperatures_over_steps(setup, name):
     assert len(seen) == 5  # they do move
 
 
-def test_dynamic_rates_drop_at_the_milestones(setup):
-    student, teacher, clean_teacher, x, y, _ = setup
-    method, nets, state = ours("mtard", {"milestones": (1, 3)}, student, teacher, clean_teacher, x)
-    rates = []
+def test_dynamic_rates_drop_at_the_milestones():
+    method = methods.get("mtard", milestones=(1, 3))
+    state, rates = method.init_state("cpu"), []
     for _ in range(4):
         rates.append(float(method.decayed(0.025, state)))
         state = method.end_epoch(state)
@@ -279,9 +273,15 @@ def test_the_papers_own_starts_and_modes():
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("rslad", ["teacher x"]), ("absld", ["teacher x"]), ("ard", ["teacher x"])]
-    + [("mtard", ["teacher x_adv", "clean_teacher x"]), ("funmatch", ["teacher x"])]
-    + [("iad1", ["teacher x_adv", "teacher x"]), ("vfd+rslad", ["teacher x", "clean_teacher x"])],
+    [
+        ("rslad", ["teacher x"]),
+        ("absld", ["teacher x"]),
+        ("ard", ["teacher x"]),
+        ("funmatch", ["teacher x"]),
+        ("mtard", ["teacher x_adv", "clean_teacher x"]),
+        ("iad1", ["teacher x_adv", "teacher x"]),
+        ("vfd+rslad", ["teacher x", "clean_teacher x"]),
+    ],
 )
 def test_teachers_run_once_per_batch_without_gradient(setup, name, calls):
     student, teacher, clean_teacher, x, y, _ = setup
