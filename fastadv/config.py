@@ -38,19 +38,23 @@ def _flag(default, text):
 class Config:
     """Everything that decides a run. Names and defaults are those of the command line."""
 
-    method: str = _flag("rslad", "natural, at, trades or rslad")
+    method: str = _flag("rslad", "such as at, rslad or vfd+trades; all below")
     method_options: dict = field(default_factory=dict)
     data: str = _flag("cifar10", "digits, cifar10 or npz")
     data_dir: str | None = _flag(None, "folder of cifar-10-batches-py, or the .npz file")
     student: str = _flag("resnet18", "digits_net, resnet18 or wrn{depth}_{widen}")
     student_width: int | None = _flag(None, "channels of its stem, for narrow networks")
     teacher: str | None = _flag(None, "architecture of a checkpoint that fastadv did not write")
-    teacher_checkpoint: str | None = _flag(None, "a run's .safetensors, or a public .pt")
+    teacher_checkpoint: str | None = _flag(None, "robust teacher: a run's .safetensors or a .pt")
+    clean_teacher: str | None = _flag(None, "the same of the clean teacher's checkpoint")
+    clean_teacher_checkpoint: str | None = _flag(None, "natural teacher: .safetensors or .pt")
     eps: float = _flag(8 / 255, "radius, such as 8/255")
     step_size: float | None = _flag(None, "attack step; eps/4 if not given")
     steps: int = _flag(10, "attack steps in training")
     init: str | None = _flag(None, "uniform, gaussian or zero start; the method's own if not given")
-    attack_bn: str = _flag("eval", "BatchNorm mode while attacking: eval or train")
+    attack_bn: str | None = _flag(
+        None, "BatchNorm mode while attacking: eval or train; the method's own if not given"
+    )
     epochs: int = _flag(200, "passes over the training set")
     batch_size: int = _flag(128, "images per step")
     lr: float = _flag(0.1, "learning rate of SGD")
@@ -59,6 +63,11 @@ class Config:
     milestones: tuple[int, ...] = _flag(
         (100, 150), "epochs after which lr drops to a tenth: 100,150"
     )
+    clip_grad: float | None = _flag(None, "largest norm of the gradient")
+    ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
+    swa_start: int | None = _flag(None, "epoch from which weights are averaged equally")
+    awp_gamma: float = _flag(0.0, "adversarial weight perturbation, in norms of the weights")
+    awp_warmup: int = _flag(0, "epochs before the weights are perturbed")
     eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
     precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
     precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
@@ -74,13 +83,20 @@ class Config:
         for name in ("precision_attack", "precision_outer", "precision_teacher"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
-        if self.attack_bn == "train" and self.precision_attack != self.precision_outer:
-            raise ValueError(
-                f"precision_attack is {self.precision_attack}, must be precision_outer "
-                f"({self.precision_outer}) when attack_bn is train: the student itself is attacked"
-            )
+        if self.ema is not None and self.swa_start is not None:
+            raise ValueError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}, must be in [0, 1)")
+        if self.swa_start is not None and not 0 <= self.swa_start < self.epochs:
+            raise ValueError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad is {self.clip_grad}, must be positive")
         device(self.device)
-        for name in ("data_dir", "teacher_checkpoint"):  # a run may be resumed from anywhere
+        for name in (
+            "data_dir",
+            "teacher_checkpoint",
+            "clean_teacher_checkpoint",
+        ):  # a run may be resumed from anywhere
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.abspath(getattr(self, name)))
         for name in ("epochs", "batch_size", "eval_every", "student_width"):

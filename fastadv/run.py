@@ -15,11 +15,12 @@ class Run:
     """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
 
     epoch: the next to run. state: the method's dynamic weights, which checkpoints carry.
+    average: an AveragedModel of the student, or None.
     """
 
-    def __init__(self, config, dataset, student, method, optimizer, state):
+    def __init__(self, config, dataset, student, average, method, optimizer, state):
         self.config, self.student, self.method = config, student, method
-        self.optimizer, self.state = optimizer, state
+        self.average, self.optimizer, self.state = average, optimizer, state
         self.shape = {
             "num_classes": dataset.num_classes,
             "in_channels": dataset.train.images.shape[1],
@@ -27,6 +28,12 @@ class Run:
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"
         self.epoch, self.best = 0, -1.0
+
+    @property
+    def model(self):
+        """What is evaluated and published: the average once there is one, else the student."""
+        averaged = self.average is not None and self.average.n_averaged > 0
+        return self.average.module if averaged else self.student
 
     def open(self):
         """Makes the folder. Raises FileExistsError when there is a run in it."""
@@ -46,7 +53,9 @@ class Run:
             tensors, metadata = checkpoint.load(path)
             self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
             part = partial(_with_prefix, tensors)
-            self.student.load_state_dict(part("model."))
+            self.student.load_state_dict(part("student." if self.average else "model."))
+            if self.average:
+                self.average.load_state_dict(part("average."))
             self.method.load_state_dict(part("method."))
             self.state = {k: v.to(self.config.device) for k, v in part("state.").items()}
             optimizer = self.optimizer.state_dict()
@@ -84,11 +93,13 @@ class Run:
             if s.get("momentum_buffer") is not None
         }
         parts = {
-            "model": self.student.state_dict(),
+            "model": self.model.state_dict(),
             "method": self.method.state_dict(),
             "state": self.state,
             "optimizer": momentum,
         }
+        if self.average:
+            parts |= {"student": self.student.state_dict(), "average": self.average.state_dict()}
         tensors = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
         tensors["rng"] = torch.get_rng_state()
         metadata = {

@@ -7,9 +7,7 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
     python -m fastadv.train --resume runs/rslad
 """
 
-import argparse
-import dataclasses
-import itertools
+import contextlib
 import math
 import sys
 import time
@@ -18,11 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import data, log, methods, models
-from .attacks import PGD
-from .config import PRECISIONS, Config, number, recipe
-from .evaluate import accuracies, check_fits, from_run
-from .frozen import InPrecision, freeze
+from . import data, log, methods
+from .awp import AWP
+from .build import build_average, build_method, build_nets
+from .cli import fresh_folder, parse
+from .evaluate import accuracies
 from .run import Run
 
 
@@ -36,23 +34,15 @@ def train(config, resume=False):
     torch.manual_seed(config.seed)
     folder, device = Path(config.out), config.device
     dataset = data.load(config.data, config.data_dir)
-    channels = dataset.train.images.shape[1]
     method = build_method(config).to(device)
-    student = models.get(config.student, dataset.num_classes, channels, config.student_width)
-    student.to(device, memory_format=torch.channels_last)
-    if config.teacher_checkpoint and "teacher" not in method.teachers:
-        raise ValueError(f"teacher_checkpoint is given, but method {config.method} has no teacher")
-    nets = methods.Nets(
-        student=InPrecision(student, PRECISIONS[config.precision_outer]),
-        teacher=build_teacher(config, dataset) if "teacher" in method.teachers else None,
-        student_twin=freeze(student, PRECISIONS[config.precision_attack]),
-    )
+    nets, student = build_nets(config, dataset, method)
+    method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))
+    parameters = [*student.parameters(), *method.parameters()]
     optimizer = torch.optim.SGD(
-        [*student.parameters(), *method.parameters()],
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
+        parameters, config.lr, config.momentum, weight_decay=config.weight_decay
     )
+    average = build_average(config, student)
+    awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
     loader = data.Loader(
         dataset.train,
         config.batch_size,
@@ -63,7 +53,7 @@ def train(config, resume=False):
         channels_last=True,
         device=device,
     )
-    run = Run(config, dataset, student, method, optimizer, method.init_state(device))
+    run = Run(config, dataset, student, average, method, optimizer, method.init_state(device))
     run.resume() if resume else run.open()
 
     for epoch in range(run.epoch, config.epochs):
@@ -83,14 +73,24 @@ def train(config, resume=False):
         for step, fields in enumerate(bar):
             batch = methods.Batch(*fields)
             batch.x_adv = method.perturb(nets, batch, run.state)
-            loss, run.state = method.outer(nets, batch, run.state)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            raised = contextlib.nullcontext()
+            if awp and epoch >= config.awp_warmup:
+                raised = awp.raised(lambda batch=batch: method.outer(nets, batch, run.state)[0])
+            with raised:
+                loss, run.state = method.outer(nets, batch, run.state)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.clip_grad:
+                    torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+                optimizer.step()
+            if config.ema is not None:
+                average.update_parameters(student)
             loss_sum += loss.detach()
             bad_gradients += method.attack.bad_gradients
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{finite(loss, epoch):.4f}")
+        if config.swa_start is not None and epoch >= config.swa_start:
+            average.update_parameters(student)
         run.state = method.end_epoch(run.state)
         row = {
             "epoch": epoch,
@@ -101,7 +101,7 @@ def train(config, resume=False):
         }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             clean, robust = accuracies(
-                student, dataset.val, ("clean", "pgd20"), eps=config.eps, device=device
+                run.model, dataset.val, ("clean", "pgd20"), eps=config.eps, device=device
             ).values()
             row |= {"clean_acc": clean, "robust_acc": robust}
         run.end_epoch(row)
@@ -116,105 +116,13 @@ def finite(loss, epoch):
     return value
 
 
-def build_method(config):
-    """The method with its attack; the method's own start where config.init is None."""
-    init = config.init or methods.METHODS.get(config.method, methods.Method).init
-    attack = PGD(config.eps, config.step_size, config.steps, init)
-    try:
-        return methods.get(
-            config.method, attack=attack, attack_bn=config.attack_bn, **config.method_options
-        )
-    except TypeError as error:
-        raise ValueError(f"method {config.method} does not take these options: {error}") from None
-
-
-def build_teacher(config, dataset):
-    """The frozen teacher of config.teacher_checkpoint in the teacher's precision."""
-    if config.teacher_checkpoint is None:
-        raise ValueError(f"teacher_checkpoint is missing, which method {config.method} needs")
-    if config.teacher is None:
-        teacher, _ = from_run(config.teacher_checkpoint)
-    else:
-        channels = dataset.train.images.shape[1]
-        teacher = models.get(config.teacher, dataset.num_classes, channels)
-        models.load_weights(teacher, config.teacher_checkpoint)
-    check_fits(teacher, dataset, config.teacher_checkpoint)
-    teacher.to(config.device, memory_format=torch.channels_last)
-    return freeze(teacher, PRECISIONS[config.precision_teacher])
-
-
-def parse(argv):
-    """(Config, resume) from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadv.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", help="a published recipe; flags override its fields")
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
-    parser.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="options",
-        help="an option of the method, such as beta=6 or adv_weight=5/6",
-    )
-    types = {
-        float: number,
-        float | None: number,
-        int: int,
-        int | None: int,
-        tuple[int, ...]: lambda text: tuple(int(v) for v in text.split(",") if v),
-    }
-    for field in dataclasses.fields(Config):
-        if field.name != "method_options":
-            flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(
-                flag,
-                type=types.get(field.type, str),
-                default=argparse.SUPPRESS,
-                help=field.metadata["help"],
-            )
-    given = vars(parser.parse_args(argv))
-    resume, name, precision, options = (
-        given.pop(k) for k in ("resume", "recipe", "precision", "options")
-    )
-    if resume:
-        if given or name or precision or options:
-            parser.error("--resume takes the run's own settings: no other flag goes with it")
-        if not (Path(resume) / "config.json").is_file():
-            raise FileNotFoundError(f"--resume is {resume}, a folder without a run's config.json")
-        saved = Config.from_json((Path(resume) / "config.json").read_text())
-        return dataclasses.replace(saved, out=resume), True
-    fields = recipe(name) if name else {}
-    fields |= {
-        f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
-    }
-    for option in options:
-        if "=" not in option:
-            raise ValueError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
-    pairs = [option.partition("=")[::2] for option in options]
-    fields["method_options"] = fields.get("method_options", {}) | {k: number(v) for k, v in pairs}
-    config = Config(**(fields | given))
-    config.out = config.out or str(fresh_folder(f"{config.method}-{config.data}"))
-    return config, False
-
-
-def fresh_folder(name):
-    """The first of runs/name, runs/name-2, ... that does not exist."""
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-    return next(path for path in (Path("runs") / n for n in names) if not path.exists())
-
-
 def main(argv):
     if not argv:
         from .demo import demo
 
         demo(fresh_folder("digits"))
         return
-    config, resume = parse(argv)
+    config, resume = parse(argv, __doc__)
     train(config, resume)
     print(f"run folder: {config.out}")
 

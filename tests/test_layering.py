@@ -11,11 +11,13 @@ LEVELS = (
     {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint"},
     {"ops"},
     {"losses"},
-    {"attacks", "frozen", "features", "models", "data"},
+    {"attacks", "awp", "frozen", "features", "models", "data"},
     {"methods"},
     {"graphs", "teacher_cache", "compat"},
-    {"testing", "info", "run"},
-    {"train", "evaluate", "demo", "recipes"},
+    {"testing", "info", "run", "cli"},
+    {"evaluate"},
+    {"build"},
+    {"train", "demo", "recipes"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 BANNED = {"methods": {"models", "data", "teacher_cache"}}

@@ -1,0 +1,82 @@
+"""What a Config describes: the method, the networks, the average of weights."""
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import methods, models
+from .attacks import PGD
+from .config import PRECISIONS
+from .evaluate import check_fits, from_run
+from .frozen import InPrecision, freeze
+
+
+def build_method(config):
+    """The method with its attack; start and BatchNorm mode its own where the config has None."""
+    kind = methods.named(config.method)
+    attack = PGD(
+        config.eps,
+        config.step_size,
+        config.steps,
+        config.init or kind.init,
+        clip_start=None if config.init else kind.clip_start,
+    )
+    method = methods.get(
+        config.method,
+        attack=attack,
+        attack_bn=config.attack_bn,
+        milestones=config.milestones,
+        **config.method_options,
+    )
+    if method.attack_bn == "train" and config.precision_attack != config.precision_outer:
+        raise ValueError(
+            f"precision_attack is {config.precision_attack}, must be precision_outer "
+            f"({config.precision_outer}) when attack_bn is train: the student itself is attacked"
+        )
+    return method
+
+
+def build_nets(config, dataset, method):
+    """(methods.Nets, the bare student)."""
+    channels = dataset.train.images.shape[1]
+    student = models.get(config.student, dataset.num_classes, channels, config.student_width)
+    student.to(config.device, memory_format=torch.channels_last)
+    teachers = {}
+    for which in ("teacher", "clean_teacher"):
+        given = getattr(config, f"{which}_checkpoint")
+        if which in method.teachers:
+            teachers[which] = build_teacher(config, dataset, which)
+        elif given:
+            raise ValueError(
+                f"{which}_checkpoint is given, but method {config.method} has no {which}"
+            )
+    nets = methods.Nets(
+        student=InPrecision(student, PRECISIONS[config.precision_outer]),
+        student_twin=freeze(student, PRECISIONS[config.precision_attack]),
+        **teachers,
+    )
+    return nets, student
+
+
+def build_teacher(config, dataset, which):
+    """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision."""
+    architecture, path = getattr(config, which), getattr(config, f"{which}_checkpoint")
+    if path is None:
+        raise ValueError(f"{which}_checkpoint is missing, which method {config.method} needs")
+    if architecture is None:
+        teacher, _ = from_run(path)
+    else:
+        channels = dataset.train.images.shape[1]
+        teacher = models.get(architecture, dataset.num_classes, channels)
+        models.load_weights(teacher, path)
+    check_fits(teacher, dataset, path)
+    teacher.to(config.device, memory_format=torch.channels_last)
+    return freeze(teacher, PRECISIONS[config.precision_teacher])
+
+
+def build_average(config, student):
+    """The running average of the student's weights and BatchNorm statistics, or None: exponential
+    over steps (EMA), or equal over epochs (SWA, Izmailov et al. 2018)."""
+    if config.ema is not None:
+        average = get_ema_multi_avg_fn(config.ema)
+        return AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+    return None if config.swa_start is None else AveragedModel(student, use_buffers=True)

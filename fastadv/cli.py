@@ -1,0 +1,91 @@
+"""The command line of `python -m fastadv.train`: every field of Config is a flag."""
+
+import argparse
+import dataclasses
+import itertools
+from pathlib import Path
+
+from .config import PRECISIONS, Config, number, recipe
+from .methods import METHODS
+
+
+def parse(argv, description=None):
+    """(Config, resume) from the command line."""
+    given = vars(parser(description).parse_args(argv))
+    resume, name, precision, options = (
+        given.pop(k) for k in ("resume", "recipe", "precision", "options")
+    )
+    if resume:
+        if given or name or precision or options:
+            raise ValueError("--resume takes the run's own settings: no other flag goes with it")
+        if not (Path(resume) / "config.json").is_file():
+            raise FileNotFoundError(f"--resume is {resume}, a folder without a run's config.json")
+        saved = Config.from_json((Path(resume) / "config.json").read_text())
+        return dataclasses.replace(saved, out=resume), True
+    fields = recipe(name) if name else {}
+    fields |= {
+        f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
+    }
+    for option in options:
+        if "=" not in option:
+            raise ValueError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
+    pairs = [option.partition("=")[::2] for option in options]
+    fields["method_options"] = fields.get("method_options", {}) | {k: value(v) for k, v in pairs}
+    config = Config(**(fields | given))
+    config.out = config.out or str(fresh_folder(f"{config.method}-{config.data}"))
+    return config, False
+
+
+def parser(description):
+    result = argparse.ArgumentParser(
+        prog="python -m fastadv.train",
+        description=description,
+        epilog=f"methods: {', '.join(METHODS)}; vfd+METHOD",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--recipe", help="a published recipe; flags override its fields")
+    result.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    result.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="options",
+        help="an option of the method, such as beta=6, parity=true or layers=layer3,penultimate",
+    )
+    types = {
+        float: number,
+        float | None: number,
+        int: int,
+        int | None: int,
+        tuple[int, ...]: lambda text: tuple(int(v) for v in text.split(",") if v),
+    }
+    for field in dataclasses.fields(Config):
+        if field.name != "method_options":
+            shown = "" if field.default is None else f" (default: {field.default})"
+            result.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=types.get(field.type, str),
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"] + shown,
+            )
+    return result
+
+
+def value(text):
+    """What a method's option is written as: a number, true, false, a,list or a word."""
+    if "," in text:
+        return tuple(value(part) for part in text.split(",") if part)
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return number(text)
+    except ValueError:
+        return text
+
+
+def fresh_folder(name):
+    """The first of runs/name, runs/name-2, ... that does not exist."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for path in (Path("runs") / n for n in names) if not path.exists())
