@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastadv import checkpoint, evaluate, log
+from fastadv import checkpoint, evaluate, log, methods
 from fastadv.cli import fresh_folder, parse
 from fastadv.config import Config, number, recipe
+from fastadv.run import Run
 from fastadv.train import train
 
 
@@ -87,11 +88,28 @@ def test_a_run_leaves_its_whole_record(npz, tmp_path):
     assert metadata["epoch"] == next(r["epoch"] for r in rows if r["robust_acc"] == best)
 
 
-@pytest.mark.parametrize("method", ["at", "trades", "rslad", "natural"])
-def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, method, monkeypatch):
-    options = {"method": method}
-    if method == "rslad":
-        options["teacher_checkpoint"] = str(teacher)
+RUNS = {
+    "at": {"method": "at"},
+    "natural": {"method": "natural"},
+    "rslad": {"method": "rslad"},
+    "ema, clipped": {"method": "trades", "ema": 0.9, "clip_grad": 1.0},
+    "swa": {"method": "mart", "swa_start": 1},
+    "awp": {"method": "at", "awp_gamma": 0.01, "awp_warmup": 1},
+    "weights and temperatures": {"method": "bmtard"},
+    "temperatures by class": {"method": "absld"},
+    "projector": {"method": "vfd+at", "student_width": 3},
+}
+
+
+def with_teachers(settings, teacher):
+    """The settings, with `teacher` in every role that their method has."""
+    needed = methods.get(settings["method"]).teachers
+    return settings | {f"{which}_checkpoint": str(teacher) for which in needed}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, run, monkeypatch):
+    options = with_teachers(RUNS[run], teacher)
     train(config(npz, tmp_path / "whole", **options))
 
     batches = 0
@@ -127,6 +145,69 @@ def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, method, monkeypatc
         for run in ("whole", "cut")
     ]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, *(f"vfd+{m}" for m in methods.METHODS)])
+def test_every_method_trains(npz, tmp_path, teacher, method):
+    """From the command line's own parser; how well is for the slow tests to say."""
+    line = f"--method {method} --data npz --student digits_net --student-width 4 --eps 0.1"
+    line += " --steps 2 --epochs 2 --batch-size 16 --lr 0.05 --eval-every 2"
+    settings = with_teachers({"method": method}, teacher)
+    for flag in settings.keys() - {"method"}:
+        line += f" --{flag.replace('_', '-')} {teacher}"
+    config, _ = parse([*line.split(), "--data-dir", str(npz), "--out", str(tmp_path / "run")])
+    rows = train(config)
+    assert rows[-1]["bad_gradients"] == 0
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
+def average_by_hand(rows, config):
+    """The weights that EMA or SWA should hold, from those after each epoch of one step each."""
+    total, count = None, 0
+    for epoch, weights in enumerate(rows):
+        if config.ema is None and epoch < config.swa_start:
+            continue
+        keep = count / (count + 1) if config.ema is None else config.ema
+        total = weights if total is None else keep * total + (1 - keep) * weights
+        count += 1
+    return total
+
+
+@pytest.mark.parametrize("options", [{"ema": 0.8}, {"swa_start": 1}])
+def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, options, monkeypatch):
+    settings = config(npz, tmp_path / "run", epochs=4, batch_size=200, **options)
+    rows = []
+    end_epoch = Run.end_epoch
+
+    def note(run, row):
+        rows.append(run.student.fc.weight.detach().clone())
+        end_epoch(run, row)
+        assert run.model is run.average.module or row["epoch"] < (settings.swa_start or 0)
+
+    monkeypatch.setattr(Run, "end_epoch", note)
+    train(settings)
+    saved = tensors(tmp_path / "run/last.safetensors")
+    torch.testing.assert_close(saved["model.fc.weight"], average_by_hand(rows, settings))
+    assert torch.equal(saved["student.fc.weight"], rows[-1])
+    model, _ = evaluate.from_run(tmp_path / "run/last.safetensors")
+    assert torch.equal(model.fc.weight, saved["model.fc.weight"])
+    split = evaluate.data.load("npz", npz).val
+    rate = evaluate.accuracies(model, split, ("clean",), eps=settings.eps)["clean"]
+    assert rate == log.read(tmp_path / "run/metrics.jsonl")[-1]["clean_acc"]
+
+
+def test_gradients_are_clipped(npz, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.SGD.step
+
+    def note(self, *args, **kwargs):
+        grads = [p.grad.norm() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack(grads).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+    train(config(npz, tmp_path / "run", epochs=1, clip_grad=0.1))
+    assert max(norms) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_seed_decides_the_run(npz, tmp_path):
