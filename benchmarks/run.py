@@ -70,10 +70,14 @@ def table(suite):
         f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
         f"fastadv {row['commit']}, {row['time'][:10]}."
     )
-    text = README.read_text()
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    README.write_text("\n".join([before + MARKS[0], "", *lines, "", where, "", MARKS[1] + after]))
+    replace_between(README, MARKS, [*lines, "", where])
+
+
+def replace_between(path, marks, lines):
+    """Rewrites what stands between two marks of a text file."""
+    before, rest = path.read_text().split(marks[0])
+    after = rest.split(marks[1])[1]
+    path.write_text("\n".join([before + marks[0], "", *lines, "", marks[1] + after]))
 
 
 def main():

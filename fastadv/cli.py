@@ -3,15 +3,19 @@
 import argparse
 import dataclasses
 import itertools
+import textwrap
 from pathlib import Path
 
-from .config import PRECISIONS, Config, number, recipe
+from .config import PRECISIONS, Config, number, recipe, recipes
 from .methods import METHODS
 
 
 def parse(argv, description=None):
     """(Config, resume) from the command line."""
     given = vars(parser(description).parse_args(argv))
+    if given.pop("list_recipes"):
+        print(recipe_table())
+        raise SystemExit
     resume, name, precision, options = (
         given.pop(k) for k in ("resume", "recipe", "precision", "options")
     )
@@ -44,6 +48,7 @@ def parser(description):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--recipe", help="a published recipe; flags override its fields")
+    result.add_argument("--list-recipes", action="store_true", help="what there is, and exit")
     result.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     result.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
     result.add_argument(
@@ -83,6 +88,18 @@ def value(text):
         return number(text)
     except ValueError:
         return text
+
+
+def recipe_table():
+    """Each recipe with the published clean and AutoAttack accuracy and where they come from."""
+    lines = [f"{'recipe':31} clean    AA"]
+    for name, fields in recipes().items():
+        published = fields["published"]
+        clean, aa = (f"{published[k]:5.2f}" if k in published else "    -" for k in ("clean", "aa"))
+        lines.append(f"{name:31} {clean} {aa}")
+        for text in (fields["source"], f"Numbers: {published['provenance']}."):
+            lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)
 
 
 def fresh_folder(name):

@@ -132,12 +132,20 @@ def versions():
     }
 
 
-def recipe(name):
-    """The fields of a published recipe, `fastadv/recipes/<name>.json`; `source` in it is prose."""
+def recipes():
+    """{name: fields} of the published recipes, the files of `fastadv/recipes/`.
+
+    Besides the fields of Config each has `source`, what is published and where, and `published`,
+    {attack: accuracy in percent} with the `provenance` of these numbers.
+    """
     folder = resources.files("fastadv.recipes")
-    known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".json"))
+    files = sorted((p for p in folder.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
+    return {path.name[:-5]: json.loads(path.read_text()) for path in files}
+
+
+def recipe(name):
+    """The fields of Config of a published recipe. Raises ValueError that lists the names."""
+    known = recipes()
     if name not in known:
         raise ValueError(f"recipe is {name!r}, must be one of {', '.join(known)}")
-    fields = json.loads((folder / f"{name}.json").read_text())
-    fields.pop("source")
-    return fields
+    return {k: v for k, v in known[name].items() if k not in ("source", "published")}

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastadv import checkpoint, evaluate, log, methods
+from fastadv import checkpoint, evaluate, log, methods, models
+from fastadv.build import build_method
 from fastadv.cli import fresh_folder, parse
-from fastadv.config import Config, number, recipe
+from fastadv.config import Config, number, recipe, recipes
 from fastadv.run import Run
 from fastadv.train import train
 
@@ -316,7 +317,7 @@ def test_command_line(tmp_path, monkeypatch):
         parse(["--set", "beta6"])
     with pytest.raises(FileNotFoundError, match="--resume is no, a folder without"):
         parse(["--resume", "no"])
-    with pytest.raises(ValueError, match="recipe is 'x', must be one of at-cifar10-resnet18"):
+    with pytest.raises(ValueError, match="recipe is 'x', must be one of absld-cifar10-resnet18"):
         parse(["--recipe", "x"])
 
 
@@ -327,7 +328,36 @@ def test_recipes_are_those_of_the_papers():
     )
     trades = Config(**recipe("trades-cifar10-resnet18"))
     assert (trades.eps, trades.step_size, trades.epochs) == (0.031, 0.007, 76)
-    assert Config(**recipe("at-cifar10-resnet18")).attack_bn == "train"
+    assert Config(**recipe("at-cifar10-preactresnet18")).attack_bn == "train"
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_a_run(name):
+    config = Config(**recipe(name))
+    assert name.split("-")[0] == config.method
+    assert config.data == name.split("-")[-2]
+    assert config.student.replace("_", "") == name.split("-")[-1].replace("_", "")
+    method = build_method(config)
+    for which in method.teachers:
+        assert getattr(config, which), f"{name} names no {which}"
+    for network in {config.student, config.teacher, config.clean_teacher} - {None}:
+        with torch.device("meta"):
+            models.get(network, 10)
+    published = recipes()[name]["published"]
+    assert all(20 < v < 95 for k, v in published.items() if k != "provenance")
+    assert published["provenance"]
+
+
+def test_recipes_are_listed(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--list-recipes"])
+    assert not exit.value.code
+    text = capsys.readouterr().out
+    for name in recipes():
+        assert f"\n{name} " in text
+    line = next(line for line in text.splitlines() if line.startswith("rslad-cifar10-resnet18"))
+    assert line.split() == ["rslad-cifar10-resnet18", "83.38", "51.49"]
+    assert "transcription of the RSLAD paper" in text
 
 
 @pytest.mark.parametrize("text", ["8/0", "x", "", "1/2/3"])
