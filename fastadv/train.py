@@ -69,6 +69,7 @@ def train(config, resume=False):
             len(loader),
             leave=False,
             unit="batch",
+            disable=None,  # where nobody watches
         )
         for step, fields in enumerate(bar):
             batch = methods.Batch(*fields)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from papers import EPS, STEP, STEPS
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastadv import freeze, methods, models
 from fastadv.attacks import PGD
@@ -332,3 +333,22 @@ def test_errors_name_what_is_wrong(setup):
         methods.get("at", attack_bn="frozen")
     with pytest.raises(ValueError, match="call prepare"):
         methods.get("absld").init_state("cpu")
+
+
+@pytest.mark.parametrize("name", ["iad1", "iad2", "absld", "mtard", "bmtard", "vfd+bmtard"])
+def test_a_stateful_step_never_waits_for_the_device(name):
+    """Fake tensors have no values: reading one on the host raises."""
+    method = methods.get(name, attack=PGD(EPS, STEP, 1), milestones=(1,))
+    with FakeTensorMode():
+        student, *teachers = (models.get("resnet18", width=4) for _ in range(3))
+        nets = methods.Nets(student, *(net.eval() for net in teachers))
+        x = torch.rand(8, 3, 8, 8)
+        method.prepare(nets, x)
+        state = method.init_state("cpu")
+        batch = methods.Batch(x, torch.zeros(8, dtype=torch.int64), x_adv=x + 0.01)
+        loss, after = method.outer(nets, batch, state)
+        loss.backward()
+        after = method.end_epoch(after)
+        assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in state.items()}
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
