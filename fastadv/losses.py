@@ -84,6 +84,8 @@ def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
 
 
 def mart_bce(logits, y, reduction="mean"):
+    if y.dim() == 2:
+        return _reduced(_soft_mart_bce(logits, y), reduction, "mean")
     q = logits.softmax(1)
     wrong = q.scatter(1, y[:, None], -1.0).amax(1)
     loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
@@ -93,3 +95,12 @@ def mart_bce(logits, y, reduction="mean"):
 def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
     q = (logits / temperature).softmax(1)
     return _reduced(-(q * (q + offset).log()).sum(1), reduction, "mean")
+
+
+def _soft_mart_bce(logits, y):
+    """The expectation of mart_bce over labels of probabilities y [B, C]; plain torch."""
+    log_q = logits.log_softmax(1)
+    top, best = log_q.exp().topk(2)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])
+    return -(y * (log_q + (1.0001 - wrong + 1e-12).log())).sum(1)

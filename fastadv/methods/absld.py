@@ -3,6 +3,7 @@
 import torch
 
 from .. import losses
+from .base import probabilities
 from .rslad import RSLAD
 
 
@@ -13,10 +14,9 @@ class ABSLD(RSLAD):
     After each epoch, with E_c the sum of the student's cross-entropy over images of class c (on
     x_adv, on x) and g = E - mean E: tau <- clip(tau - rate g / max|g|, 0.5, 5), so that classes
     with a large error get sharper labels. The two temperatures are kept apart; in the authors'
-    release an aliased tensor multiplies them.
+    release an aliased tensor multiplies them. A mixed image has the mixture of its classes'
+    temperatures and shares out its error.
     """
-
-    hard_labels = True
 
     def __init__(self, temperature_rate=0.1, **options):
         super().__init__(**options)
@@ -38,14 +38,14 @@ class ABSLD(RSLAD):
 
     def teacher_logits(self, nets, batch, state):
         z = batch.teacher_logits(nets)
-        adv, nat = state["temperatures"][:, batch.y, None]
+        adv, nat = (state["temperatures"] @ probabilities(batch.y, z).T)[:, :, None]
         return z / adv, z / nat
 
     def outer(self, nets, batch, state):
         loss, logits = self.distil(nets, batch, state)
         errors = [losses.cross_entropy(z.detach(), batch.y, reduction="none") for z in logits]
-        errors = state["errors"].index_add(1, batch.y, torch.stack(errors))
-        return loss, state | {"errors": errors}
+        errors = torch.stack(errors) @ probabilities(batch.y, logits[0])
+        return loss, state | {"errors": state["errors"] + errors}
 
     def end_epoch(self, state):
         gap = state["errors"] - state["errors"].mean(1, keepdim=True)

@@ -10,21 +10,24 @@ class ARD(LabelAttack):
 
     As in the authors' code: the KL is the mean over batch and classes (batch mean / C), both
     softmaxes have temperature T, and the attack runs in train mode from a uniform start that is not
-    clipped. parity: s(x) is computed also when alpha is 1 and its term vanishes.
+    clipped. label_smoothing: of y. parity: s(x) is computed also when alpha is 1 and its term
+    vanishes.
     """
 
     teachers = ("teacher",)
     init, clip_start, attack_bn = "uniform", False, "train"
 
-    def __init__(self, alpha=1.0, temperature=30.0, parity=False, **options):
+    def __init__(self, alpha=1.0, temperature=30.0, label_smoothing=0.0, parity=False, **options):
         super().__init__(**options)
+        self.label_smoothing = label_smoothing
         self.alpha, self.temperature, self.parity = alpha, temperature, parity
 
     def outer(self, nets, batch, state):
         adv, z = nets.student(batch.x_adv), batch.teacher_logits(nets)
         distilled = self.temperature**2 * losses.kl(adv, z, self.temperature, reduction="mean")
         if self.alpha < 1:
-            natural = losses.cross_entropy(nets.student(batch.x), batch.y)
+            clean = nets.student(batch.x)
+            natural = losses.cross_entropy(clean, batch.y, self.label_smoothing)
             return self.alpha * distilled + (1 - self.alpha) * natural, state
         if self.parity:
             update_statistics(nets.student, batch.x)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
@@ -75,14 +76,13 @@ class Method(nn.Module):
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
 
     Of the class: teachers, the nets it needs besides the student; init and clip_start, the paper's
-    start; hard_labels, whether y must be class ids.
+    start.
     """
 
     teachers = ()
     init = "gaussian"
     clip_start = None
     attack_bn = "eval"
-    hard_labels = False
 
     def __init__(self, attack=None, attack_bn=None, milestones=()):
         super().__init__()
@@ -144,6 +144,11 @@ def update_statistics(net, x):
         net(x)
 
 
+def probabilities(y, logits):
+    """Labels as probabilities [B, C] like logits: one-hot for class ids, else as they are."""
+    return F.one_hot(y, logits.shape[1]).to(logits) if y.dim() == 1 else y
+
+
 def label_probability(logits, y):
-    """softmax(logits)_y, [B]."""
-    return logits.softmax(1).gather(1, y[:, None])[:, 0]
+    """softmax(logits)_y, [B]; its expectation where y are probabilities."""
+    return (logits.softmax(1) * probabilities(y, logits)).sum(1)

@@ -18,7 +18,6 @@ class IAD1(LabelAttack):
 
     teachers = ("teacher",)
     init, clip_start, attack_bn = "uniform", False, "train"
-    hard_labels = True
 
     def __init__(self, beta=0.1, begin=60, temperature=1.0, parity=False, **options):
         super().__init__(**options)
@@ -53,18 +52,19 @@ class IAD2(IAD1):
     """max CE(s(x_adv), y);
     min CE(s(x_adv), y) / 4 + T^2 [a KL(t(x_adv) || s(x_adv)) + (1 - a) KL(s(x) || s(x_adv))] / 2
     + T^2 KL(t_n(x_adv) || s(x_adv)) / 4, batch mean, all softmaxes at temperature T;
-    t_n is the clean teacher and a the trust of IAD1, from epoch 40.
+    t_n is the clean teacher and a the trust of IAD1, from epoch 40. label_smoothing: of y in CE.
     """
 
     teachers = ("teacher", "clean_teacher")
 
-    def __init__(self, begin=40, **options):
+    def __init__(self, begin=40, label_smoothing=0.0, **options):
         super().__init__(begin=begin, **options)
+        self.label_smoothing = label_smoothing
 
     def outer(self, nets, batch, state):
         t, a = self.temperature, self.trust(nets, batch, state)
         adv, clean = self.students(nets, batch)
         robust, natural = (batch.teacher_logits(nets, net, on="x_adv") for net in self.teachers)
         taught = losses.kl(adv, robust, t, weight=a) + losses.kl(adv, clean, t, weight=1 - a)
-        loss = losses.cross_entropy(adv, batch.y) / 4 + t**2 * taught / 2
+        loss = losses.cross_entropy(adv, batch.y, self.label_smoothing) / 4 + t**2 * taught / 2
         return loss + t**2 * losses.kl(adv, natural, t) / 4, state

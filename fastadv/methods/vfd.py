@@ -49,7 +49,6 @@ class VFD(Method):
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
         self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
-        self.hard_labels = base.hard_labels
 
     def prepare(self, nets, x):
         self.base.prepare(nets, x)

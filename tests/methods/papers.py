@@ -59,11 +59,15 @@ def trades(s, t, c, x, y, start, beta=6.0, parity=False):
     return x_adv, natural + beta * kl(s(x) if parity else first, adv)
 
 
-def mart(s, t, c, x, y, start, beta=5.0):
+def mart(s, t, c, x, y, start, beta=5.0, smoothing=0.0):
     x_adv = label_attack(s, x, y, start)
     p, q = s(x).softmax(1), s(x_adv).softmax(1)
-    wrong = torch.stack([torch.cat([row[:i], row[i + 1 :]]).max() for row, i in zip(q, y)])  # noqa: B905
-    bce = (-q[range(len(y)), y].log() - torch.log(1.0001 - wrong + 1e-12)).mean()
+    bce = 0.0
+    for row, label in zip(q, y.tolist(), strict=True):
+        for k in range(10):
+            share = smoothing / 10 + (1 - smoothing) * (k == label)
+            wrong = torch.cat([row[:k], row[k + 1 :]]).max()
+            bce = bce - share * (row[k].log() + torch.log(1.0001 - wrong + 1e-12)) / len(y)
     divergence = (p * (p.log() - torch.log(q + 1e-12))).sum(1)
     weight = 1.0000001 - p[range(len(y)), y]
     return x_adv, bce + beta * (weight * divergence).mean()

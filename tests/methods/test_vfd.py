@@ -111,7 +111,6 @@ def test_state_options_and_teachers_are_those_of_both():
     assert method.base.milestones == (4,)
     assert method.init_state("cpu").keys() == {"epoch", "weights", "first"}
     assert method.end_epoch(method.init_state("cpu"))["epoch"] == 1
-    assert methods.get("vfd+mart").hard_labels
     assert methods.get("vfd+at").teachers == ("clean_teacher",)
 
 
