@@ -141,15 +141,15 @@ def crop_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int
     return _sample(images, y[:, None] + dy - padding, x + dx - padding, 0)
 
 
-def boxes(cy: Tensor, cx: Tensor, height: Tensor, width: Tensor, shape: torch.Size) -> Tensor:
-    """bool [B, 1, H, W]: inside a box centred at pixel (cy, cx), cut off at the image's border.
+def boxes(cy: Tensor, cx: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:
+    """bool [B, 1, height, width]: inside a box centred at pixel (cy, cx), cut off at the border.
 
-    All int64 [B]; it covers rows cy - height // 2 up to, not including, cy + height // 2.
+    All int64 [B]; the box covers rows cy - tall // 2 up to, not including, cy + tall // 2.
     """
-    y, x = torch.arange(shape[-2])[:, None], torch.arange(shape[-1])
-    cy, cx, half_y, half_x = (t[:, None, None] for t in (cy, cx, height // 2, width // 2))
-    rows = (y >= cy - half_y) & (y < cy + half_y)
-    return (rows & (x >= cx - half_x) & (x < cx + half_x))[:, None]
+    cy, cx, tall, wide = (t[:, None, None] for t in (cy, cx, tall // 2, wide // 2))
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    rows, columns = (y >= cy - tall) & (y < cy + tall), (x >= cx - wide) & (x < cx + wide)
+    return (rows & columns)[:, None]
 
 
 def _like(magnitude, images):

@@ -45,7 +45,10 @@ PILLOW = {
     "color": (enhance(ImageEnhance.Color), [0, 0.1, 0.64, 1, 1.3, 1.9, 2]),
     "contrast": (enhance(ImageEnhance.Contrast), [0, 0.1, 0.64, 1, 1.3, 1.9, 2]),
     "sharpness": (enhance(ImageEnhance.Sharpness), [0, 0.1, 0.64, 1, 1.3, 1.9, 2]),
-    "posterize": (lambda image, m: ImageOps.posterize(image, round(m)), [1, 1.2, 2, 4.5, 5.5, 7, 8]),
+    "posterize": (
+        lambda image, m: ImageOps.posterize(image, round(m)),
+        [1, 1.2, 2, 4.5, 5.5, 7, 8],
+    ),
     "solarize": (lambda image, m: ImageOps.solarize(image, m), [0, 1, 102.4, 128, 254.5, 255, 256]),
     "autocontrast": (lambda image, _: ImageOps.autocontrast(image), [0]),
     "equalize": (lambda image, _: ImageOps.equalize(image), [0]),
@@ -140,7 +143,7 @@ def test_crop_flip_is_augment_in_bytes(channels, size, padding):
 def test_boxes_are_cut_off_at_the_border():
     centre = torch.tensor([0, 3, 7]), torch.tensor([4, 3, 0])
     size = torch.tensor([4, 3, 20]), torch.tensor([2, 8, 2])
-    found = image_ops.boxes(*centre, *size, torch.Size((8, 8)))
+    found = image_ops.boxes(*centre, *size, 8, 8)
     expected = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
     expected[0, 0, 0:2, 3:5] = True
     expected[1, 0, 2:4, 0:7] = True
