@@ -164,6 +164,15 @@ def test_images_are_cropped_then_transformed_then_cut():
         assert torch.equal(found[i : i + 1], image)
 
 
+@pytest.mark.parametrize("flips", [1, 2])
+def test_half_are_flipped_where_flips_are_allowed(flips):
+    ramp = torch.arange(8).byte().expand(400, 1, 8, 8)
+    found = augment_images(ramp, key(400), IMAGE, Augmentation(views_per_image=1), 0, flips)
+    flipped = found[:, 0, 0, 0] == 7
+    assert torch.equal(found, torch.where(flipped[:, None, None, None], ramp.flip(3), ramp))
+    assert flipped.sum() == 0 if flips == 1 else 150 < flipped.sum() < 250
+
+
 def test_fill_is_the_policys():
     white = torch.full((200, 1, 32, 32), 255, dtype=torch.uint8)
     for policy, fill in {"autoaugment": 128, "trivialaugment": 0}.items():
@@ -224,6 +233,7 @@ def test_mixup_and_cutmix_take_turns():
     cutmix = draw_mix(key(2000), Augmentation(cutmix=1.0), 40, 8, 8)
     cut = (both[1] == cutmix[1]).flatten(1).all(1)
     assert 900 < cut.sum() < 1100
+    assert abs(chi_square(both[0][cut], 40)) < 5  # whichever it is, any partner
     for mixed, smooth, boxed in zip(both, mixup, cutmix, strict=True):
         assert torch.equal(mixed[cut], boxed[cut])
         assert torch.equal(mixed[~cut], smooth[~cut])

@@ -154,3 +154,16 @@ def test_rows_and_views_out_of_range(rows, view):
     made = loader(image_set(), Augmentation(views_per_image=3))
     with pytest.raises(ValueError, match="has a number outside"):
         made.view_batch(torch.tensor([0, rows]), torch.tensor([0, view]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_view_is_the_same_on_a_gpu(settings):
+    rows = torch.arange(50)
+    batches = [
+        loader(image_set(), settings, device=device).view_batch(rows, rows % 3)
+        for device in ("cpu", "cuda")
+    ]
+    for expected, found in zip(*batches, strict=True):
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-7)  # x: an ulp of / 255
