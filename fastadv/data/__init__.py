@@ -3,10 +3,20 @@
 from pathlib import Path
 
 from . import cifar, digits, npz
+from .augmentation import Augmentation
 from .dataset import Dataset, ImageSet
 from .loader import Fields, Loader, decode_view, encode_view
 
-__all__ = ["Dataset", "Fields", "ImageSet", "Loader", "decode_view", "encode_view", "load"]
+__all__ = [
+    "Augmentation",
+    "Dataset",
+    "Fields",
+    "ImageSet",
+    "Loader",
+    "decode_view",
+    "encode_view",
+    "load",
+]
 
 
 def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dataset:

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .augmentation import IMAGE, PARTNER, Augmentation, Key, augment_images, draw_mix
 from .dataset import ImageSet
 
 
 class Fields(NamedTuple):
-    """One batch: x float32 [B, C, H, W] in [0, 1]; y, index and view int64 [B]."""
+    """One batch: x float32 [B, C, H, W] in [0, 1]; y, index and view int64 [B].
+
+    Where images are mixed y is float32 [B, num_classes], the shares of the two labels.
+    """
 
     x: Tensor
     y: Tensor
@@ -26,6 +30,10 @@ class Loader:
     `padding` is p and `flips` is F: with them each image is cropped at one of (2p + 1)^2 places and
     mirrored when F is 2, all equally likely. With padding 0 and flips 1 images are as they are and
     every view is 0. The last batch may be smaller.
+
+    `augmentation` adds to that. A view is then a number that fixes, with the seed, the image's
+    index and (mixup and cutmix only) the split, all that is random: crop, flip, policy, cutout,
+    partner and share. `num_classes` is needed when it mixes images.
     """
 
     def __init__(
@@ -39,35 +47,94 @@ class Loader:
         seed: int = 0,
         channels_last: bool = False,
         device: str | torch.device = "cpu",
+        augmentation: Augmentation | None = None,
+        num_classes: int | None = None,
     ):
         if batch_size < 1 or padding < 0 or flips not in (1, 2):
             raise ValueError(
                 f"need batch_size >= 1, padding >= 0 and flips of 1 or 2,"
                 f" got {batch_size}, {padding} and {flips}"
             )
+        self.augmentation, self.num_classes = augmentation or Augmentation(), num_classes
+        if self.augmentation.mixes:
+            least = int(split.labels.max()) + 1 if len(split) else 0
+            if num_classes is None or num_classes < least:
+                raise ValueError(
+                    f"num_classes is {num_classes}, must be at least {least} for mixup and cutmix"
+                )
         self.images, self.labels, self.index = (
             field.to(device) for field in (split.images, split.labels, split.index)
         )
         self.batch_size, self.padding, self.flips = batch_size, padding, flips
         self.shuffle, self.seed, self.channels_last = shuffle, seed, channels_last
+        self._keys = split.index.cpu()
+
+    @property
+    def views(self) -> int:
+        """How many views an image has: they are numbered 0 to views - 1."""
+        places = (2 * self.padding + 1) ** 2 * self.flips
+        return places if self.augmentation.plain else self.augmentation.views
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
     def epoch(self, number: int) -> Iterator[Fields]:
         """The batches of epoch `number`; order and views depend on (seed, number) alone."""
-        count, device = len(self.labels), self.labels.device
+        count = len(self.labels)
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        views = (2 * self.padding + 1) ** 2 * self.flips
-        view = torch.randint(views, (count,), generator=generator)
-        order, view = order.to(device), view.to(device)
-        layout = {"padding": self.padding, "channels_last": self.channels_last}
+        view = torch.randint(self.views, (count,), generator=generator)
         for start in range(0, count, self.batch_size):
-            rows, ids = (field[start : start + self.batch_size] for field in (order, view))
-            dy, dx, flip = decode_view(ids, self.padding, self.flips)
-            x = ops.augment(self.images[rows], dy, dx, flip, **layout)
-            yield Fields(x, self.labels[rows], self.index[rows], ids)
+            chosen = slice(start, start + self.batch_size)
+            yield self.view_batch(order[chosen], view[chosen])
+
+    def view_batch(self, rows: Tensor, view: Tensor) -> Fields:
+        """The images at `rows` of the split in the given views, as an epoch yields them.
+
+        rows, view: int64 [B], 0 to len(split) - 1 and 0 to views - 1. Raises ValueError for others.
+        """
+        rows, view = rows.cpu(), view.cpu()
+        for name, ids, end in (("rows", rows, len(self.labels)), ("view", view, self.views)):
+            if len(ids) and not (ids.min() >= 0 and ids.max() < end):
+                raise ValueError(f"{name} has a number outside [0, {end})")
+        if self.augmentation.plain:
+            x, y = self._plain(rows, view)
+        else:
+            x, y = self._augmented(rows, view)
+        return Fields(x, y, self.index[self._there(rows)], self._there(view))
+
+    def _plain(self, rows, view):
+        dy, dx, flip = decode_view(self._there(view), self.padding, self.flips)
+        rows = self._there(rows)
+        return self._float(self.images[rows], dy, dx, flip, self.padding), self.labels[rows]
+
+    def _augmented(self, rows, view):
+        settings, key = self.augmentation, Key(self.seed, self._keys[rows], view)
+        x, y = self._strong(rows, key, IMAGE)
+        if not settings.mixes:
+            return x, y
+        partner, *shares = draw_mix(key, settings, len(self.labels), *x.shape[2:])
+        weight, share = (self._there(share) for share in shares)
+        x_partner, y_partner = self._strong(partner, key, PARTNER)
+        classes, share = torch.arange(self.num_classes, device=y.device), share[:, None]
+        y, y_partner = (label[:, None] == classes for label in (y, y_partner))
+        return weight * x + (1 - weight) * x_partner, share * y + (1 - share) * y_partner
+
+    def _strong(self, rows, key, stream):
+        """(x, y) of the images at `rows` as one stream of `key` augments them, not mixed."""
+        rows = self._there(rows)
+        images = augment_images(
+            self.images[rows], key, stream, self.augmentation, self.padding, self.flips
+        )
+        still = torch.zeros_like(rows)
+        return self._float(images, still, still, still.bool(), 0), self.labels[rows]
+
+    def _float(self, images, dy, dx, flip, padding):
+        return ops.augment(images, dy, dx, flip, padding=padding, channels_last=self.channels_last)
+
+    def _there(self, tensor):
+        """A small tensor on the images' device, which is not waited for."""
+        return tensor.to(self.images.device, non_blocking=True)
 
 
 def encode_view(dy: Tensor, dx: Tensor, flip: Tensor, padding: int, flips: int) -> Tensor:
