@@ -1,9 +1,11 @@
 """What a Config describes: the method, the networks, the average of weights."""
 
+import dataclasses
+
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import methods, models
+from . import data, methods, models
 from .attacks import PGD
 from .config import PRECISIONS
 from .evaluate import check_fits, from_run
@@ -71,6 +73,23 @@ def build_teacher(config, dataset, which):
     check_fits(teacher, dataset, path)
     teacher.to(config.device, memory_format=torch.channels_last)
     return freeze(teacher, PRECISIONS[config.precision_teacher])
+
+
+def build_loader(config, dataset):
+    """Shuffled batches of the training set with the config's augmentation."""
+    names = (field.name for field in dataclasses.fields(data.Augmentation))
+    return data.Loader(
+        dataset.train,
+        config.batch_size,
+        padding=dataset.padding,
+        flips=dataset.flips,
+        shuffle=True,
+        seed=config.seed,
+        channels_last=True,
+        device=config.device,
+        augmentation=data.Augmentation(**{name: getattr(config, name) for name in names}),
+        num_classes=dataset.num_classes,
+    )
 
 
 def build_average(config, student):

@@ -55,6 +55,15 @@ class Config:
     attack_bn: str | None = _flag(
         None, "BatchNorm mode while attacking: eval or train; the method's own if not given"
     )
+    policy: str = _flag(
+        "none", "strong augmentation: none, autoaugment, randaugment or trivialaugment"
+    )
+    randaugment_n: int = _flag(2, "operations per image of randaugment")
+    randaugment_m: float = _flag(9.0, "their strength, 0 to 30")
+    cutout: int = _flag(0, "side of a grey square in pixels, even")
+    mixup: float = _flag(0.0, "alpha of mixup's Beta distribution, such as 1")
+    cutmix: float = _flag(0.0, "alpha of cutmix's Beta distribution, such as 1")
+    views_per_image: int | None = _flag(None, "draw augmentations from this many per image")
     epochs: int = _flag(200, "passes over the training set")
     batch_size: int = _flag(128, "images per step")
     lr: float = _flag(0.1, "learning rate of SGD")

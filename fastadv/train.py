@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import data, log, methods
 from .awp import AWP
-from .build import build_average, build_method, build_nets
+from .build import build_average, build_loader, build_method, build_nets
 from .cli import fresh_folder, parse
 from .evaluate import accuracies
 from .run import Run
@@ -43,16 +43,7 @@ def train(config, resume=False):
     )
     average = build_average(config, student)
     awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
-    loader = data.Loader(
-        dataset.train,
-        config.batch_size,
-        padding=dataset.padding,
-        flips=dataset.flips,
-        shuffle=True,
-        seed=config.seed,
-        channels_last=True,
-        device=device,
-    )
+    loader = build_loader(config, dataset)
     run = Run(config, dataset, student, average, method, optimizer, method.init_state(device))
     run.resume() if resume else run.open()
 

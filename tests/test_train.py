@@ -98,6 +98,7 @@ RUNS = {
     "awp": {"method": "at", "awp_gamma": 0.01, "awp_warmup": 1},
     "weights and temperatures": {"method": "bmtard"},
     "temperatures by class": {"method": "absld"},
+    "autoaugment, mixup": {"method": "iad1", "policy": "autoaugment", "mixup": 1.0},
     "projector": {"method": "vfd+at", "student_width": 3},
 }
 
@@ -159,6 +160,14 @@ def test_every_method_trains(npz, tmp_path, teacher, method):
     config, _ = parse([*line.split(), "--data-dir", str(npz), "--out", str(tmp_path / "run")])
     rows = train(config)
     assert rows[-1]["bad_gradients"] == 0
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_takes_mixed_images(npz, tmp_path, teacher, method):
+    settings = with_teachers({"method": method}, teacher)
+    strong = {"policy": "randaugment", "cutout": 2, "mixup": 1.0, "cutmix": 1.0}
+    rows = train(config(npz, tmp_path / "run", epochs=2, views_per_image=8, **settings, **strong))
     assert rows[1]["loss"] < rows[0]["loss"]
 
 
@@ -287,6 +296,8 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
         attack_bn="train",
         precision_attack="bf16",
     )
+    fails("policy is 'cutout', must be one of none, autoaugment,", policy="cutout")
+    fails("cutout is 3, must be even", cutout=3)
     fails("device is 'gpu', which cannot be used here", device="gpu")
     fails("student_width is 0, must be at least 1", student_width=0)
     with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
