@@ -3,10 +3,10 @@
     python benchmarks/methods.py                        # all, three seeds; rewrites README's table
     python benchmarks/methods.py --only rslad --seeds 0 --out DIR
 
-One student network, one number of epochs, one attack; two teachers, PGD-AT and natural, that all
-methods share. lr is 0.1 with weight decay 5e-4 per unit of a batch-mean loss: a method whose loss
-is a tenth of that has ten times lr and a tenth of the decay, which undoes the factor exactly. Rows
-are appended to benchmarks/results/methods.jsonl.
+The settings are those of `python -m fastadv.train --data digits`: one student network, one number
+of epochs, one attack, and two teachers, PGD-AT and natural, that all methods share. A method whose
+loss is a tenth of the batch mean has ten times lr and a tenth of the weight decay, which undoes the
+factor. Rows are appended to benchmarks/results/methods.jsonl.
 """
 
 import argparse
@@ -20,58 +20,29 @@ from timing import RESULTS, machine
 
 from fastadv import data, methods
 from fastadv.config import Config
-from fastadv.demo import COMMON, EPS, LARGE
+from fastadv.digits import EPS, TEACHERS, settings
 from fastadv.evaluate import accuracies, from_run
 from fastadv.train import train
 
-STUDENT = COMMON | {"student_width": 8, "epochs": 40, "milestones": (20, 30), "eval_every": 4}
-UNIT = {"lr": 0.1, "weight_decay": 5e-4}
-TENTH = {"lr": 1.0, "weight_decay": 5e-5}
-# What the papers have in epochs of 200 or 300 is scaled to these 40.
-METHODS = {
-    "natural": UNIT,
-    "at": UNIT,
-    "trades": UNIT,
-    "mart": UNIT,
-    "ard": TENTH,
-    "iad1": UNIT | {"method_options": {"begin": 12}},
-    "iad2": UNIT | {"method_options": {"begin": 8}},
-    "rslad": TENTH,
-    "absld": TENTH,
-    "mtard": TENTH,
-    "bmtard": TENTH,
-    "adaad": TENTH,
-    "funmatch": UNIT,
-    "advfunmatch": UNIT,
-    "vfd+at": UNIT,
-    "vfd+trades": UNIT,
-    "vfd+mart": UNIT,
-    "vfd+rslad": TENTH,
-}
+METHODS = (*methods.METHODS, "vfd+at", "vfd+trades", "vfd+mart", "vfd+rslad")
 ATTACKS = ("clean", "pgd20")
 MARKS = "<!-- methods table: python benchmarks/methods.py -->", "<!-- end of methods table -->"
 
 
 def teachers(folder):
-    """{"teacher": a PGD-AT run, "clean_teacher": a natural run}, trained where missing."""
-    robust = {"method": "at", "epochs": 40, "milestones": (20, 30), "weight_decay": 2e-3}
-    natural = {"method": "natural", "epochs": 12, "milestones": (6, 9)}
-    configs = {
-        "teacher": Config(**LARGE, **robust, out=str(folder / "at-teacher")),
-        "clean_teacher": Config(**LARGE, **natural, out=str(folder / "natural-teacher")),
-    }
-    for config in configs.values():
-        if not Path(config.out).exists():
-            train(config)
-    return {which: f"{config.out}/best.safetensors" for which, config in configs.items()}
+    """{field of Config: path}: a PGD-AT teacher and a natural one, trained where missing."""
+    for which, fields in TEACHERS.items():
+        if not (folder / which).exists():
+            train(Config(**fields, out=str(folder / which)))
+    return {f"{which}_checkpoint": str(folder / which / "best.safetensors") for which in TEACHERS}
 
 
 def measure(name, seed, folder, checkpoints):
     """{attack: test accuracy} of the run's best checkpoint by validation."""
-    needed = methods.get(name).teachers
-    given = {f"{which}_checkpoint": checkpoints[which] for which in needed}
+    needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
+    given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"
-    train(Config(**STUDENT, **METHODS[name], **given, method=name, seed=seed, out=str(out)))
+    train(Config(**settings(name) | given | {"seed": seed, "out": str(out)}))
     model, _ = from_run(out / "best.safetensors")
     return accuracies(model, data.load("digits").test, ATTACKS, eps=EPS)
 

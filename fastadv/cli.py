@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from .config import PRECISIONS, Config, number, recipe, recipes
+from .digits import settings
 from .methods import METHODS
 
 
@@ -27,6 +28,8 @@ def parse(argv, description=None):
         saved = Config.from_json((Path(resume) / "config.json").read_text())
         return dataclasses.replace(saved, out=resume), True
     fields = recipe(name) if name else {}
+    if given.get("data") == "digits":
+        fields = settings(given.get("method", fields.get("method", Config.method))) | fields
     fields |= {
         f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
     }

@@ -13,37 +13,27 @@ import torch
 from . import data, log
 from .checkpoint import atomic_write
 from .config import Config
+from .digits import EPS, TEACHERS, settings
 from .evaluate import ATTACKS, correct, from_run, table
 from .train import train
 
-EPS = 0.15  # of the [0, 1] range: the natural network keeps a few percent under PGD-20
-COMMON = {"data": "digits", "student": "digits_net", "eps": EPS, "batch_size": 64, "eval_every": 4}
-LARGE = {**COMMON, "student_width": 32, "lr": 0.05}
-SMALL = {**COMMON, "student_width": 4, "epochs": 40, "milestones": (20, 30)}
 SEEDS = (0, 1, 2)
 
 
 def plan(folder):
     """The runs, {row of the table: one Config per seed}; students come after their teacher."""
     teacher = folder / "robust-teacher"
-    natural = Config(
-        method="natural", out=str(folder / "natural"), epochs=12, milestones=(6, 9), **LARGE
-    )
-    robust = Config(
-        method="at", out=str(teacher), epochs=40, milestones=(20, 30), weight_decay=2e-3, **LARGE
-    )
-    # The authors' RSLAD loss is a tenth of the KL: ten times lr, a tenth of weight decay undo it.
-    distilled = {
-        "method": "rslad",
-        "teacher_checkpoint": str(teacher / "best.safetensors"),
-        "lr": 1.0,
-        "weight_decay": 5e-5,
+    rows = {
+        "natural": [Config(**TEACHERS["clean_teacher"], out=str(folder / "natural"))],
+        "PGD-AT teacher": [Config(**TEACHERS["teacher"], out=str(teacher))],
     }
-    alone = {"method": "at", "lr": 0.1, "weight_decay": 5e-4}
-    rows = {"natural": [natural], "PGD-AT teacher": [robust]}
-    for label, options in (("RSLAD student", distilled), ("PGD-AT student", alone)):
+    distilled = settings("rslad") | {"teacher_checkpoint": str(teacher / "best.safetensors")}
+    for label, fields in (("RSLAD student", distilled), ("PGD-AT student", settings("at"))):
         out = str(folder / label.lower().replace(" ", "-"))
-        rows[label] = [Config(out=f"{out}-{seed}", seed=seed, **SMALL, **options) for seed in SEEDS]
+        rows[label] = [
+            Config(**fields | {"student_width": 4, "out": f"{out}-{seed}", "seed": seed})
+            for seed in SEEDS
+        ]
     return rows
 
 

@@ -8,6 +8,7 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
 """
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -20,6 +21,8 @@ from . import data, log, methods
 from .awp import AWP
 from .build import build_average, build_loader, build_method, build_nets
 from .cli import fresh_folder, parse
+from .config import Config
+from .digits import TEACHERS
 from .evaluate import accuracies
 from .run import Run
 
@@ -108,6 +111,17 @@ def finite(loss, epoch):
     return value
 
 
+def with_digits_teachers(config):
+    """The config with the teachers that it lacks, trained under runs/ where that was not done."""
+    given = {}
+    for which in build_method(config).teachers:
+        if getattr(config, f"{which}_checkpoint") is None:
+            out = Path("runs") / f"digits-{which.replace('_', '-')}"
+            train(Config(**TEACHERS[which], out=str(out)), resume=(out / "config.json").exists())
+            given[f"{which}_checkpoint"] = str(out / "best.safetensors")
+    return dataclasses.replace(config, **given)
+
+
 def main(argv):
     if not argv:
         from .demo import demo
@@ -115,6 +129,8 @@ def main(argv):
         demo(fresh_folder("digits"))
         return
     config, resume = parse(argv, __doc__)
+    if config.data == "digits":
+        config = with_digits_teachers(config)
     train(config, resume)
     print(f"run folder: {config.out}")
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,12 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastadv import checkpoint, evaluate, log, methods, models
+from fastadv import checkpoint, digits, evaluate, log, methods, models
 from fastadv.build import build_method
 from fastadv.cli import fresh_folder, parse
 from fastadv.config import Config, number, recipe, recipes
 from fastadv.run import Run
-from fastadv.train import train
+from fastadv.train import main, train
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +331,35 @@ def test_command_line(tmp_path, monkeypatch):
         parse(["--resume", "no"])
     with pytest.raises(ValueError, match="recipe is 'x', must be one of absld-cifar10-resnet18"):
         parse(["--recipe", "x"])
+
+
+@pytest.mark.parametrize("method", ["rslad", "vfd+trades", "iad1"])
+def test_digits_have_settings_of_their_own(method):
+    config, _ = parse(f"--method {method} --data digits --eps 0.1 --set temperature=2".split())
+    assert (config.student, config.student_width, config.eps) == ("digits_net", 8, 0.1)
+    assert config.lr * config.weight_decay == pytest.approx(5e-5)
+    assert config.lr == (1.0 if method == "rslad" else 0.1)
+    begin = {"begin": 12} if method == "iad1" else {}
+    assert config.method_options == {"temperature": 2.0} | begin
+
+
+def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = {"epochs": 1, "milestones": (), "steps": 1, "student_width": 4}
+    for which in digits.TEACHERS:
+        monkeypatch.setitem(digits.TEACHERS, which, digits.TEACHERS[which] | short)
+    line = "--method mtard --data digits --epochs 1 --milestones , --steps 1 --out"
+    for run in ("first", "second"):
+        main([*line.split(), run])
+        saved = Config.from_json((tmp_path / run / "config.json").read_text())
+        assert saved.teacher_checkpoint == str(tmp_path / "runs/digits-teacher/best.safetensors")
+        teachers = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/best.safetensors")}
+        assert len(teachers) == 2
+        if run == "first":
+            before = teachers
+    assert teachers == before
+    with pytest.raises(ValueError, match="teacher_checkpoint is missing, which method mtard needs"):
+        train(dataclasses.replace(saved, teacher_checkpoint=None, out="third"))
 
 
 def test_recipes_are_those_of_the_papers():
