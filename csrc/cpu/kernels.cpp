@@ -2,6 +2,7 @@
 // its flags and FASTADV_ISA = scalar | avx2 | avx512. Everything but the table is internal: a weak
 // symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
 #include "../table.h"
+#include "softmax.h"
 #include "vec.h"
 #include "vec_math.h"
 
