@@ -74,6 +74,13 @@ void margin(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64
                  batch, classes, static_cast<DType>(dtype), threads);
 }
 
+void cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, uintptr_t target,
+                   int64_t batch, int64_t classes, double smoothing, int dtype, int threads) {
+  active->cross_entropy(at<float>(loss), at<void>(grad), at<const void>(logits),
+                        at<const int64_t>(y), at<const float>(target), batch, classes, smoothing,
+                        static_cast<DType>(dtype), threads);
+}
+
 void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_grad,
                       uintptr_t student, uintptr_t teacher, int64_t batch, int64_t size,
                       int distance, int dtype, int threads) {
@@ -105,6 +112,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
   module.def("margin", margin, unlocked);
+  module.def("cross_entropy", cross_entropy, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);
 }

@@ -50,6 +50,11 @@ struct Table {
   void (*margin)(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
                  int64_t classes, DType dtype, int threads) noexcept;
 
+  // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]
+  void (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,
+                        const float* target, int64_t batch, int64_t classes, double smoothing,
+                        DType dtype, int threads) noexcept;
+
   // csrc/cpu/feature_distance.inl
   void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,
                            const void* teacher, int64_t batch, int64_t size, Distance distance,

@@ -176,6 +176,23 @@ def margin(loss, grad, logits, y):
     )
 
 
+def cross_entropy(loss, grad, logits, target, smoothing):
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). target: int64 [B]
+    or fp32 [B, C]. Contiguous."""
+    dtype, labels = logits.dtype, target.dtype == torch.int64
+    _C.cross_entropy(
+        _address("loss", _row("loss", loss)),
+        _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
+        _address("logits", _row("logits", logits), dtype),
+        _address("target", _row("target", target), torch.int64) if labels else 0,
+        0 if labels else _address("target", _row("target", target)),
+        *logits.shape,
+        smoothing,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
 def feature_distance(loss, student_grad, teacher_grad, student, teacher, distance):
     """Writes loss fp32 [B] and the gradients (none where one is empty). One dense layout."""
     grads = [grad if grad.numel() else None for grad in (student_grad, teacher_grad)]

@@ -40,6 +40,24 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
     )[0]
 
 
+def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
+    """-sum_c q_c log softmax(logits)_c, as torch.nn.functional.cross_entropy defines it.
+
+    logits: [B, C] float32, bfloat16, float16 or float64. target: int64 [B] labels, or [B, C]
+    probabilities in any floating type, which are a constant. label_smoothing a in [0, 1]:
+    q = (1 - a) t + a / C, t the probabilities or the one-hot of the label (Szegedy et al. 2016,
+    section 7). reduction: "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves.
+
+    A class with q_c = 0 counts 0 even where its logit is -inf (torch: nan). A label outside [0, C)
+    gives NaN with gradient 0 (torch: an error, or a sample left out). An empty batch gives 0.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    if target.dtype.is_floating_point:
+        target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    loss = ops.cross_entropy(_scalable(logits), target, label_smoothing)
+    return _reduced(loss, reduction, "mean")
+
+
 def margin(logits, y, kappa=None, reduction="none"):
     """max_{c != y} z_c - z_y, the CW objective that an attack ascends (Carlini & Wagner 2017, f6).
 
@@ -65,6 +83,11 @@ def feature(student_features, teacher_features, distance="mse", reduction="batch
         student_features, teacher_features = student_features.float(), teacher_features.float()
     loss = ops.feature_distance(student_features, teacher_features, distance)
     return _reduced(loss, reduction, "batchmean")
+
+
+def _scalable(logits):
+    """float16 as float32: gradients are subnormal in float16 before a loss scale reaches them."""
+    return logits.float() if logits.dtype == torch.float16 else logits
 
 
 def _reduced(loss, reduction, mean):

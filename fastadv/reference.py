@@ -144,6 +144,28 @@ def margin(logits, y, grad):
     return loss, zero.scatter(1, other[:, None], one).scatter(1, label, -one)
 
 
+def cross_entropy(logits, target, label_smoothing, grad):
+    """-sum_c q_c log p_c [B] and its gradient p sum_c q_c - q [B, C], p = softmax(logits) and
+    q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels.
+
+    logits [B, C]; target int64 [B] or [B, C]. A class with q_c = 0 counts 0. A label outside
+    [0, C): NaN, gradient 0. Label smoothing: Szegedy et al. 2016, section 7.
+    """
+    wide, classes, valid = _at_least_fp32(logits), logits.shape[1], None
+    if target.dtype == torch.int64:
+        valid = (target >= 0) & (target < classes)
+        label = torch.where(valid, target, 0)[:, None]
+        target = torch.zeros_like(wide).scatter(1, label, 1)
+    q = (1 - label_smoothing) * target + label_smoothing / classes
+    log_p = wide.log_softmax(dim=1)
+    loss = -torch.where(q == 0, 0, q * log_p).sum(dim=1)
+    gradient = log_p.exp() * q.sum(dim=1, keepdim=True) - q
+    if valid is not None:
+        loss = torch.where(valid, loss, math.nan)
+        gradient = torch.where(valid[:, None], gradient, 0)
+    return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
+
+
 def feature_distance(student, teacher, distance, student_grad, teacher_grad):
     """mse: mean (s - t)^2; l2: ||s - t||; cosine: 1 - <s, t> / (||s|| ||t||) [B], and gradients.
 

@@ -9,6 +9,7 @@
 namespace fastadv::FASTADV_ISA {
 namespace {
 #include "augment.inl"
+#include "cross_entropy.inl"
 #include "feature_distance.inl"
 #include "margin.inl"
 #include "pgd_step.inl"
@@ -24,6 +25,7 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      random_start,
                      augment,
                      margin,
+                     cross_entropy,
                      feature_distance,
                      softmax_kl};
 

@@ -2,6 +2,7 @@
 tests/ops/ and benchmarks/."""
 
 from .augment import augment
+from .cross_entropy import cross_entropy
 from .feature_distance import feature_distance
 from .margin import margin
 from .pgd_step import pgd_step, pgd_step_
@@ -10,6 +11,7 @@ from .softmax_kl import softmax_kl
 
 __all__ = [
     "augment",
+    "cross_entropy",
     "feature_distance",
     "margin",
     "pgd_step",
