@@ -68,10 +68,11 @@ void augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx, uintpt
                   padding, channels_last, threads);
 }
 
-void margin(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
-            int64_t classes, int dtype, int threads) {
-  active->margin(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
-                 batch, classes, static_cast<DType>(dtype), threads);
+template <Labelled Table::* kernel>
+void labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
+              int64_t classes, int dtype, int threads) {
+  (active->*kernel)(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
+                    batch, classes, static_cast<DType>(dtype), threads);
 }
 
 void cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, uintptr_t target,
@@ -111,7 +112,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("pgd_step", pgd_step, unlocked);
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
-  module.def("margin", margin, unlocked);
+  module.def("margin", labelled<&Table::margin>, unlocked);
+  module.def("dlr", labelled<&Table::dlr>, unlocked);
   module.def("cross_entropy", cross_entropy, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);

@@ -27,6 +27,10 @@ struct SoftmaxKL {
   DType dtype;
 };
 
+// A loss of each row of logits [batch, classes] and its label y [batch]; `grad` may be null.
+using Labelled = void (*)(float* loss, void* grad, const void* logits, const int64_t* y,
+                          int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
+
 struct Table {
   const char* isa;
 
@@ -46,9 +50,8 @@ struct Table {
                   const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
                   int64_t padding, bool channels_last, int threads) noexcept;
 
-  // csrc/cpu/margin.inl
-  void (*margin)(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
-                 int64_t classes, DType dtype, int threads) noexcept;
+  // csrc/cpu/margin.inl, dlr.inl
+  Labelled margin, dlr;
 
   // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]
   void (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,

@@ -164,8 +164,17 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
 
 def margin(loss, grad, logits, y):
     """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
+    _labelled(_C.margin, loss, grad, logits, y)
+
+
+def dlr(loss, grad, logits, y):
+    """As `margin`."""
+    _labelled(_C.dlr, loss, grad, logits, y)
+
+
+def _labelled(kernel, loss, grad, logits, y):
     dtype = logits.dtype
-    _C.margin(
+    kernel(
         _address("loss", _row("loss", loss)),
         _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
         _address("logits", _row("logits", logits), dtype),

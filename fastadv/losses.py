@@ -72,6 +72,18 @@ def margin(logits, y, kappa=None, reduction="none"):
     return _reduced(loss, reduction, "mean")
 
 
+def dlr(logits, y, reduction="none"):
+    """The difference of logits ratio, which an attack ascends (Croce & Hein 2020, equation 6):
+
+    -(z_y - max_{c != y} z_c) / (z_pi1 - z_pi3 + 1e-12), z_pi1 >= z_pi2 >= ... the sorted logits.
+
+    logits [B, C] with C >= 3, y int64 [B]; see `ops.dlr`. A shift of the logits and a positive
+    factor change nothing. reduction: "none" (the default, [B], for attacks), "mean" or "sum".
+    Raises ValueError on another reduction.
+    """
+    return _reduced(ops.dlr(logits, y), reduction, "mean")
+
+
 def feature(student_features, teacher_features, distance="mse", reduction="batchmean"):
     """The distance between features [B, ...], "mse", "l2" or "cosine"; see `ops.feature_distance`.
 

@@ -126,14 +126,19 @@ def _at_least_fp32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _label(y, logits):
+    """(whether y [B] is in [0, C), y as [B, 1] with 0 where it is not)."""
+    valid = (y >= 0) & (y < logits.shape[1])
+    return valid, torch.where(valid, y, 0)[:, None]
+
+
 def margin(logits, y, grad):
     """max_{c != y} z_c - z_y [B], and its gradient [B, C]: +1 at the first maximum, -1 at y.
 
     logits [B, C], y int64 [B]. NaN is the largest logit. y outside [0, C): NaN, gradient 0; no
     other logit above -inf: -inf, gradient 0. Carlini & Wagner 2017, f6.
     """
-    valid = (y >= 0) & (y < logits.shape[1])
-    label = torch.where(valid, y, 0)[:, None]
+    valid, label = _label(y, logits)
     wide = _at_least_fp32(logits)
     top, other = wide.scatter(1, label, -math.inf).max(dim=1)
     loss = torch.where(valid, top - wide.gather(1, label)[:, 0], math.nan)
@@ -142,6 +147,28 @@ def margin(logits, y, grad):
     one = (valid & (top != -math.inf)).to(logits.dtype)[:, None]
     zero = logits.new_zeros(logits.shape)
     return loss, zero.scatter(1, other[:, None], one).scatter(1, label, -one)
+
+
+def dlr(logits, y, grad):
+    """-n / d [B], n = z_y - max_{c != y} z_c, d = z_pi1 - z_pi3 + 1e-12 with z_pi1 >= z_pi2 >= ...,
+    and its gradient [B, C]: -1 / d at y, 1 / d at the maximum, n / d^2 at pi1, -n / d^2 at pi3.
+
+    logits [B, C >= 3], y int64 [B]. Of equal logits the first comes first; NaN is the largest. y
+    outside [0, C): NaN, gradient 0. Croce & Hein 2020, equation 6.
+    """
+    valid, label = _label(y, logits)
+    wide = _at_least_fp32(logits)
+    top, order = (v[:, :3] for v in wide.sort(dim=1, descending=True, stable=True))
+    other = (order[:, :1] == label).long()
+    n = (wide.gather(1, label) - top.gather(1, other))[:, 0]
+    d = top[:, 0] - top[:, 2] + 1e-12
+    loss = torch.where(valid, -n / d, math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    at = torch.cat([label, order.gather(1, other), order[:, :1], order[:, 2:]], dim=1)
+    slope = torch.stack([-1 / d, 1 / d, n / d / d, -n / d / d], dim=1)
+    slope = torch.where(valid[:, None], slope, 0)
+    return loss, torch.zeros_like(wide).scatter_add(1, at, slope).to(logits.dtype)
 
 
 def cross_entropy(logits, target, label_smoothing, grad):
@@ -153,8 +180,7 @@ def cross_entropy(logits, target, label_smoothing, grad):
     """
     wide, classes, valid = _at_least_fp32(logits), logits.shape[1], None
     if target.dtype == torch.int64:
-        valid = (target >= 0) & (target < classes)
-        label = torch.where(valid, target, 0)[:, None]
+        valid, label = _label(target, logits)
         target = torch.zeros_like(wide).scatter(1, label, 1)
     q = (1 - label_smoothing) * target + label_smoothing / classes
     log_p = wide.log_softmax(dim=1)

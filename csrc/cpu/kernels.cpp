@@ -2,7 +2,7 @@
 // its flags and FASTADV_ISA = scalar | avx2 | avx512. Everything but the table is internal: a weak
 // symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
 #include "../table.h"
-#include "softmax.h"
+#include "rows.h"
 #include "vec.h"
 #include "vec_math.h"
 
@@ -10,6 +10,7 @@ namespace fastadv::FASTADV_ISA {
 namespace {
 #include "augment.inl"
 #include "cross_entropy.inl"
+#include "dlr.inl"
 #include "feature_distance.inl"
 #include "margin.inl"
 #include "pgd_step.inl"
@@ -25,6 +26,7 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      random_start,
                      augment,
                      margin,
+                     dlr,
                      cross_entropy,
                      feature_distance,
                      softmax_kl};

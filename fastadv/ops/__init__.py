@@ -3,6 +3,7 @@ tests/ops/ and benchmarks/."""
 
 from .augment import augment
 from .cross_entropy import cross_entropy
+from .dlr import dlr
 from .feature_distance import feature_distance
 from .margin import margin
 from .pgd_step import pgd_step, pgd_step_
@@ -12,6 +13,7 @@ from .softmax_kl import softmax_kl
 __all__ = [
     "augment",
     "cross_entropy",
+    "dlr",
     "feature_distance",
     "margin",
     "pgd_step",

@@ -1,5 +1,6 @@
-// What the ops over rows of softmaxes share: the passes over up to W rows at a time, one tree that
-// reduces the sums of all of them, and the exponentials kept from one pass for the next.
+// What the ops over rows of logits share: how rows go to the threads, and for softmaxes the passes
+// over up to W rows at a time, with one tree that reduces the sums of all of them and exponentials
+// kept from one pass for the next.
 #pragma once
 #include "vec_math.h"
 
@@ -129,6 +130,22 @@ static void for_rows(int64_t batch, int64_t classes, int threads, const Body& bo
     for (int64_t first = i * chunk; first < end; first += group) {
       body(i, first, static_cast<int>(end - first < group ? end - first : group));
     }
+  });
+}
+
+// Calls row(loss, grad or null, logits, label, classes) for every row, with its pointers and type.
+template <typename Body>
+static void labelled_rows(float* loss, void* grad, const void* logits, const int64_t* y,
+                          int64_t batch, int64_t classes, DType dtype, int threads,
+                          const Body& row) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
+      for (int64_t i = first; i < first + count; ++i) {
+        row(loss + i, grad ? static_cast<T*>(grad) + i * classes : nullptr,
+            static_cast<const T*>(logits) + i * classes, y[i], classes);
+      }
+    });
   });
 }
 
