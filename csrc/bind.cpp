@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("augment", augment, unlocked);
   module.def("margin", labelled<&Table::margin>, unlocked);
   module.def("dlr", labelled<&Table::dlr>, unlocked);
+  module.def("mart_bce", labelled<&Table::mart_bce>, unlocked);
   module.def("cross_entropy", cross_entropy, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);

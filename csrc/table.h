@@ -50,8 +50,8 @@ struct Table {
                   const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
                   int64_t padding, bool channels_last, int threads) noexcept;
 
-  // csrc/cpu/margin.inl, dlr.inl
-  Labelled margin, dlr;
+  // csrc/cpu/margin.inl, dlr.inl, mart_bce.inl
+  Labelled margin, dlr, mart_bce;
 
   // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]
   void (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,

@@ -172,6 +172,11 @@ def dlr(loss, grad, logits, y):
     _labelled(_C.dlr, loss, grad, logits, y)
 
 
+def mart_bce(loss, grad, logits, y):
+    """As `margin`."""
+    _labelled(_C.mart_bce, loss, grad, logits, y)
+
+
 def _labelled(kernel, loss, grad, logits, y):
     dtype = logits.dtype
     kernel(

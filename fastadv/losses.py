@@ -84,6 +84,19 @@ def dlr(logits, y, reduction="none"):
     return _reduced(ops.dlr(logits, y), reduction, "mean")
 
 
+def mart_bce(logits, y, reduction="mean"):
+    """MART's boosted cross-entropy, -log q_y - log(1.0001 - q_{y'} + 1e-12): q = softmax(logits),
+    y' the likeliest class but y (Wang et al. 2020, equation 6, with the authors' code's constants).
+
+    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: int64 [B]. reduction:
+    "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves. The first term does not
+    underflow; of equally likely classes y' is the first. A label outside [0, C) gives NaN with
+    gradient 0, an empty batch 0. NaN stays in its row.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    return _reduced(ops.mart_bce(_scalable(logits), y), reduction, "mean")
+
+
 def feature(student_features, teacher_features, distance="mse", reduction="batchmean"):
     """The distance between features [B, ...], "mse", "l2" or "cosine"; see `ops.feature_distance`.
 

@@ -171,6 +171,26 @@ def dlr(logits, y, grad):
     return loss, torch.zeros_like(wide).scatter_add(1, at, slope).to(logits.dtype)
 
 
+def mart_bce(logits, y, grad):
+    """-log q_y - log(u) [B], u = 1.0001 - q_{y'} + 1e-12, q = softmax(logits), y' the likeliest
+    class but y, the first of equals; and its gradient q (1 - k) - [y] + k [y'], k = q_{y'} / u.
+
+    logits [B, C >= 2], y int64 [B]. y outside [0, C): NaN, gradient 0. Wang et al. 2020, equation
+    6, with the constants of the authors' code.
+    """
+    valid, label = _label(y, logits)
+    log_q = _at_least_fp32(logits).log_softmax(dim=1)
+    top, other = log_q.scatter(1, label, -math.inf).max(dim=1, keepdim=True)
+    u = 1.0001 - top.exp() + 1e-12
+    loss = torch.where(valid, -(log_q.gather(1, label) + u.log())[:, 0], math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    k = top.exp() / u
+    gradient = (log_q.exp() * (1 - k)).scatter_add(1, label, -torch.ones_like(k))
+    gradient = torch.where(valid[:, None], gradient.scatter_add(1, other, k), 0)
+    return loss, gradient.to(logits.dtype)
+
+
 def cross_entropy(logits, target, label_smoothing, grad):
     """-sum_c q_c log p_c [B] and its gradient p sum_c q_c - q [B, C], p = softmax(logits) and
     q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels.

@@ -36,20 +36,21 @@ def test_cross_entropy_takes_a_target_of_any_floating_type(dtype):
         losses.cross_entropy(LOGITS, SOFT.clone().requires_grad_())
 
 
-SCALED = [lambda z: losses.cross_entropy(z, Y.repeat(342)[:2048])]
+SCALED = [losses.cross_entropy, losses.mart_bce]
 
 
-@pytest.mark.parametrize("loss", SCALED, ids=["cross_entropy"])
+@pytest.mark.parametrize("loss", SCALED)
 def test_float16_gradient_survives_a_loss_scale(loss):
     """p_c / 2048 is subnormal in float16 until GradScaler multiplies."""
+    y = Y.repeat(342)[:2048]
     logits = LOGITS.repeat(342, 1)[:2048].half().requires_grad_()
     wide = logits.detach().double().requires_grad_()
-    (got,) = torch.autograd.grad(2.0**16 * loss(logits), logits)
-    (exact,) = torch.autograd.grad(2.0**16 * loss(wide), wide)
+    (got,) = torch.autograd.grad(2.0**16 * loss(logits, y), logits)
+    (exact,) = torch.autograd.grad(2.0**16 * loss(wide, y), wide)
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
 
 
-REDUCED = [losses.cross_entropy, losses.dlr]
+REDUCED = [losses.cross_entropy, losses.dlr, losses.mart_bce]
 
 
 @pytest.mark.parametrize("loss", REDUCED)

@@ -13,6 +13,7 @@ namespace {
 #include "dlr.inl"
 #include "feature_distance.inl"
 #include "margin.inl"
+#include "mart_bce.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
 #include "softmax_kl.inl"
@@ -27,6 +28,7 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      augment,
                      margin,
                      dlr,
+                     mart_bce,
                      cross_entropy,
                      feature_distance,
                      softmax_kl};

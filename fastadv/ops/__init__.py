@@ -6,6 +6,7 @@ from .cross_entropy import cross_entropy
 from .dlr import dlr
 from .feature_distance import feature_distance
 from .margin import margin
+from .mart_bce import mart_bce
 from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
 from .softmax_kl import softmax_kl
@@ -16,6 +17,7 @@ __all__ = [
     "dlr",
     "feature_distance",
     "margin",
+    "mart_bce",
     "pgd_step",
     "pgd_step_",
     "random_start",
