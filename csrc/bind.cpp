@@ -90,6 +90,12 @@ void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_
                            static_cast<Distance>(distance), static_cast<DType>(dtype), threads);
 }
 
+void softmax_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, int64_t batch,
+                     int64_t classes, double temperature, double offset, int dtype, int threads) {
+  active->softmax_entropy(at<float>(loss), at<void>(grad), at<const void>(logits), batch, classes,
+                          temperature, offset, static_cast<DType>(dtype), threads);
+}
+
 void softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
                 uintptr_t grad_weight, uintptr_t student, uintptr_t teacher, uintptr_t weight,
                 int64_t batch, int64_t classes, int64_t student_stride, int64_t teacher_stride,
@@ -117,5 +123,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("mart_bce", labelled<&Table::mart_bce>, unlocked);
   module.def("cross_entropy", cross_entropy, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
+  module.def("softmax_entropy", softmax_entropy, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);
 }

@@ -63,6 +63,11 @@ struct Table {
                            const void* teacher, int64_t batch, int64_t size, Distance distance,
                            DType dtype, int threads) noexcept;
 
+  // csrc/cpu/softmax_entropy.inl
+  void (*softmax_entropy)(float* loss, void* grad, const void* logits, int64_t batch,
+                          int64_t classes, double temperature, double offset, DType dtype,
+                          int threads) noexcept;
+
   // csrc/cpu/softmax_kl.inl
   void (*softmax_kl)(const SoftmaxKL& args, int threads) noexcept;
 };

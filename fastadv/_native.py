@@ -227,6 +227,21 @@ def feature_distance(loss, student_grad, teacher_grad, student, teacher, distanc
     )
 
 
+def softmax_entropy(loss, grad, logits, temperature, offset):
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
+    dtype = logits.dtype
+    _C.softmax_entropy(
+        _address("loss", _row("loss", loss)),
+        _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
+        _address("logits", _row("logits", logits), dtype),
+        *logits.shape,
+        temperature,
+        offset,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
 def softmax_kl(
     loss,
     grad_student,

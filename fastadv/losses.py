@@ -97,6 +97,19 @@ def mart_bce(logits, y, reduction="mean"):
     return _reduced(ops.mart_bce(_scalable(logits), y), reduction, "mean")
 
 
+def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
+    """-sum_c q_c log(q_c + offset), q = softmax(logits / temperature), in nats.
+
+    logits: [B, C] float32, bfloat16, float16 or float64. temperature: float > 0. offset: 0 for the
+    entropy itself, in [0, log C], where a class with q_c = 0 counts 0; above 0 the guard of
+    published codes (1e-5 in RSLAD, MTARD and B-MTARD), which lowers it. reduction: "none" [B],
+    "sum" or "mean" (sum / B). Differentiable in logits. The result is float32 for halves. An empty
+    batch gives 0. NaN stays in its row. Raises TypeError or ValueError that names the argument at
+    fault.
+    """
+    return _reduced(ops.softmax_entropy(_scalable(logits), temperature, offset), reduction, "mean")
+
+
 def feature(student_features, teacher_features, distance="mse", reduction="batchmean"):
     """The distance between features [B, ...], "mse", "l2" or "cosine"; see `ops.feature_distance`.
 

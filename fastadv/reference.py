@@ -212,6 +212,24 @@ def cross_entropy(logits, target, label_smoothing, grad):
     return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
 
 
+def softmax_entropy(logits, temperature, offset, grad):
+    """H = -sum_c q_c log(q_c + offset) [B] of q = softmax(logits / T), logits [B, C], and its
+    gradient -q (g - sum_c q_c g_c) / T, g = log(q + offset) + q / (q + offset).
+
+    With offset 0 the exact entropy: 0 log 0 = 0.
+    """
+    log_q = (_at_least_fp32(logits) / temperature).log_softmax(dim=1)
+    q = log_q.exp()
+    if offset == 0:
+        log = slope = torch.where(q == 0, 0, log_q)  # and 1 in g, which cancels
+    else:
+        log = (q + offset).log()
+        slope = log + q / (q + offset)
+    loss = -(q * log).sum(dim=1)
+    gradient = -q * (slope - (q * slope).sum(dim=1, keepdim=True)) / temperature
+    return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
+
+
 def feature_distance(student, teacher, distance, student_grad, teacher_grad):
     """mse: mean (s - t)^2; l2: ||s - t||; cosine: 1 - <s, t> / (||s|| ||t||) [B], and gradients.
 

@@ -1,8 +1,12 @@
 """The losses over rows of logits: reductions, dtypes and torch.compile."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastadv import losses
 
@@ -36,7 +40,11 @@ def test_cross_entropy_takes_a_target_of_any_floating_type(dtype):
         losses.cross_entropy(LOGITS, SOFT.clone().requires_grad_())
 
 
-SCALED = [losses.cross_entropy, losses.mart_bce]
+def entropy(logits, y, **options):
+    return losses.entropy(logits, **{"reduction": "mean", **options})
+
+
+SCALED = [losses.cross_entropy, losses.mart_bce, entropy]
 
 
 @pytest.mark.parametrize("loss", SCALED)
@@ -50,7 +58,7 @@ def test_float16_gradient_survives_a_loss_scale(loss):
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
 
 
-REDUCED = [losses.cross_entropy, losses.dlr, losses.mart_bce]
+REDUCED = [losses.cross_entropy, losses.dlr, losses.mart_bce, entropy]
 
 
 @pytest.mark.parametrize("loss", REDUCED)
@@ -78,3 +86,35 @@ def test_compiles_whole(loss):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     eager, traced = (torch.autograd.grad(f(z), z)[0] for f in (step, compiled))
     assert torch.equal(eager, traced)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(1, 40),
+    seed=st.integers(0, 999),
+    temperature=st.floats(0.1, 10),
+    shift=st.integers(-50, 50),
+)
+def test_entropy_is_between_0_and_log_c_and_torchs(classes, seed, temperature, shift):
+    logits = 3 * torch.randn(4, classes, generator=torch.Generator().manual_seed(seed))
+    logits = (64 * logits).round() / 64
+    value = losses.entropy(logits, temperature)
+    expected = torch.distributions.Categorical(logits=logits.double() / temperature).entropy()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (value >= 0).all()
+    assert (value <= math.log(classes) + 1e-6).all()
+    torch.testing.assert_close(losses.entropy(logits + shift, temperature), value)
+    assert (losses.entropy(logits, temperature, 1e-5) <= value + 1e-6).all()
+    uniform = losses.entropy(torch.full((1, classes), float(shift)), temperature)
+    assert uniform.item() == pytest.approx(math.log(classes), rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(classes=st.integers(3, 40), seed=st.integers(0, 999), shift=st.integers(-50, 50))
+def test_shifting_the_logits_changes_no_loss(classes, seed, shift):
+    g = torch.Generator().manual_seed(seed)
+    logits = (64 * 3 * torch.randn(4, classes, generator=g)).round() / 64
+    y = torch.randint(classes, (4,), generator=g)
+    for loss in REDUCED:
+        value = loss(logits, y, reduction="none")
+        torch.testing.assert_close(loss(logits + shift, y, reduction="none"), value)

@@ -16,6 +16,7 @@ namespace {
 #include "mart_bce.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
+#include "softmax_entropy.inl"
 #include "softmax_kl.inl"
 }  // namespace
 
@@ -31,6 +32,7 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      mart_bce,
                      cross_entropy,
                      feature_distance,
+                     softmax_entropy,
                      softmax_kl};
 
 }  // namespace fastadv::FASTADV_ISA

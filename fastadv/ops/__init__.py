@@ -9,6 +9,7 @@ from .margin import margin
 from .mart_bce import mart_bce
 from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
+from .softmax_entropy import softmax_entropy
 from .softmax_kl import softmax_kl
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "pgd_step",
     "pgd_step_",
     "random_start",
+    "softmax_entropy",
     "softmax_kl",
 ]
