@@ -68,10 +68,18 @@ void augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx, uintpt
                   padding, channels_last, threads);
 }
 
-void margin(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
-            int64_t classes, int dtype, int threads) {
-  active->margin(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
-                 batch, classes, static_cast<DType>(dtype), threads);
+template <Labelled Table::* kernel>
+void labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
+              int64_t classes, int dtype, int threads) {
+  (active->*kernel)(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
+                    batch, classes, static_cast<DType>(dtype), threads);
+}
+
+void cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, uintptr_t target,
+                   int64_t batch, int64_t classes, double smoothing, int dtype, int threads) {
+  active->cross_entropy(at<float>(loss), at<void>(grad), at<const void>(logits),
+                        at<const int64_t>(y), at<const float>(target), batch, classes, smoothing,
+                        static_cast<DType>(dtype), threads);
 }
 
 void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_grad,
@@ -80,6 +88,12 @@ void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_
   active->feature_distance(at<float>(loss), at<void>(student_grad), at<void>(teacher_grad),
                            at<const void>(student), at<const void>(teacher), batch, size,
                            static_cast<Distance>(distance), static_cast<DType>(dtype), threads);
+}
+
+void softmax_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, int64_t batch,
+                     int64_t classes, double temperature, double offset, int dtype, int threads) {
+  active->softmax_entropy(at<float>(loss), at<void>(grad), at<const void>(logits), batch, classes,
+                          temperature, offset, static_cast<DType>(dtype), threads);
 }
 
 void softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
@@ -104,7 +118,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("pgd_step", pgd_step, unlocked);
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
-  module.def("margin", margin, unlocked);
+  module.def("margin", labelled<&Table::margin>, unlocked);
+  module.def("dlr", labelled<&Table::dlr>, unlocked);
+  module.def("mart_bce", labelled<&Table::mart_bce>, unlocked);
+  module.def("cross_entropy", cross_entropy, unlocked);
   module.def("feature_distance", feature_distance, unlocked);
+  module.def("softmax_entropy", softmax_entropy, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);
 }

@@ -27,6 +27,10 @@ struct SoftmaxKL {
   DType dtype;
 };
 
+// A loss of each row of logits [batch, classes] and its label y [batch]; `grad` may be null.
+using Labelled = void (*)(float* loss, void* grad, const void* logits, const int64_t* y,
+                          int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
+
 struct Table {
   const char* isa;
 
@@ -46,14 +50,23 @@ struct Table {
                   const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
                   int64_t padding, bool channels_last, int threads) noexcept;
 
-  // csrc/cpu/margin.inl
-  void (*margin)(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
-                 int64_t classes, DType dtype, int threads) noexcept;
+  // csrc/cpu/margin.inl, dlr.inl, mart_bce.inl
+  Labelled margin, dlr, mart_bce;
+
+  // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]
+  void (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,
+                        const float* target, int64_t batch, int64_t classes, double smoothing,
+                        DType dtype, int threads) noexcept;
 
   // csrc/cpu/feature_distance.inl
   void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,
                            const void* teacher, int64_t batch, int64_t size, Distance distance,
                            DType dtype, int threads) noexcept;
+
+  // csrc/cpu/softmax_entropy.inl
+  void (*softmax_entropy)(float* loss, void* grad, const void* logits, int64_t batch,
+                          int64_t classes, double temperature, double offset, DType dtype,
+                          int threads) noexcept;
 
   // csrc/cpu/softmax_kl.inl
   void (*softmax_kl)(const SoftmaxKL& args, int threads) noexcept;

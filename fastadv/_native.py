@@ -164,13 +164,44 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
 
 def margin(loss, grad, logits, y):
     """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
+    _labelled(_C.margin, loss, grad, logits, y)
+
+
+def dlr(loss, grad, logits, y):
+    """As `margin`."""
+    _labelled(_C.dlr, loss, grad, logits, y)
+
+
+def mart_bce(loss, grad, logits, y):
+    """As `margin`."""
+    _labelled(_C.mart_bce, loss, grad, logits, y)
+
+
+def _labelled(kernel, loss, grad, logits, y):
     dtype = logits.dtype
-    _C.margin(
+    kernel(
         _address("loss", _row("loss", loss)),
         _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
         _address("logits", _row("logits", logits), dtype),
         _address("y", _row("y", y), torch.int64),
         *logits.shape,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def cross_entropy(loss, grad, logits, target, smoothing):
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). target: int64 [B]
+    or fp32 [B, C]. Contiguous."""
+    dtype, labels = logits.dtype, target.dtype == torch.int64
+    _C.cross_entropy(
+        _address("loss", _row("loss", loss)),
+        _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
+        _address("logits", _row("logits", logits), dtype),
+        _address("target", _row("target", target), torch.int64) if labels else 0,
+        0 if labels else _address("target", _row("target", target)),
+        *logits.shape,
+        smoothing,
         DTYPES[dtype],
         torch.get_num_threads(),
     )
@@ -191,6 +222,21 @@ def feature_distance(loss, student_grad, teacher_grad, student, teacher, distanc
         batch,
         student.numel() // max(batch, 1),
         DISTANCES[distance],
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def softmax_entropy(loss, grad, logits, temperature, offset):
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
+    dtype = logits.dtype
+    _C.softmax_entropy(
+        _address("loss", _row("loss", loss)),
+        _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
+        _address("logits", _row("logits", logits), dtype),
+        *logits.shape,
+        temperature,
+        offset,
         DTYPES[dtype],
         torch.get_num_threads(),
     )

@@ -40,6 +40,24 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
     )[0]
 
 
+def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
+    """-sum_c q_c log softmax(logits)_c, as torch.nn.functional.cross_entropy defines it.
+
+    logits: [B, C] float32, bfloat16, float16 or float64. target: int64 [B] labels, or [B, C]
+    probabilities in any floating type, which are a constant. label_smoothing a in [0, 1]:
+    q = (1 - a) t + a / C, t the probabilities or the one-hot of the label (Szegedy et al. 2016,
+    section 7). reduction: "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves.
+
+    A class with q_c = 0 counts 0 even where its logit is -inf (torch: nan). A label outside [0, C)
+    gives NaN with gradient 0 (torch: an error, or a sample left out). An empty batch gives 0.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    if target.dtype.is_floating_point:
+        target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    loss = ops.cross_entropy(_scalable(logits), target, label_smoothing)
+    return _reduced(loss, reduction, "mean")
+
+
 def margin(logits, y, kappa=None, reduction="none"):
     """max_{c != y} z_c - z_y, the CW objective that an attack ascends (Carlini & Wagner 2017, f6).
 
@@ -54,6 +72,44 @@ def margin(logits, y, kappa=None, reduction="none"):
     return _reduced(loss, reduction, "mean")
 
 
+def dlr(logits, y, reduction="none"):
+    """The difference of logits ratio, which an attack ascends (Croce & Hein 2020, equation 6):
+
+    -(z_y - max_{c != y} z_c) / (z_pi1 - z_pi3 + 1e-12), z_pi1 >= z_pi2 >= ... the sorted logits.
+
+    logits [B, C] with C >= 3, y int64 [B]; see `ops.dlr`. A shift of the logits and a positive
+    factor change nothing. reduction: "none" (the default, [B], for attacks), "mean" or "sum".
+    Raises ValueError on another reduction.
+    """
+    return _reduced(ops.dlr(logits, y), reduction, "mean")
+
+
+def mart_bce(logits, y, reduction="mean"):
+    """MART's boosted cross-entropy, -log q_y - log(1.0001 - q_{y'} + 1e-12): q = softmax(logits),
+    y' the likeliest class but y (Wang et al. 2020, equation 6, with the authors' code's constants).
+
+    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: int64 [B]. reduction:
+    "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves. The first term does not
+    underflow; of equally likely classes y' is the first. A label outside [0, C) gives NaN with
+    gradient 0, an empty batch 0. NaN stays in its row.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    return _reduced(ops.mart_bce(_scalable(logits), y), reduction, "mean")
+
+
+def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
+    """-sum_c q_c log(q_c + offset), q = softmax(logits / temperature), in nats.
+
+    logits: [B, C] float32, bfloat16, float16 or float64. temperature: float > 0. offset: 0 for the
+    entropy itself, in [0, log C], where a class with q_c = 0 counts 0; above 0 the guard of
+    published codes (1e-5 in RSLAD, MTARD and B-MTARD), which lowers it. reduction: "none" [B],
+    "sum" or "mean" (sum / B). Differentiable in logits. The result is float32 for halves. An empty
+    batch gives 0. NaN stays in its row. Raises TypeError or ValueError that names the argument at
+    fault.
+    """
+    return _reduced(ops.softmax_entropy(_scalable(logits), temperature, offset), reduction, "mean")
+
+
 def feature(student_features, teacher_features, distance="mse", reduction="batchmean"):
     """The distance between features [B, ...], "mse", "l2" or "cosine"; see `ops.feature_distance`.
 
@@ -65,6 +121,11 @@ def feature(student_features, teacher_features, distance="mse", reduction="batch
         student_features, teacher_features = student_features.float(), teacher_features.float()
     loss = ops.feature_distance(student_features, teacher_features, distance)
     return _reduced(loss, reduction, "batchmean")
+
+
+def _scalable(logits):
+    """float16 as float32: gradients are subnormal in float16 before a loss scale reaches them."""
+    return logits.float() if logits.dtype == torch.float16 else logits
 
 
 def _reduced(loss, reduction, mean):

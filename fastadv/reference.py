@@ -126,14 +126,19 @@ def _at_least_fp32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _label(y, logits):
+    """(whether y [B] is in [0, C), y as [B, 1] with 0 where it is not)."""
+    valid = (y >= 0) & (y < logits.shape[1])
+    return valid, torch.where(valid, y, 0)[:, None]
+
+
 def margin(logits, y, grad):
     """max_{c != y} z_c - z_y [B], and its gradient [B, C]: +1 at the first maximum, -1 at y.
 
     logits [B, C], y int64 [B]. NaN is the largest logit. y outside [0, C): NaN, gradient 0; no
     other logit above -inf: -inf, gradient 0. Carlini & Wagner 2017, f6.
     """
-    valid = (y >= 0) & (y < logits.shape[1])
-    label = torch.where(valid, y, 0)[:, None]
+    valid, label = _label(y, logits)
     wide = _at_least_fp32(logits)
     top, other = wide.scatter(1, label, -math.inf).max(dim=1)
     loss = torch.where(valid, top - wide.gather(1, label)[:, 0], math.nan)
@@ -142,6 +147,87 @@ def margin(logits, y, grad):
     one = (valid & (top != -math.inf)).to(logits.dtype)[:, None]
     zero = logits.new_zeros(logits.shape)
     return loss, zero.scatter(1, other[:, None], one).scatter(1, label, -one)
+
+
+def dlr(logits, y, grad):
+    """-n / d [B], n = z_y - max_{c != y} z_c, d = z_pi1 - z_pi3 + 1e-12 with z_pi1 >= z_pi2 >= ...,
+    and its gradient [B, C]: -1 / d at y, 1 / d at the maximum, n / d^2 at pi1, -n / d^2 at pi3.
+
+    logits [B, C >= 3], y int64 [B]. Of equal logits the first comes first; NaN is the largest. y
+    outside [0, C): NaN, gradient 0. Croce & Hein 2020, equation 6.
+    """
+    valid, label = _label(y, logits)
+    wide = _at_least_fp32(logits)
+    top, order = (v[:, :3] for v in wide.sort(dim=1, descending=True, stable=True))
+    other = (order[:, :1] == label).long()
+    n = (wide.gather(1, label) - top.gather(1, other))[:, 0]
+    d = top[:, 0] - top[:, 2] + 1e-12
+    loss = torch.where(valid, -n / d, math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    at = torch.cat([label, order.gather(1, other), order[:, :1], order[:, 2:]], dim=1)
+    slope = torch.stack([-1 / d, 1 / d, n / d / d, -n / d / d], dim=1)
+    slope = torch.where(valid[:, None], slope, 0)
+    return loss, torch.zeros_like(wide).scatter_add(1, at, slope).to(logits.dtype)
+
+
+def mart_bce(logits, y, grad):
+    """-log q_y - log(u) [B], u = 1.0001 - q_{y'} + 1e-12, q = softmax(logits), y' the likeliest
+    class but y, the first of equals; and its gradient q (1 - k) - [y] + k [y'], k = q_{y'} / u.
+
+    logits [B, C >= 2], y int64 [B]. y outside [0, C): NaN, gradient 0. Wang et al. 2020, equation
+    6, with the constants of the authors' code.
+    """
+    valid, label = _label(y, logits)
+    log_q = _at_least_fp32(logits).log_softmax(dim=1)
+    top, other = log_q.scatter(1, label, -math.inf).max(dim=1, keepdim=True)
+    u = 1.0001 - top.exp() + 1e-12
+    loss = torch.where(valid, -(log_q.gather(1, label) + u.log())[:, 0], math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    k = top.exp() / u
+    gradient = (log_q.exp() * (1 - k)).scatter_add(1, label, -torch.ones_like(k))
+    gradient = torch.where(valid[:, None], gradient.scatter_add(1, other, k), 0)
+    return loss, gradient.to(logits.dtype)
+
+
+def cross_entropy(logits, target, label_smoothing, grad):
+    """-sum_c q_c log p_c [B] and its gradient p sum_c q_c - q [B, C], p = softmax(logits) and
+    q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels.
+
+    logits [B, C]; target int64 [B] or [B, C]. A class with q_c = 0 counts 0. A label outside
+    [0, C): NaN, gradient 0. Label smoothing: Szegedy et al. 2016, section 7.
+    """
+    wide, classes, valid = _at_least_fp32(logits), logits.shape[1], None
+    if target.dtype == torch.int64:
+        valid, label = _label(target, logits)
+        target = torch.zeros_like(wide).scatter(1, label, 1)
+    q = (1 - label_smoothing) * target + label_smoothing / classes
+    log_p = wide.log_softmax(dim=1)
+    loss = -torch.where(q == 0, 0, q * log_p).sum(dim=1)
+    gradient = log_p.exp() * q.sum(dim=1, keepdim=True) - q
+    if valid is not None:
+        loss = torch.where(valid, loss, math.nan)
+        gradient = torch.where(valid[:, None], gradient, 0)
+    return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
+
+
+def softmax_entropy(logits, temperature, offset, grad):
+    """H = -sum_c q_c log(q_c + offset) [B] of q = softmax(logits / T), logits [B, C], and its
+    gradient -q (g - sum_c q_c g_c) / T, g = log(q + offset) + q / (q + offset).
+
+    With offset 0 the exact entropy: 0 log 0 = 0.
+    """
+    log_q = (_at_least_fp32(logits) / temperature).log_softmax(dim=1)
+    q = log_q.exp()
+    if offset == 0:
+        log = slope = torch.where(q == 0, 0, log_q)  # and 1 in g, which cancels
+    else:
+        log = (q + offset).log()
+        slope = log + q / (q + offset)
+    loss = -(q * log).sum(dim=1)
+    gradient = -q * (slope - (q * slope).sum(dim=1, keepdim=True)) / temperature
+    return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
 
 
 def feature_distance(student, teacher, distance, student_grad, teacher_grad):

@@ -2,16 +2,21 @@
 // its flags and FASTADV_ISA = scalar | avx2 | avx512. Everything but the table is internal: a weak
 // symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
 #include "../table.h"
+#include "rows.h"
 #include "vec.h"
 #include "vec_math.h"
 
 namespace fastadv::FASTADV_ISA {
 namespace {
 #include "augment.inl"
+#include "cross_entropy.inl"
+#include "dlr.inl"
 #include "feature_distance.inl"
 #include "margin.inl"
+#include "mart_bce.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
+#include "softmax_entropy.inl"
 #include "softmax_kl.inl"
 }  // namespace
 
@@ -23,7 +28,11 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      random_start,
                      augment,
                      margin,
+                     dlr,
+                     mart_bce,
+                     cross_entropy,
                      feature_distance,
+                     softmax_entropy,
                      softmax_kl};
 
 }  // namespace fastadv::FASTADV_ISA

@@ -48,15 +48,6 @@ static void margin_row(float* loss, T* grad, const T* z, int64_t y, int64_t clas
 
 static void margin(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
                    int64_t classes, DType dtype, int threads) noexcept {
-  const int64_t rows = classes < 16384 ? 16384 / classes : 1;  // of one block
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    parallel_for((batch + rows - 1) / rows, threads, [&](int64_t block) {
-      const int64_t end = (block + 1) * rows < batch ? (block + 1) * rows : batch;
-      for (int64_t i = block * rows; i < end; ++i) {
-        margin_row(loss + i, grad ? static_cast<T*>(grad) + i * classes : nullptr,
-                   static_cast<const T*>(logits) + i * classes, y[i], classes);
-      }
-    });
-  });
+  labelled_rows(loss, grad, logits, y, batch, classes, dtype, threads,
+                [](auto... row) { margin_row(row...); });
 }

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from .. import losses, ops
 from ..frozen import Frozen
@@ -42,8 +41,9 @@ class PGD:
             raise ValueError(f"steps is {self.steps}, must be at least 0")
 
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
-        """x_adv for `model`; the objective is "ce", "margin" or "cw" (the margin up to kappa = 50,
-        as evaluations have it) of (logits, y), or "kl" of (logits, target_logits).
+        """x_adv for `model`; the objective is "ce", "margin", "cw" (the margin up to kappa = 50, as
+        evaluations have it) or "dlr" (three classes or more) of (logits, y), or "kl" of (logits,
+        target_logits).
 
         x: float32 [B, ...] in [lo, hi]; y: int64 [B]; target_logits: [B, C], constant. start: x_adv
         to begin from instead of `init`. index: int64 [B] dataset ids that decide each sample's
@@ -106,8 +106,9 @@ def input_gradient(inner, x_adv, *targets):
 
 
 OBJECTIVES = {
-    "ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"),
+    "ce": lambda logits, y: losses.cross_entropy(logits, y, reduction="none"),
     "margin": lambda logits, y: losses.margin(logits, y),
+    "dlr": lambda logits, y: losses.dlr(logits, y),
     "cw": lambda logits, y: losses.margin(logits, y, kappa=50.0),
     "kl": lambda logits, target: losses.kl(logits, target, reduction="none"),
 }

@@ -2,18 +2,26 @@
 tests/ops/ and benchmarks/."""
 
 from .augment import augment
+from .cross_entropy import cross_entropy
+from .dlr import dlr
 from .feature_distance import feature_distance
 from .margin import margin
+from .mart_bce import mart_bce
 from .pgd_step import pgd_step, pgd_step_
 from .random_start import random_start
+from .softmax_entropy import softmax_entropy
 from .softmax_kl import softmax_kl
 
 __all__ = [
     "augment",
+    "cross_entropy",
+    "dlr",
     "feature_distance",
     "margin",
+    "mart_bce",
     "pgd_step",
     "pgd_step_",
     "random_start",
+    "softmax_entropy",
     "softmax_kl",
 ]

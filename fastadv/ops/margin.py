@@ -8,30 +8,26 @@ logits z: [B, C]; y: int64 [B]; loss: [B], float32 for halves. Differentiable in
 import torch
 
 from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward
+from .._library import define, gradients_from_forward
+from ._logits import check_labels, check_logits, outputs
 
 
 def _check(logits, y, grad):
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 1")
-    if logits.dtype not in FLOATS:
-        raise TypeError(f"logits is {logits.dtype}, must be one of {FLOATS}")
-    expect("y", y, dtype=torch.int64, like=logits, shape=logits.shape[:1])
+    check_logits(logits)
+    check_labels(y, logits)
 
 
 def _cpu(logits, y, grad):
     if logits.dtype == torch.float64:
         return reference.margin(logits, y, grad)
-    loss = _native.empty(y.shape, logits, torch.float32)
-    grad_logits = _native.empty(logits.shape if grad else (0,), logits)
-    _native.margin(loss, grad_logits, logits.contiguous(), y.contiguous())
-    return loss, grad_logits
+    loss, gradient = outputs(logits, grad)
+    _native.margin(loss, gradient, logits.contiguous(), y.contiguous())
+    return loss, gradient
 
 
 def _fake(logits, y, grad):
     _check(logits, y, grad)
-    loss = logits.new_empty(y.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return loss, logits.new_empty(logits.shape if grad else (0,))
+    return outputs(logits, grad)
 
 
 _margin = define(

@@ -50,7 +50,7 @@ def test_fgsm_is_one_full_step_from_x(model, batch):
     assert torch.equal(FGSM(EPS)(model, x, y), transcription(model, x, y, x, 1, EPS, EPS))
 
 
-@pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "kl"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("init", ["uniform", "gaussian", "zero"])
 def test_raises_the_loss_and_stays_in_ball_and_box(model, batch, loss, norm, init):
@@ -67,6 +67,7 @@ def test_raises_the_loss_and_stays_in_ball_and_box(model, batch, loss, norm, ini
     value = {
         "ce": lambda v: F.cross_entropy(model(v), y),
         "margin": lambda v: (others(model(v), y) - model(v).gather(1, y[:, None])[:, 0]).mean(),
+        "dlr": lambda v: ratio(model(v), y).mean(),
         "kl": lambda v: F.kl_div(model(v).log_softmax(1), z.softmax(1), reduction="batchmean"),
     }[loss]
     assert value(x_adv) > value(x) + 1e-3
@@ -76,6 +77,13 @@ def others(logits, y):
     return torch.stack(
         [row[torch.arange(10) != label].max() for row, label in zip(logits, y, strict=True)]
     )
+
+
+def ratio(logits, labels):
+    """The difference of logits ratio."""
+    ranked = logits.sort(dim=1, descending=True).values
+    ahead = others(logits, labels) - logits.gather(1, labels[:, None])[:, 0]
+    return ahead / (ranked[:, 0] - ranked[:, 2] + 1e-12)
 
 
 def test_leaves_the_model_as_it_was(model, batch):
@@ -201,6 +209,8 @@ def test_bad_arguments_name_themselves(model, batch):
     fails("y is missing", x)
     fails("target_logits is missing", x, y, loss="kl")
     fails("loss is 'mse', must be one of", x, y, loss="mse")
+    two = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    fails(r"logits has shape \(6, 2\), must be .* C >= 3", x, y % 2, loss="dlr", net=two)
     fails("model returned probabilities", x, y, net=Probabilities())
     nan = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     nn.init.constant_(nan[1].bias, math.nan)

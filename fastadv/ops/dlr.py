@@ -1,0 +1,53 @@
+"""dlr: the difference of logits ratio, per sample.
+
+    loss_i = -(z_{y_i} - max_{c != y_i} z_c) / (z_pi1 - z_pi3 + 1e-12),  z_pi1 >= z_pi2 >= z_pi3 ...
+
+logits z: [B, C], C >= 3; y: int64 [B]; loss: [B], float32 for halves. Differentiable in logits.
+"""
+
+import torch
+
+from .. import _native, reference
+from .._library import define, gradients_from_forward
+from ._logits import check_labels, check_logits, outputs
+
+
+def _check(logits, y, grad):
+    check_logits(logits, least=3)
+    check_labels(y, logits)
+
+
+def _cpu(logits, y, grad):
+    if logits.dtype == torch.float64:
+        return reference.dlr(logits, y, grad)
+    loss, gradient = outputs(logits, grad)
+    _native.dlr(loss, gradient, logits.contiguous(), y.contiguous())
+    return loss, gradient
+
+
+def _fake(logits, y, grad):
+    _check(logits, y, grad)
+    return outputs(logits, grad)
+
+
+_dlr = define(
+    "dlr(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
+    check=_check,
+    reference=reference.dlr,
+    native=_cpu,
+    fake=_fake,
+)
+gradients_from_forward(_dlr, (0,))
+
+
+def dlr(logits, y):
+    """-(z_y - max_{c != y} z_c) / (z_pi1 - z_pi3 + 1e-12) as [B] (Croce & Hein 2020, equation 6).
+
+    logits: float32, bfloat16 or float16 [B, C] with C >= 3 (float64 runs as plain torch); y: int64
+    [B]. Positive where the model is wrong, and at least -1. The gradient goes through numerator
+    and denominator; of equal logits the first counts as the larger. The result is float32 for
+    halves. NaN is the largest logit: it makes its row's loss NaN, and the gradient at the classes
+    in the formula. A label outside [0, C) gives NaN with gradient 0.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    return _dlr(logits, y, logits.requires_grad and torch.is_grad_enabled())[0]

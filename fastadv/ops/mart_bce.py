@@ -1,0 +1,50 @@
+"""mart_bce: the boosted cross-entropy of MART, per sample.
+
+    q = softmax(z), y'_i = argmax_{c != y_i} z_c
+    loss_i = -log q_{y_i} - log(1.0001 - q_{y'_i} + 1e-12)
+
+logits z: [B, C], C >= 2; y: int64 [B]; loss: [B], float32 for halves. Differentiable in logits.
+"""
+
+import torch
+
+from .. import _native, reference
+from .._library import define, gradients_from_forward
+from ._logits import check_labels, check_logits, outputs
+
+
+def _check(logits, y, grad):
+    check_logits(logits, least=2)
+    check_labels(y, logits)
+
+
+def _cpu(logits, y, grad):
+    if logits.dtype == torch.float64:
+        return reference.mart_bce(logits, y, grad)
+    loss, gradient = outputs(logits, grad)
+    _native.mart_bce(loss, gradient, logits.contiguous(), y.contiguous())
+    return loss, gradient
+
+
+def _fake(logits, y, grad):
+    _check(logits, y, grad)
+    return outputs(logits, grad)
+
+
+_mart_bce = define(
+    "mart_bce(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
+    check=_check,
+    reference=reference.mart_bce,
+    native=_cpu,
+    fake=_fake,
+)
+gradients_from_forward(_mart_bce, (0,))
+
+
+def mart_bce(logits, y):
+    """-log q_y - log(1.0001 - q_{y'} + 1e-12) as [B], q the softmax and y' the likeliest class but
+    y (Wang et al. 2020, equation 6, with the constants of its authors' code).
+
+    The op under `losses.mart_bce`, which has the arguments, errors and edge cases.
+    """
+    return _mart_bce(logits, y, logits.requires_grad and torch.is_grad_enabled())[0]

@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastadv import _native, ops, reference
+from fastadv.testing import OpCase, check_op, check_values, using_isa
+
+HALVES = (torch.bfloat16, torch.float16)
+ISAS = _native.isas() or ["reference"]
+
+
+def plain(logits, y):
+    """The equation, for autograd."""
+    ranked = logits.sort(dim=1, descending=True, stable=True).values
+    other = logits.scatter(1, y[:, None], -math.inf).max(dim=1).values
+    own = logits.gather(1, y[:, None])[:, 0]
+    return -(own - other) / (ranked[:, 0] - ranked[:, 2] + 1e-12)
+
+
+def make(batch, classes, dtype=torch.float32, grad=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(batch, classes, generator=g)).to(dtype)
+    y = torch.randint(classes, (batch,), generator=g)
+    y[::2] = logits.argmax(dim=1)[::2]
+    return OpCase(
+        "dlr",
+        (logits, y, grad),
+        public=lambda z: ops.dlr(z, y),
+        plain=lambda z: plain(z, y),
+        inputs=(0,),
+    )
+
+
+def by_hand(row, y):
+    """(loss, gradient) of one row by the words of the docstring, in Python's floats."""
+    zero = [0.0] * len(row)
+    if not 0 <= y < len(row):
+        return math.nan, zero
+    nans = [c for c, z in enumerate(row) if math.isnan(z)]
+    numbers = [c for c in range(len(row)) if c not in nans]
+    order = nans + sorted(numbers, key=lambda c: (-row[c], c))
+    other = next(c for c in order if c != y)
+    n, d = row[y] - row[other], row[order[0]] - row[order[2]] + 1e-12
+    for c, slope in ((y, -1 / d), (other, 1 / d), (order[0], n / d / d), (order[2], -n / d / d)):
+        zero[c] += slope
+    return -n / d, zero
+
+
+@pytest.mark.parametrize("classes", [3, 10, 100])
+def test_op(classes):
+    check_op(make(9, classes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("classes", [3, 4, 7, 10, 15, 16, 17, 31, 32, 33, 100, 1000])
+def test_sizes(classes, dtype):
+    check_values(make(20, classes, dtype), ("contiguous", "permuted", "offset", "strided"))
+    check_values(make(1, classes, dtype, grad=False), ("contiguous",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_large_row(dtype):
+    check_values(make(2, 70001, dtype), ("contiguous",))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 17, 5000])
+def test_batches(batch):
+    check_values(make(batch, 10), ("contiguous", "permuted"))
+
+
+@pytest.mark.parametrize("order", [range(40), range(39, -1, -1), [7 * c % 40 for c in range(40)]])
+def test_every_place_of_the_leaders(order):
+    """The three largest in any columns: one lane's, neighbouring lanes', the tail's."""
+    ladder = torch.tensor(list(order)).float()
+    logits = torch.stack([ladder.roll(shift) for shift in range(40)])
+    for y in (logits.argmax(dim=1), logits.argmin(dim=1), torch.arange(40)):
+        check_values(OpCase("dlr", (logits, y, True)), ("contiguous",))
+
+
+VALUES = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, 2.0, 2.0, 4.0, math.inf, math.nan])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(3, 40).flatmap(lambda c: st.lists(VALUES, min_size=c, max_size=c)),
+    y=st.integers(-2, 41),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_ties_nan_infinities_and_labels_out_of_range(rows, y, dtype):
+    """Kernel and reference are the definition at every special value."""
+    loss, gradient = by_hand(rows, y)
+    logits, label = torch.tensor([rows], dtype=dtype), torch.tensor([y])
+    for isa in ISAS:
+        with using_isa(isa):
+            outputs = torch.ops.fastadv.dlr(logits, label, True)
+        for got in (outputs, reference.dlr(logits, label, True)):
+            wanted = torch.tensor([loss]), torch.tensor([gradient], dtype=dtype)
+            # Slopes that cancel leave some 1e-12 in fp64, where d = 1 + 1e-12, and 0 in fp32.
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-11, equal_nan=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=st.integers(1, 6), classes=st.integers(3, 70), seed=st.integers(0, 999))
+def test_properties(batch, classes, seed):
+    logits, y, _ = make(batch, classes, seed=seed).args
+    logits.requires_grad_()
+    loss = ops.dlr(logits, y)
+    assert torch.equal(loss > 0, logits.argmax(dim=1) != y)
+    assert (loss >= -1).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    size = gradient.abs().max().item()
+    assert gradient.sum(dim=1).abs().max() <= 1e-6 * size  # shifts change nothing
+    assert (gradient * logits).sum(dim=1).abs().max() <= 1e-5 * size * logits.abs().max()  # scales
+    torch.testing.assert_close(ops.dlr(1024 * logits, y), loss)
+
+
+def test_labels_far_out_of_range_read_nothing():
+    logits = torch.randn(4, 10, requires_grad=True)
+    loss = ops.dlr(logits, torch.tensor([2**62, -(2**62), 2**32 + 3, 3]))
+    assert loss.isnan().tolist() == [True, True, True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert not gradient[:3].any()
+    assert gradient[3].any()
+
+
+def test_opcheck_of_a_grad_requiring_input():
+    logits, y, _ = make(4, 10).args
+    assert not ops.dlr(logits, y).requires_grad
+    torch.library.opcheck(torch.ops.fastadv.dlr.default, (logits.requires_grad_(), y, True))
+
+
+def test_bad_arguments_name_themselves():
+    logits, y, _ = make(4, 10).args
+
+    def fails(error, match, logits=logits, y=y):
+        with pytest.raises(error, match=match):
+            ops.dlr(logits, y)
+
+    fails(ValueError, r"logits has shape \(10,\), must be \[B, C\]", logits=logits[0])
+    fails(ValueError, r"logits has shape \(4, 2\), must be .* C >= 3", logits=logits[:, :2])
+    fails(TypeError, r"logits is torch.int64", logits=logits.long())
+    fails(TypeError, r"y is torch.int32, must be torch.int64", y=y.int())
+    fails(ValueError, r"y has shape \(3,\), must be \(4,\)", y=y[:3])

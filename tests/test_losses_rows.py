@@ -1,0 +1,120 @@
+"""The losses over rows of logits: reductions, dtypes and torch.compile."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastadv import losses
+
+G = torch.Generator().manual_seed(0)
+LOGITS, Y = 3 * torch.randn(6, 10, generator=G), torch.randint(10, (6,), generator=G)
+SOFT = torch.randn(6, 10, generator=G).softmax(dim=1)
+
+
+@pytest.mark.parametrize("target", [Y, SOFT], ids=["labels", "soft"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_cross_entropy_is_torchs(target, smoothing, reduction):
+    z = LOGITS.clone().requires_grad_()
+    values = [
+        function(z, target, label_smoothing=smoothing, reduction=reduction)
+        for function in (losses.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), z)[0] for v in values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_cross_entropy_takes_a_target_of_any_floating_type(dtype):
+    expected = F.cross_entropy(LOGITS.double(), SOFT.double())
+    for logits, target in ((LOGITS.to(dtype), SOFT), (LOGITS, SOFT.to(dtype))):
+        eps = max(torch.finfo(t.dtype).eps for t in (logits, target))
+        loss = losses.cross_entropy(logits, target)
+        assert loss.dtype == torch.promote_types(logits.dtype, torch.float32)
+        torch.testing.assert_close(loss.double(), expected, rtol=4 * eps, atol=0)
+    with pytest.raises(ValueError, match=r"target requires grad, .* losses.kl"):
+        losses.cross_entropy(LOGITS, SOFT.clone().requires_grad_())
+
+
+def entropy(logits, y, **options):
+    return losses.entropy(logits, **{"reduction": "mean", **options})
+
+
+SCALED = [losses.cross_entropy, losses.mart_bce, entropy]
+
+
+@pytest.mark.parametrize("loss", SCALED)
+def test_float16_gradient_survives_a_loss_scale(loss):
+    """p_c / 2048 is subnormal in float16 until GradScaler multiplies."""
+    y = Y.repeat(342)[:2048]
+    logits = LOGITS.repeat(342, 1)[:2048].half().requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    (got,) = torch.autograd.grad(2.0**16 * loss(logits, y), logits)
+    (exact,) = torch.autograd.grad(2.0**16 * loss(wide, y), wide)
+    torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
+
+
+REDUCED = [losses.cross_entropy, losses.dlr, losses.mart_bce, entropy]
+
+
+@pytest.mark.parametrize("loss", REDUCED)
+def test_reductions(loss):
+    rows = loss(LOGITS, Y, reduction="none")
+    assert rows.shape == (6,)
+    torch.testing.assert_close(loss(LOGITS, Y, reduction="sum"), rows.sum())
+    torch.testing.assert_close(loss(LOGITS, Y, reduction="mean"), rows.mean())
+    with pytest.raises(ValueError, match=r"reduction is 'batchmean', must be .* or 'mean'"):
+        loss(LOGITS, Y, reduction="batchmean")
+    empty = LOGITS[:0].clone().requires_grad_()
+    for reduction in ("sum", "mean"):
+        value = loss(empty, Y[:0], reduction=reduction)
+        assert value.item() == 0
+        assert torch.autograd.grad(value, empty)[0].shape == (0, 10)
+
+
+@pytest.mark.parametrize("loss", REDUCED)
+def test_compiles_whole(loss):
+    z = LOGITS.clone().requires_grad_()
+
+    def step(z):
+        return loss(2 * z, Y, reduction="mean")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager, traced = (torch.autograd.grad(f(z), z)[0] for f in (step, compiled))
+    assert torch.equal(eager, traced)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(1, 40),
+    seed=st.integers(0, 999),
+    temperature=st.floats(0.1, 10),
+    shift=st.integers(-50, 50),
+)
+def test_entropy_is_between_0_and_log_c_and_torchs(classes, seed, temperature, shift):
+    logits = 3 * torch.randn(4, classes, generator=torch.Generator().manual_seed(seed))
+    logits = (64 * logits).round() / 64
+    value = losses.entropy(logits, temperature)
+    expected = torch.distributions.Categorical(logits=logits.double() / temperature).entropy()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (value >= 0).all()
+    assert (value <= math.log(classes) + 1e-6).all()
+    torch.testing.assert_close(losses.entropy(logits + shift, temperature), value)
+    assert (losses.entropy(logits, temperature, 1e-5) <= value + 1e-6).all()
+    uniform = losses.entropy(torch.full((1, classes), float(shift)), temperature)
+    assert uniform.item() == pytest.approx(math.log(classes), rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(classes=st.integers(3, 40), seed=st.integers(0, 999), shift=st.integers(-50, 50))
+def test_shifting_the_logits_changes_no_loss(classes, seed, shift):
+    g = torch.Generator().manual_seed(seed)
+    logits = (64 * 3 * torch.randn(4, classes, generator=g)).round() / 64
+    y = torch.randint(classes, (4,), generator=g)
+    for loss in REDUCED:
+        value = loss(logits, y, reduction="none")
+        torch.testing.assert_close(loss(logits + shift, y, reduction="none"), value)
