@@ -88,13 +88,16 @@ def mart_bce(logits, y, reduction="mean"):
     """MART's boosted cross-entropy, -log q_y - log(1.0001 - q_{y'} + 1e-12): q = softmax(logits),
     y' the likeliest class but y (Wang et al. 2020, equation 6, with the authors' code's constants).
 
-    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: int64 [B]. reduction:
-    "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves. The first term does not
-    underflow; of equally likely classes y' is the first. A label outside [0, C) gives NaN with
-    gradient 0, an empty batch 0. NaN stays in its row.
+    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: int64 [B], or [B, C]
+    probabilities, a constant, over which the loss is then the expectation (in plain torch).
+    reduction: "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves. The first term
+    does not underflow; of equally likely classes y' is the first. A label outside [0, C) gives NaN
+    with gradient 0, an empty batch 0. NaN stays in its row.
     Raises TypeError or ValueError that names the argument at fault.
     """
-    return _reduced(ops.mart_bce(_scalable(logits), y), reduction, "mean")
+    logits = _scalable(logits)
+    loss = _soft_mart_bce(logits, y) if y.is_floating_point() else ops.mart_bce(logits, y)
+    return _reduced(loss, reduction, "mean")
 
 
 def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
@@ -137,30 +140,11 @@ def _reduced(loss, reduction, mean):
     return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
 
 
-def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
-    loss = torch.nn.functional.cross_entropy(
-        logits, target, label_smoothing=label_smoothing, reduction="none"
-    )
-    return _reduced(loss, reduction, "mean")
-
-
-def mart_bce(logits, y, reduction="mean"):
-    if y.dim() == 2:
-        return _reduced(_soft_mart_bce(logits, y), reduction, "mean")
-    q = logits.softmax(1)
-    wrong = q.scatter(1, y[:, None], -1.0).amax(1)
-    loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
-    return _reduced(loss - (1.0001 - wrong + 1e-12).log(), reduction, "mean")
-
-
-def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
-    q = (logits / temperature).softmax(1)
-    return _reduced(-(q * (q + offset).log()).sum(1), reduction, "mean")
-
-
 def _soft_mart_bce(logits, y):
-    """The expectation of mart_bce over labels of probabilities y [B, C]; plain torch."""
-    log_q = logits.log_softmax(1)
+    """[B], the expectation of mart_bce over labels of probabilities y [B, C]."""
+    if y.shape != logits.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, must be {tuple(logits.shape)} or [B]")
+    log_q = (logits.float() if logits.itemsize < 4 else logits).log_softmax(1)
     top, best = log_q.exp().topk(2)
     ids = torch.arange(logits.shape[1], device=logits.device)
     wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])

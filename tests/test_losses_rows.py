@@ -118,3 +118,16 @@ def test_shifting_the_logits_changes_no_loss(classes, seed, shift):
     for loss in REDUCED:
         value = loss(logits, y, reduction="none")
         torch.testing.assert_close(loss(logits + shift, y, reduction="none"), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mart_bce_of_probabilities_is_the_expectation_over_labels(dtype):
+    z = LOGITS.to(dtype).requires_grad_()
+    by_label = [losses.mart_bce(z, torch.full((6,), c), reduction="none") for c in range(10)]
+    expected = (torch.stack(by_label, dim=1) * SOFT).sum()
+    values = losses.mart_bce(z, SOFT, reduction="sum"), expected
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6, check_dtype=False)
+    grads = (torch.autograd.grad(v, z, retain_graph=True)[0] for v in values)
+    torch.testing.assert_close(*grads, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"y has shape \(6, 4\), must be \(6, 10\) or \[B\]"):
+        losses.mart_bce(z, SOFT[:, :4])
