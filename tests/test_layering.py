@@ -15,7 +15,7 @@ LEVELS = (
     {"methods"},
     {"graphs", "teacher_cache", "compat"},
     {"testing", "info", "run"},
-    {"train", "evaluate", "demo", "recipes"},
+    {"train", "evaluate", "demo", "export", "recipes"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 BANNED = {"methods": {"models", "data", "teacher_cache"}}
