@@ -104,6 +104,15 @@ def test_doubles_that_matlab_stores_as_bytes(folder):
     assert data.load("svhn", folder).test.labels.tolist() == [(i + 1) % 10 for i in range(15)]
 
 
+def test_a_length_beyond_the_files_end_is_named(folder):
+    path = folder / "test_32x32.mat"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"test_32x32\.mat: .*an element of \d+ bytes where \d+ are"
+    ):
+        data.load("svhn", folder)
+
+
 def test_files_of_another_kind(folder):
     path = folder / "train_32x32.mat"
     for content in (b"<html>Quota exceeded</html>" * 20, b"MATLAB 7.3 MAT-file" + bytes(500)):

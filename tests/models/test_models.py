@@ -237,6 +237,8 @@ ENDS = {  # the last convolution's module, its map at 32x32, BatchNorm and activ
 def test_strides_ends_and_pooling(name):
     model = randomise(models.get(name, width=2))
     module, size, batchnorm, activation = ENDS[name]
+    if batchnorm:
+        getattr(model, batchnorm).weight.data *= 100  # beyond the 6 of ReLU6
     seen = []
     getattr(model, module).register_forward_hook(lambda *call: seen.append(call[2]))
     logits = model(torch.rand(2, 3, 32, 32, dtype=torch.float64))
@@ -366,6 +368,17 @@ def test_vit_takes_whole_patches_and_heads_only():
         models.get("vit_tiny")(torch.rand(1, 3, 32, 30))
     with pytest.raises(ValueError, match="width is 64, must be a multiple of 3"):
         models.get("vit_tiny", width=64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_width_is_the_stems_and_scales_the_rest(name):
+    stems, sizes = [], []
+    for width in (6, 12):
+        model = models.get(name, width=width)
+        stems.append(next(m for m in model.modules() if isinstance(m, nn.Conv2d)).out_channels)
+        sizes.append([m for m in model.modules() if isinstance(m, nn.Linear)][-1].in_features)
+    assert stems == [6, 12]
+    assert sizes[1] == 2 * sizes[0]
 
 
 @pytest.mark.parametrize("width", [0, -4])
