@@ -7,15 +7,18 @@ import argparse
 import re
 import sys
 
+from torch import nn
+
 from . import models
 from .evaluate import from_run
 
-# Networks of published width for colour images, and the RobustBench class that loads their export.
+# What RobustBench calls these networks, at their published width and for colour images.
 ROBUSTBENCH = {
-    r"resnet(18|34)": r"ResNet\1()",
-    r"preact_resnet18": r"PreActResNet(PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True)",
-    r"wrn(\d+)_(\d+)": r"WideResNet(depth=\1, widen_factor=\2)",
-    r"dm_wrn(\d+)_(\d+)": r"DMWideResNet(depth=\1, width=\2, activation_fn=Swish, mean, std)",
+    r"resnet18": r"ResNet(BasicBlock, [2, 2, 2, 2], num_classes)",
+    r"resnet34": r"ResNet(BasicBlock, [3, 4, 6, 3], num_classes)",
+    r"preact_resnet18": r"PreActResNet(PreActBlockV2, [2, 2, 2, 2], num_classes, True)",
+    r"wrn(\d+)_(\d+)": r"WideResNet(\1, num_classes, \2)",
+    r"dm_wrn(\d+)_(\d+)": r"DMWideResNet(num_classes, \1, \2, Swish, mean, std)",
 }
 
 
@@ -36,7 +39,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     model, config = from_run(args.checkpoint)
     models.export(model, args.out)
-    theirs = robustbench_class(config.student) if config.student_width is None else None
+    stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    fits = stem.in_channels == 3 and config.student_width is None
+    theirs = robustbench_class(config.student) if fits else None
     print(f"{args.out}: {config.student}, for {theirs or 'no class of RobustBench'}")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadv import checkpoint, evaluate, export, models
+from fastadv import checkpoint, evaluate, export, freeze, models
 from fastadv.train import Config, train
 
 
@@ -178,6 +178,7 @@ def test_statistics_for_a_network_that_has_its_own(path, x, names):
 
 def test_a_normalized_network_is_filled_in_place_and_saved_as_it_is(path, x):
     model = models.Normalized(jitter(models.get("resnet18", width=4)), MEAN, STD).eval()
+    assert torch.equal(freeze(model)(x), model(x))
     torch.save(model.state_dict(), path)  # net.conv1.weight, ..., mu, sigma
     assert torch.equal(models.load("resnet18", path, width=4)(x), model(x))
     other = models.Normalized(models.get("resnet18", width=4), torch.zeros(3), torch.ones(3))
@@ -255,24 +256,23 @@ def test_export_is_atomic(path, monkeypatch):
 
 
 def test_export_command(tmp_path, path, capsys):
-    options = {"method": "natural", "data": "digits", "student": "resnet20", "student_width": 2}
+    options = {"method": "natural", "data": "digits", "student": "dm_wrn10_1"}  # grey images
     train(Config(**options, epochs=1, batch_size=512, out=str(tmp_path / "run")))
     best = tmp_path / "run" / "best.safetensors"
     export.main(["--checkpoint", str(best), "--out", str(path)])
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == f"{path}: resnet20, for no class of RobustBench"
-    )
+    (*_, line) = capsys.readouterr().out.splitlines()
+    assert line == f"{path}: dm_wrn10_1, for no class of RobustBench"
     model, _ = evaluate.from_run(best)
-    loaded, x = models.load("resnet20", path, 10, 1, 2), torch.rand(4, 1, 8, 8)
+    loaded, x = models.load("dm_wrn10_1", path, 10, 1), torch.rand(4, 1, 8, 8)
     assert torch.equal(loaded(x), model(x))
 
 
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("resnet34", "ResNet34()"),
-        ("wrn34_20", "WideResNet(depth=34, widen_factor=20)"),
-        ("dm_wrn70_16", "DMWideResNet(depth=70, width=16, activation_fn=Swish, mean, std)"),
+        ("resnet34", "ResNet(BasicBlock, [3, 4, 6, 3], num_classes)"),
+        ("wrn34_20", "WideResNet(34, num_classes, 20)"),
+        ("dm_wrn70_16", "DMWideResNet(num_classes, 70, 16, Swish, mean, std)"),
         ("wrn28_10_silu", None),
         ("resnet56", None),
     ],
