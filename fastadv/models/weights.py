@@ -31,8 +31,8 @@ class Normalized(nn.Module):
             raise ValueError(f"net is a {type(net).__name__}, which normalises its input already")
         super().__init__()
         self.net = net
-        self.register_buffer("mu", mean.view(1, -1, 1, 1))
-        self.register_buffer("sigma", std.view(1, -1, 1, 1))
+        self.register_buffer("mu", mean.view(1, -1, 1, 1).clone())
+        self.register_buffer("sigma", std.view(1, -1, 1, 1).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.mu) / self.sigma)

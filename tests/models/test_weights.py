@@ -181,9 +181,11 @@ def test_a_normalized_network_is_filled_in_place_and_saved_as_it_is(path, x):
     assert torch.equal(freeze(model)(x), model(x))
     torch.save(model.state_dict(), path)  # net.conv1.weight, ..., mu, sigma
     assert torch.equal(models.load("resnet18", path, width=4)(x), model(x))
-    other = models.Normalized(models.get("resnet18", width=4), torch.zeros(3), torch.ones(3))
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    other = models.Normalized(models.get("resnet18", width=4), zeros, ones)
     models.load_weights(other.eval(), path)
     assert torch.equal(other(x), model(x))
+    assert not zeros.any()  # the caller's tensors are its own
     torch.save(model.net.state_dict(), path)  # a file without statistics leaves them alone
     models.load_weights(other, path)
     assert torch.equal(other(x), model(x))
