@@ -68,8 +68,7 @@ def build_teacher(config, dataset, which):
         teacher, _ = from_run(path)
     else:
         channels = dataset.train.images.shape[1]
-        teacher = models.get(architecture, dataset.num_classes, channels)
-        models.load_weights(teacher, path)
+        teacher = models.load(architecture, path, dataset.num_classes, channels)
     check_fits(teacher, dataset, path)
     teacher.to(config.device, memory_format=torch.channels_last)
     return freeze(teacher, PRECISIONS[config.precision_teacher])

@@ -14,7 +14,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 CONTAINERS = ("state_dict", "net", "model_state_dict", "model", "ema")
-PREFIXES = ("module.", "model.")
+PREFIXES = ("module.", "model.", "net.")
+# Names under which public files keep the mean and deviation of their input, beside the network.
+STATISTICS = (("mu", "sigma"), ("mean", "std"), ("normalize.mean", "normalize.std"))
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -75,7 +77,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Takes the `model.` entries of a fastadv checkpoint, a plain safetensors state dict, or what
     `torch.load(weights_only=True)` accepts. Containers (`state_dict`, `net`, `model_state_dict`,
-    `model`, `ema`) are opened; `module.` and `model.` are removed where every key starts so.
+    `model`, `ema`) are opened; `module.`, `model.` and `net.` are removed where every key starts
+    with one of them, names of `STATISTICS` aside.
     Raises FileNotFoundError, or ValueError naming the file and the reason: pickled code (refused,
     never run), a web page, damage, no tensors.
     """
@@ -164,6 +167,10 @@ def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    while shared := next((p for p in PREFIXES if all(k.startswith(p) for k in weights)), None):
-        weights = {k.removeprefix(shared): v for k, v in weights.items()}
+    beside = {name for pair in STATISTICS for name in pair}
+    while all(k.startswith(PREFIXES) or k in beside for k in weights) and weights.keys() - beside:
+        bare = {k if k in beside else k.partition(".")[2]: v for k, v in weights.items()}
+        if len(bare) < len(weights):  # two networks, say, whose keys would fall together
+            break
+        weights = bare
     return weights

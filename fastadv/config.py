@@ -40,9 +40,9 @@ class Config:
 
     method: str = _flag("rslad", "such as at, rslad or vfd+trades; all below")
     method_options: dict = field(default_factory=dict)
-    data: str = _flag("cifar10", "digits, cifar10 or npz")
-    data_dir: str | None = _flag(None, "folder of cifar-10-batches-py, or the .npz file")
-    student: str = _flag("resnet18", "digits_net, resnet18 or wrn{depth}_{widen}")
+    data: str = _flag("cifar10", "digits, cifar10, cifar100, svhn or npz")
+    data_dir: str | None = _flag(None, "folder of the data set's files, or the .npz file")
+    student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
     student_width: int | None = _flag(None, "channels of its stem, for narrow networks")
     teacher: str | None = _flag(None, "architecture of a checkpoint that fastadv did not write")
     teacher_checkpoint: str | None = _flag(None, "robust teacher: a run's .safetensors or a .pt")

@@ -84,8 +84,7 @@ def from_run(path):
         classes, channels = metadata["num_classes"], metadata["in_channels"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its header is not that of a run ({error})") from error
-    model = models.get(config.student, classes, channels, config.student_width)
-    models.load_weights(model, path)
+    model = models.load(config.student, path, classes, channels, config.student_width)
     return model, config
 
 
@@ -122,7 +121,7 @@ def arguments(argv):
     parser.add_argument("--checkpoint", required=True, help="of a run, or a .pt with --model")
     parser.add_argument("--model", help=f"architecture of a foreign checkpoint: {models.KNOWN}")
     parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
-    parser.add_argument("--data", help="digits, cifar10 or npz; default: the run's")
+    parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
     parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="default: %(default)s")
@@ -151,8 +150,9 @@ def main(argv=None):
     dataset = data.load(args.data or config.data, args.data_dir or config.data_dir)
     split = getattr(dataset, args.split)
     if args.model:
-        model = models.get(args.model, dataset.num_classes, split.images.shape[1], args.width)
-        models.load_weights(model, args.checkpoint)
+        model = models.load(
+            args.model, args.checkpoint, dataset.num_classes, split.images.shape[1], args.width
+        )
     check_fits(model, dataset, args.checkpoint)
     if args.limit:
         split = split.take(torch.arange(min(args.limit, len(split))))

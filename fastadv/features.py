@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from .frozen import InPrecision
-
 
 def forward_features(model, x, names):
     """(logits [B, C], {name: features [B, ...]}) of one forward pass, gradients included.
@@ -13,7 +11,9 @@ def forward_features(model, x, names):
     float32. With several calls of one module in a pass, the last counts.
     Raises ValueError for a name that the network does not have.
     """
-    net = model.net if isinstance(model, InPrecision) else model
+    net = model
+    while [name for name, _ in net.named_children()] == ["net"]:  # twins, normalisation
+        net = net.net
     found, hooks = {}, []
     try:
         for name in names:

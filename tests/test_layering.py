@@ -18,7 +18,7 @@ LEVELS = (
     {"cli"},
     {"evaluate"},
     {"build"},
-    {"train", "demo", "recipes"},
+    {"train", "demo", "export", "recipes"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 BANNED = {"methods": {"models", "data", "teacher_cache"}}

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its "python version" (Krizhevsky, 2009), read without running the pickles."""
+"""CIFAR-10 and CIFAR-100, "python version" (Krizhevsky, 2009), read without running the pickles."""
 
 import pickle
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 
 from .dataset import Dataset, cut, image_set
 
-FOLDER = "cifar-10-batches-py"
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 ROWS, HELD_OUT = 10_000, 1_000
 
@@ -48,45 +47,65 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load(data_dir: str | Path, seed: int) -> Dataset:
-    """49 000 train, 1 000 val and 10 000 test images, uint8 [N, 3, 32, 32].
+    """CIFAR-10: 49 000 train, 1 000 val and 10 000 test images, uint8 [N, 3, 32, 32].
 
     `data_dir` is the folder `cifar-10-batches-py` or the one that holds it. Raises
     FileNotFoundError for an absent file and ValueError, naming the file, for one that is truncated,
     misshapen or asks for anything but numpy arrays.
     """
-    folder = Path(data_dir)
-    if (folder / FOLDER).is_dir():
-        folder /= FOLDER
-    images, labels = zip(*(read_batch(folder / name) for name in TRAIN), strict=True)
-    full = image_set(np.concatenate(images), np.concatenate(labels))
-    val, train = cut(full, HELD_OUT, seed=seed)
-    return Dataset("cifar10", 10, 4, 2, train, val, image_set(*read_batch(folder / "test_batch")))
+    folder = _folder(data_dir, "cifar-10-batches-py")
+    images, labels = zip(*(read_batch(folder / name, ROWS) for name in TRAIN), strict=True)
+    train = np.concatenate(images), np.concatenate(labels)
+    return _dataset("cifar10", 10, train, read_batch(folder / "test_batch", ROWS), seed)
 
 
-def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8 [10000, 3, 32, 32], labels int64 [10000]) of one batch file."""
+def load_cifar100(data_dir: str | Path, seed: int) -> Dataset:
+    """CIFAR-100 by its 100 fine classes, sizes as CIFAR-10's, from `cifar-100-python`.
+
+    Arguments and errors are those of `load`.
+    """
+    folder = _folder(data_dir, "cifar-100-python")
+    train = read_batch(folder / "train", 5 * ROWS, "fine_labels", 100)
+    return _dataset(
+        "cifar100", 100, train, read_batch(folder / "test", ROWS, "fine_labels", 100), seed
+    )
+
+
+def read_batch(
+    path: Path, rows: int, entry: str = "labels", num_classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 [rows, 3, 32, 32], labels int64 [rows]) of one file, labels from `entry`."""
     try:
         with open(path, "rb") as file:
             content = _ArrayUnpickler(file, encoding="bytes").load()
         # Python 2 wrote byte-string keys, later writers text.
         content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-        images, labels = _array(content["data"]), _array(content["labels"])
+        images, labels = _array(content["data"]), _array(content[entry])
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such CIFAR-10 file") from None
+        raise FileNotFoundError(f"{path}: no such CIFAR file") from None
     except Exception as error:  # hostile or cut input surfaces as nearly any exception type
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a readable CIFAR-10 batch ({reason})") from error
-    if images.dtype != np.uint8 or images.shape != (ROWS, 3072):
-        raise ValueError(
-            f"{path}: data is {images.dtype} {list(images.shape)}, not uint8 [{ROWS}, 3072]"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != (ROWS,):
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} {list(labels.shape)}, not {ROWS} integers"
-        )
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{path}: labels lie in {labels.min()}..{labels.max()}, not 0..9")
-    return images.reshape(ROWS, 3, 32, 32), labels.astype(np.int64)
+        raise ValueError(f"{path}: not a readable CIFAR file ({reason})") from error
+    if images.dtype != np.uint8 or images.shape != (rows, 3072):
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"{path}: data is {found}, not uint8 [{rows}, 3072]")
+    if labels.dtype.kind not in "iu" or labels.shape != (rows,):
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"{path}: {entry} are {found}, not {rows} integers")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        found = f"{labels.min()}..{labels.max()}"
+        raise ValueError(f"{path}: {entry} lie in {found}, not 0..{num_classes - 1}")
+    return images.reshape(rows, 3, 32, 32), labels.astype(np.int64)
+
+
+def _folder(data_dir: str | Path, name: str) -> Path:
+    folder = Path(data_dir)
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _dataset(name: str, num_classes: int, train: tuple, test: tuple, seed: int) -> Dataset:
+    val, train = cut(image_set(*train), HELD_OUT, seed=seed)
+    return Dataset(name, num_classes, 4, 2, train, val, image_set(*test))
 
 
 def _array(item) -> np.ndarray:

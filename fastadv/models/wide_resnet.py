@@ -6,6 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def blocks_per_stage(depth: int, widen: int) -> int:
+    """n of depth = 6n + 4. Raises ValueError for a depth or widening that no wide ResNet has."""
+    if depth < 10 or depth % 6 != 4 or widen < 1:
+        raise ValueError(
+            f"wrn{depth}_{widen}: depth must be 6n + 4 (10, 16, 22, 28, 34, ...), widen >= 1"
+        )
+    return (depth - 4) // 6
+
+
 class Block(nn.Module):
     """Pre-activation block: [B, in, H, W] -> [B, out, H/stride, W/stride].
 
@@ -13,13 +22,19 @@ class Block(nn.Module):
     does; elsewhere the residual is x itself.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        activation: type[nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.relu = nn.ReLU()
+        self.relu = activation()
         self.convShortcut = None
         if in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -33,10 +48,17 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """A run of blocks under the name `layer`; only the first one strides or widens."""
 
-    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int):
+    def __init__(
+        self,
+        blocks: int,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        activation: type[nn.Module],
+    ):
         super().__init__()
-        rest = [Block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(Block(in_channels, out_channels, stride), *rest)
+        rest = [Block(out_channels, out_channels, 1, activation) for _ in range(blocks - 1)]
+        self.layer = nn.Sequential(Block(in_channels, out_channels, stride, activation), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -47,6 +69,8 @@ class WideResNet(nn.Module):
 
     `depth` counts layers and is 6n + 4 with n >= 1 (ValueError otherwise); the stem has `width`
     channels and the stages `width` times widen, 2 widen and 4 widen. There is no dropout.
+    `activation` is nn.ReLU or nn.SiLU, which no weight file tells apart. The keys are those of
+    RobustBench's `WideResNet(depth, num_classes, widen)`, which has ReLU only.
     """
 
     def __init__(
@@ -56,19 +80,16 @@ class WideResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         width: int = 16,
+        activation: type[nn.Module] = nn.ReLU,
     ):
-        if depth < 10 or depth % 6 != 4 or widen < 1:
-            raise ValueError(
-                f"wrn{depth}_{widen}: depth must be 6n + 4 (10, 16, 22, 28, 34, ...), widen >= 1"
-            )
         super().__init__()
-        blocks, stage = (depth - 4) // 6, width * widen
+        blocks, stage = blocks_per_stage(depth, widen), width * widen
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.block1 = Stage(blocks, width, stage, stride=1)
-        self.block2 = Stage(blocks, stage, 2 * stage, stride=2)
-        self.block3 = Stage(blocks, 2 * stage, 4 * stage, stride=2)
+        self.block1 = Stage(blocks, width, stage, stride=1, activation=activation)
+        self.block2 = Stage(blocks, stage, 2 * stage, stride=2, activation=activation)
+        self.block3 = Stage(blocks, 2 * stage, 4 * stage, stride=2, activation=activation)
         self.bn1 = nn.BatchNorm2d(4 * stage)
-        self.relu = nn.ReLU()
+        self.relu = activation()
         self.fc = nn.Linear(4 * stage, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

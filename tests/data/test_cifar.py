@@ -1,4 +1,4 @@
-"""CIFAR-10 files as different writers make them, and as an attacker or a bad disk would."""
+"""CIFAR files as different writers make them, and as an attacker or a bad disk would."""
 
 import pickle
 import struct
@@ -29,6 +29,10 @@ def rows(monkeypatch):
     return 20
 
 
+def read(path):
+    return cifar.read_batch(path, cifar.ROWS)
+
+
 def make(seed, rows=20):
     random = np.random.default_rng(seed)
     return (
@@ -57,13 +61,20 @@ def write_folder(folder):
     return batches
 
 
+def cifar100(images, labels):
+    """The content of a CIFAR-100 file, with decoys of the fine labels beside them."""
+    coarse = [label // 5 for label in labels]
+    names = [b"%d.png" % i for i in range(len(labels))]
+    return {b"data": images, b"filenames": names, b"fine_labels": labels, b"coarse_labels": coarse}
+
+
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("key", [str, str.encode])
 def test_batches_of_every_protocol_and_key_type(tmp_path, rows, protocol, key):
     images, labels = make(0)
     content = {key("data"): images, key("labels"): labels, key("batch_label"): "one"}
     (tmp_path / "batch").write_bytes(pickle.dumps(content, protocol))
-    read_images, read_labels = cifar.read_batch(tmp_path / "batch")
+    read_images, read_labels = read(tmp_path / "batch")
     assert np.array_equal(read_images, images.reshape(20, 3, 32, 32))
     assert read_labels.tolist() == labels
     assert read_labels.dtype == np.int64
@@ -72,7 +83,7 @@ def test_batches_of_every_protocol_and_key_type(tmp_path, rows, protocol, key):
 def test_a_full_sized_batch_by_python_2(tmp_path):
     images, labels = make(0, rows=10_000)
     (tmp_path / "batch").write_bytes(python2_pickle(images, labels))
-    read_images, read_labels = cifar.read_batch(tmp_path / "batch")
+    read_images, read_labels = read(tmp_path / "batch")
     assert np.array_equal(read_images.reshape(10_000, 3072), images)
     assert read_labels.tolist() == labels
 
@@ -81,7 +92,7 @@ def test_fortran_order_and_array_labels(tmp_path, rows):
     images, labels = make(0)
     content = {"data": np.asfortranarray(images), "labels": np.array(labels)}
     (tmp_path / "batch").write_bytes(pickle.dumps(content))
-    read_images, read_labels = cifar.read_batch(tmp_path / "batch")
+    read_images, read_labels = read(tmp_path / "batch")
     assert np.array_equal(read_images.reshape(20, 3072), images)
     assert read_labels.tolist() == labels
 
@@ -121,7 +132,7 @@ def test_code_in_a_batch_is_refused_and_not_run(tmp_path, rows, place, protocol)
     content = dict(zip(("data", "labels"), make(0), strict=True)) | {place: Dropper(bait)}
     path.write_bytes(pickle.dumps(Dropper(bait) if place == "whole" else content, protocol))
     with pytest.raises(ValueError, match=r"data_batch_1.*asks for (io|_io)\.open; nothing was run"):
-        cifar.read_batch(path)
+        read(path)
     assert not bait.exists()
 
 
@@ -130,7 +141,7 @@ def test_other_names_of_numpy_and_builtins_are_refused(tmp_path, name):
     module, attribute = name.split()
     (tmp_path / "batch").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(ValueError, match=f"asks for {module}.{attribute}"):
-        cifar.read_batch(tmp_path / "batch")
+        read(tmp_path / "batch")
 
 
 def test_a_pickle_cannot_reach_the_real_dtype(tmp_path):
@@ -138,15 +149,15 @@ def test_a_pickle_cannot_reach_the_real_dtype(tmp_path):
     state = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft"  # flags 63: holds objects
     (tmp_path / "batch").write_bytes(b"\x80\x02cnumpy\ndtype\nU\x02u1\x85R" + state + b"b.")
     with pytest.raises(ValueError, match="batch"):
-        cifar.read_batch(tmp_path / "batch")
+        read(tmp_path / "batch")
     assert np.dtype("u1").flags == flags
 
 
 @pytest.mark.parametrize("length", [0, 1, 50, 200, 30_000, -1])
 def test_truncated_batches(tmp_path, rows, length):
     (tmp_path / "data_batch_2").write_bytes(python2_pickle(*make(0))[:length])
-    with pytest.raises(ValueError, match="data_batch_2: not a readable CIFAR-10 batch"):
-        cifar.read_batch(tmp_path / "data_batch_2")
+    with pytest.raises(ValueError, match="data_batch_2: not a readable CIFAR file"):
+        read(tmp_path / "data_batch_2")
 
 
 def test_missing_files_are_named(tmp_path, rows):
@@ -177,11 +188,63 @@ def test_wrong_shapes_types_and_labels(tmp_path, rows, change, reason):
     content = dict(zip(("data", "labels"), make(0), strict=True)) | change
     (tmp_path / "batch").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=f"batch: .*{reason}"):
-        cifar.read_batch(tmp_path / "batch")
+        read(tmp_path / "batch")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"labels": [1]}, "text", {1: 2}])
 def test_pickles_of_something_else(tmp_path, content):
     (tmp_path / "batch").write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match="batch: not a readable CIFAR-10 batch"):
-        cifar.read_batch(tmp_path / "batch")
+    with pytest.raises(ValueError, match="batch: not a readable CIFAR file"):
+        read(tmp_path / "batch")
+
+
+@pytest.mark.parametrize("given", ["", "cifar-100-python"])
+def test_cifar100_has_the_fine_labels(tmp_path, rows, given):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    contents = {}
+    for name, count in (("train", 100), ("test", 20)):
+        labels = random.permutation(100)[:count].tolist()
+        contents[name] = random.integers(0, 256, (count, 3072), dtype=np.uint8), labels
+        (folder / name).write_bytes(pickle.dumps(cifar100(*contents[name]), 2))
+    loaded = data.load("cifar100", tmp_path / given)
+    assert (loaded.name, loaded.num_classes) == ("cifar100", 100)
+    assert (loaded.padding, loaded.flips) == (4, 2)
+    assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [90, 10, 20]
+    assert sorted(loaded.train.index.tolist() + loaded.val.index.tolist()) == list(range(100))
+    for split, name in ((loaded.train, "train"), (loaded.val, "train"), (loaded.test, "test")):
+        images, labels = contents[name]
+        assert np.array_equal(split.images.reshape(-1, 3072), images[split.index])
+        assert np.array_equal(split.labels, np.array(labels)[split.index])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({b"fine_labels": [100] + [0] * 99}, r"train: fine_labels lie in 0\.\.100, not 0\.\.99"),
+        ({b"fine_labels": [0] * 99}, r"train: fine_labels are int64 \[99\], not 100 integers"),
+        ({b"fine_labels": None}, "train: fine_labels are object"),
+        ({b"data": np.zeros((20, 3072), np.uint8)}, r"train: data is uint8 \[20, 3072\]"),
+    ],
+)
+def test_bad_cifar100_files(tmp_path, rows, change, reason):
+    content = cifar100(np.zeros((100, 3072), np.uint8), list(range(100))) | change
+    (tmp_path / "train").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(ValueError, match=reason):
+        data.load("cifar100", tmp_path)
+
+
+def test_hostile_and_truncated_cifar100_files(tmp_path, rows):
+    path, bait = tmp_path / "train", tmp_path / "bait"
+    content = cifar100(np.zeros((100, 3072), np.uint8), list(range(100)))
+    path.write_bytes(pickle.dumps(content | {b"filenames": Dropper(bait)}, 2))
+    with pytest.raises(ValueError, match=r"train.*asks for (io|_io)\.open; nothing was run"):
+        data.load("cifar100", tmp_path)
+    assert not bait.exists()
+    path.write_bytes(pickle.dumps(content, 2)[:-100])
+    with pytest.raises(ValueError, match="train: not a readable CIFAR file"):
+        data.load("cifar100", tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="train: no such CIFAR file"):
+        data.load("cifar100", tmp_path)

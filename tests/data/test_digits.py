@@ -57,7 +57,7 @@ def test_without_scikit_learn(monkeypatch):
 
 
 def test_unknown_names_and_absent_folders():
-    with pytest.raises(ValueError, match="'mnist'; known: digits, cifar10, npz"):
+    with pytest.raises(ValueError, match="'mnist'; known: digits, cifar10, cifar100, svhn, npz"):
         data.load("mnist")
     for name in ("cifar10", "npz"):
         with pytest.raises(ValueError, match=f"'{name}' needs data_dir"):

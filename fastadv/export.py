@@ -1,0 +1,52 @@
+r"""python -m fastadv.export: a run's network as a .pt file for RobustBench and other codes.
+
+python -m fastadv.export --checkpoint runs/at-cifar10/best.safetensors --out model.pt
+"""
+
+import argparse
+import re
+import sys
+
+from torch import nn
+
+from . import models
+from .evaluate import from_run
+
+# What RobustBench calls these networks, at their published width and for colour images.
+ROBUSTBENCH = {
+    r"resnet18": r"ResNet(BasicBlock, [2, 2, 2, 2], num_classes)",
+    r"resnet34": r"ResNet(BasicBlock, [3, 4, 6, 3], num_classes)",
+    r"preact_resnet18": r"PreActResNet(PreActBlockV2, [2, 2, 2, 2], num_classes, True)",
+    r"wrn(\d+)_(\d+)": r"WideResNet(\1, num_classes, \2)",
+    r"dm_wrn(\d+)_(\d+)": r"DMWideResNet(num_classes, \1, \2, Swish, mean, std)",
+}
+
+
+def robustbench_class(name):
+    """The class of `robustbench.model_zoo.architectures` for the model `name`, None without one."""
+    found = ((re.fullmatch(pattern, name), call) for pattern, call in ROBUSTBENCH.items())
+    return next((match.expand(call) for match, call in found if match), None)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, help="of a run: DIR/best.safetensors")
+    parser.add_argument("--out", required=True, help='file for torch.save of {"state_dict": ...}')
+    args = parser.parse_args(argv)
+    model, config = from_run(args.checkpoint)
+    models.export(model, args.out)
+    stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    fits = stem.in_channels == 3 and config.student_width is None
+    theirs = robustbench_class(config.student) if fits else None
+    print(f"{args.out}: {config.student}, for {theirs or 'no class of RobustBench'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

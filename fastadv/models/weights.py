@@ -1,0 +1,201 @@
+"""Weight files into networks and back: fitting keys, input statistics, RobustBench's layout."""
+
+import io
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from .dm_wide_resnet import DMWideResNet, published_statistics
+from .zoo import NETWORKS, get
+
+UNUSED = ("sub_block1.",)  # the TRADES WRN-34-10 file carries a stage that its forward never calls
+SHOWN = 10  # keys that an error names before "and N more"
+WIDE = ("16_8", "22_6", "28_4", "28_10", "34_10", "34_20", "40_2", "70_16", "94_16")
+PUBLISHED = [*NETWORKS, *(f"{kind}{size}" for size in WIDE for kind in ("wrn", "dm_wrn"))]
+
+
+class Normalized(nn.Module):
+    """`net` on (x - mean) / std: [B, C, H, W] images in [0, 1] -> the logits of `net`.
+
+    `mean` and `std` [C] become the buffers `mu` and `sigma` [1, C, 1, 1], RobustBench's names.
+    Raises ValueError for a `net` that normalises its input itself.
+    """
+
+    STATISTICS = ("mu", "sigma")
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor):
+        if hasattr(net, "STATISTICS"):
+            raise ValueError(f"net is a {type(net).__name__}, which normalises its input already")
+        super().__init__()
+        self.net = net
+        self.register_buffer("mu", mean.view(1, -1, 1, 1).clone())
+        self.register_buffer("sigma", std.view(1, -1, 1, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - self.mu) / self.sigma)
+
+
+def load(
+    name: str,
+    path: str | Path,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: int | None = None,
+) -> nn.Module:
+    """The network `get(name, num_classes, in_channels, width)` with the weights in `path`, in eval
+    mode.
+
+    Where the file holds the statistics of its input and the network has none, the result is a
+    `Normalized` network, which takes [0, 1] images all the same. Raises what `get` and
+    `load_weights` raise.
+    """
+    model = get(name, num_classes, in_channels, width)
+    weights, statistics = _read(path)
+    if statistics and not hasattr(model, "STATISTICS"):
+        model = Normalized(model, torch.zeros(in_channels), torch.ones(in_channels))
+    _fill(model, path, weights, statistics)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy the weights in `path` (see `checkpoint.read_weights`) into `model`, in place.
+
+    `sub_block1.*`, which TRADES files carry unused, is ignored, BatchNorm batch counters may be
+    absent, and torchvision's `downsample` and `fc` stand for `shortcut` and `linear`. Statistics
+    of the input (`mu` and `sigma`, `mean` and `std`, `normalize.mean` and `normalize.std`) go
+    where a `Normalized` or DeepMind network keeps its own, which stay as they are when the file has
+    none. Raises one ValueError that names missing, unexpected and misshapen keys, or statistics
+    that `model` has no place for, and then leaves `model` untouched; errors of `read_weights` pass
+    through.
+    """
+    _fill(model, path, *_read(path))
+
+
+def export(model: nn.Module, path: str | Path) -> None:
+    """Write `model`'s weights as `{"state_dict": ...}` by torch.save, atomically, for other codes.
+
+    The keys are those of the class that the network's docstring names; at the published width
+    RobustBench's class of that name loads the file strictly. A `Normalized` network's `mu` and
+    `sigma` stand beside the keys of its net, as there. A DeepMind network's `mean` and `std` are
+    left out where they are the published ones, which RobustBench's class takes as arguments.
+    Raises OSError naming `path` when the disk refuses.
+    """
+    weights = model.state_dict()
+    if isinstance(model, Normalized):
+        weights = {k.removeprefix("net."): v for k, v in weights.items()}
+    if isinstance(model, DMWideResNet):
+        own = published_statistics(model.logits.out_features, model.init_conv.in_channels)
+        own = dict(zip(model.STATISTICS, own, strict=True))
+        if all(torch.equal(weights[k].cpu(), v) for k, v in own.items()):
+            weights = {k: v for k, v in weights.items() if k not in own}
+    weights = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
+    }
+    data = io.BytesIO()
+    torch.save({"state_dict": weights}, data)
+    checkpoint.atomic_write(path, data.getvalue())
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """(weights, (mean, std) [C] or () when the file has no statistics of its input)."""
+    weights = checkpoint.read_weights(path)
+    names = next((pair for pair in checkpoint.STATISTICS if weights.keys() & set(pair)), ())
+    if absent := [name for name in names if name not in weights]:
+        raise ValueError(f"{path}: it has statistics of its input, but no {absent[0]}")
+    statistics = tuple(weights.pop(name).flatten().float() for name in names)
+    if statistics:
+        mean, std = statistics
+        if not (((mean >= 0) & (mean <= 1)).all() and (std > 0).all() and std.isfinite().all()):
+            raise ValueError(
+                f"{path}: {names[0]} is {mean.tolist()} and {names[1]} {std.tolist()}, which are"
+                " not the mean and deviation of images in [0, 1]"
+            )
+    return weights, statistics
+
+
+def _fill(
+    model: nn.Module,
+    path: str | Path,
+    weights: dict[str, Tensor],
+    statistics: tuple[Tensor, ...],
+) -> None:
+    """Check all, then copy all: `weights` into the network, `statistics` into its buffers."""
+    own = getattr(model, "STATISTICS", ())
+    net = model.net if isinstance(model, Normalized) else model
+    kind = type(net).__name__
+    if statistics and not own:
+        raise ValueError(
+            f"{path} normalises its input, which this {kind} does not: models.load(name, path)"
+            " makes a network that does"
+        )
+    buffers = {getattr(model, name): value for name, value in zip(own, statistics, strict=False)}
+    for buffer, value in buffers.items():
+        if value.numel() != buffer.numel():
+            raise ValueError(
+                f"{path} normalises images of {value.numel()} channels, this {kind} takes"
+                f" {buffer.numel()}"
+            )
+    ours = {k: v for k, v in net.state_dict().items() if k not in own}
+    weights = {k: v for k, v in weights.items() if k in ours or not k.startswith(UNUSED)}
+    weights = _renamed(weights, ours)
+    if problems := _misfits(ours, weights):
+        hint = _likelier(ours, weights)
+        raise ValueError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
+    net.load_state_dict(weights, strict=False)
+    for buffer, value in buffers.items():
+        buffer.copy_(value.view_as(buffer))
+
+
+def _renamed(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`theirs` with torchvision's names of a shortcut and a classifier made `ours`."""
+
+    def name(key: str) -> str:
+        other = re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))
+        return other if key not in ours and other in ours and other not in theirs else key
+
+    return {name(key): value for key, value in theirs.items()}
+
+
+def _misfits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """What keeps a file from fitting a network, one line per kind, `SHOWN` keys in all."""
+    kinds = {
+        "missing": _names(ours) - theirs.keys(),
+        "unexpected": theirs.keys() - ours.keys(),
+        "of another shape": {
+            f"{k} (the model has {list(ours[k].shape)}, the file {list(theirs[k].shape)})"
+            for k in ours.keys() & theirs.keys()
+            if ours[k].shape != theirs[k].shape
+        },
+    }
+    kinds = {kind: sorted(found) for kind, found in kinds.items() if found}
+    each = SHOWN // max(1, len(kinds))
+    return [
+        f"{kind} {', '.join(found[:each])}"
+        + (f" and {len(found) - each} more" if len(found) > each else "")
+        for kind, found in kinds.items()
+    ]
+
+
+def _likelier(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """A hint at the published network that has the file's keys and shapes where `ours` have not."""
+
+    def likeness(state: dict[str, Tensor]) -> tuple[float, int]:
+        file = _renamed(theirs, state)
+        shared = _names(state) & _names(file)
+        share = len(shared) / len(_names(state) | _names(file))
+        return share, sum(state[k].shape == file[k].shape for k in shared)
+
+    with torch.device("meta"):
+        scores = {name: likeness(get(name).state_dict()) for name in PUBLISHED}
+    best = max(scores, key=scores.__getitem__)
+    found = scores[best][0] > 0.5 and scores[best] > likeness(ours)
+    return f"; its keys fit {best} best" if found else ""
+
+
+def _names(state: dict[str, Tensor]) -> set[str]:
+    """The keys that a file must have: BatchNorm's batch counters may be absent."""
+    return {k for k in state if not k.endswith(".num_batches_tracked")}
