@@ -65,8 +65,9 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
 
 
 def accuracies(model, split, attacks, **options):
-    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`. Processes share the
-    images out, and all get the accuracy on all."""
+    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`. The processes
+    of a `parallel.group()` must all call it: they share the images out, each gets the whole result.
+    """
     share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
     return {
         name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)

@@ -3,9 +3,9 @@
 Every process has the whole student and an equal share of each batch; gradients are averaged by one
 all-reduce between backward and step. A step of adversarial training passes through the student a
 dozen times for one such all-reduce, so that hiding it behind the backward pass, as
-DistributedDataParallel does, would gain little, and the attack can use the student as it is.
+DistributedDataParallel does, would gain little, and the attack uses the student as it is.
 
-All functions do nothing in a process on its own. Collective ones must be called by all processes.
+A process on its own is a world of one. Collective functions must be called by all processes.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ def group():
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())
-    dist.init_process_group(timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()
 
@@ -82,8 +83,7 @@ def mean_(tensors):
 
 def barrier():
     """Returns when all processes have come here. Collective."""
-    if world() > 1:
-        dist.barrier()
+    total(torch.zeros(()))  # on the CPU: dist.barrier would take a GPU wherever there is one
 
 
 def _joined():

@@ -192,19 +192,8 @@ def test_a_killed_process_ends_the_job_which_resumes_bit_for_bit(folders, odd, t
 
 @pytest.mark.slow
 def test_a_fresh_folder_is_one_for_all(npz, tmp_path):
-    line = [
-        "-m",
-        "fastadv.train",
-        "--method",
-        "natural",
-        "--data",
-        "npz",
-        "--data-dir",
-        npz,
-        "--student",
-        "digits_net",
-    ]
-    line += ["--student-width", "4", "--epochs", "1", "--batch-size", "32"]
+    line = "-m fastadv.train --method natural --data npz --student digits_net --student-width 4"
+    line = [*line.split(), "--epochs", "1", "--batch-size", "32", "--data-dir", npz]
     out = succeed(start(*TORCHRUN, *line, cwd=tmp_path)).splitlines()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["natural-npz"]
     assert out[1:] == ["run folder: runs/natural-npz"]
