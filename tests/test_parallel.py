@@ -30,14 +30,14 @@ SETTINGS = {
     "lr": 0.05,
     "milestones": (1,),
 }
-# Each part that two processes must agree on: attack starts, AWP's move, EMA, clipping, a projector,
+# What two processes must agree on: attack starts, AWP's move, averages, clipping, a projector,
 # the weights and temperatures of methods, BatchNorm.
 EQUAL = {
     "at": {"method": "at", "awp_gamma": 0.01, "ema": 0.9, "clip_grad": 0.5},
     "mtard": {"method": "mtard", "lr": 0.5},
     "bmtard": {"method": "bmtard", "lr": 0.5, "swa_start": 1},
     "absld": {"method": "absld", "lr": 0.5},
-    "vfd": {"method": "vfd+rslad"},
+    "vfd": {"method": "vfd+rslad", "mixup": 0.8},
 }
 BATCHNORM = {"method": "iad1", "student_width": 4, "ema": 0.9, "batch_size": 30}
 
