@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from . import parallel
+
 
 class AWP:
     """Moves the weights of `student` to where an objective is worse, by gamma of their norm each:
@@ -26,6 +28,7 @@ class AWP:
         there stays, the move goes. BatchNorm statistics do not see the extra forward passes."""
         buffers = [buffer.clone() for buffer in self.student.buffers()]
         gradients = torch.autograd.grad(objective(), self.weights)
+        parallel.mean_(gradients)
         with torch.no_grad():
             for buffer, before in zip(self.student.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import data, methods, models
+from . import data, methods, models, parallel
 from .attacks import PGD
 from .config import PRECISIONS
 from .evaluate import check_fits, from_run
@@ -88,6 +88,8 @@ def build_loader(config, dataset):
         device=config.device,
         augmentation=data.Augmentation(**{name: getattr(config, name) for name in names}),
         num_classes=dataset.num_classes,
+        rank=parallel.rank(),
+        world=parallel.world(),
     )
 
 

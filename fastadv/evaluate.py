@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, data, models
+from . import checkpoint, data, models, parallel
 from .attacks import FGSM, PGD
 from .attacks.checks import check_labels, check_logits, evaluating
 from .config import Config, device, number
@@ -48,7 +48,7 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
     twin = freeze(model)
     batches = data.Loader(split, batch_size, device=device).epoch(0)
     count = -(-len(split) // batch_size)
-    right, bad = [], 0
+    right, bad = [torch.ones(0, dtype=torch.bool, device=device)], 0
     with torch.random.fork_rng(devices=[]):
         for x, y, index, _ in tqdm(batches, attack, count, leave=False, disable=not progress):
             torch.default_generator.manual_seed(seed)
@@ -65,8 +65,14 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
 
 
 def accuracies(model, split, attacks, **options):
-    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`."""
-    return {name: correct(model, split, name, **options).float().mean().item() for name in attacks}
+    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`. The processes
+    of a `parallel.group()` must all call it: they share the images out, each gets the whole result.
+    """
+    share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
+    return {
+        name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)
+        for name in attacks
+    }
 
 
 def from_run(path):

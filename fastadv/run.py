@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, log
+from . import checkpoint, log, parallel
 from .config import versions
 
 
@@ -15,7 +15,7 @@ class Run:
     """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
 
     epoch: the next to run. state: the method's dynamic weights, which checkpoints carry.
-    average: an AveragedModel of the student, or None.
+    average: an AveragedModel of the student, or None. Of several processes the first one writes.
     """
 
     def __init__(self, config, dataset, student, average, method, optimizer, state):
@@ -37,6 +37,8 @@ class Run:
 
     def open(self):
         """Makes the folder. Raises FileExistsError when there is a run in it."""
+        if parallel.rank():
+            return
         if (self.folder / "config.json").exists():
             raise FileExistsError(
                 f"out is {self.folder}, which holds a run: use --resume {self.folder}"
@@ -46,8 +48,6 @@ class Run:
 
     def resume(self):
         """Takes up the state of last.safetensors; a run killed in its first epoch starts over."""
-        for half_written in self.folder.glob(".*.tmp"):
-            half_written.unlink()
         path = self.folder / "last.safetensors"
         if path.exists():
             tensors, metadata = checkpoint.load(path)
@@ -64,10 +64,15 @@ class Run:
             }
             self.optimizer.load_state_dict(optimizer)
             torch.set_rng_state(tensors["rng"])
-        log.keep_before(self.metrics, self.epoch)
+        if parallel.rank() == 0:
+            for half_written in self.folder.glob(".*.tmp"):
+                half_written.unlink()
+            log.keep_before(self.metrics, self.epoch)
 
     def end_epoch(self, row):
         """Logs the row, writes the checkpoints and the figure."""
+        if parallel.rank():
+            return
         self.epoch = row["epoch"]
         log.append(self.metrics, row)
         score = row.get("clean_acc" if self.config.method == "natural" else "robust_acc", -1.0)

@@ -5,6 +5,7 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
         --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
     python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
     python -m fastadv.train --resume runs/rslad
+    torchrun --nproc-per-node 4 -m fastadv.train ...          # four processes, see fastadv.parallel
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import data, log, methods
+from . import data, log, methods, parallel
 from .awp import AWP
 from .build import build_average, build_loader, build_method, build_nets
 from .cli import fresh_folder, parse
@@ -33,7 +34,9 @@ def train(config, resume=False):
     Returns the rows of its metrics.jsonl. After a kill, `resume=True` goes on from the last whole
     epoch, bit for bit as if it had never stopped (same machine, versions and thread count). Raises
     FileExistsError when the folder holds a run already, ValueError on unusable settings.
+    In a `parallel.group()` the processes share out each batch and the validation.
     """
+    parallel.check_device(config.device)
     torch.manual_seed(config.seed)
     folder, device = Path(config.out), config.device
     dataset = data.load(config.data, config.data_dir)
@@ -47,6 +50,7 @@ def train(config, resume=False):
     average = build_average(config, student)
     awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
     loader = build_loader(config, dataset)
+    running = [b for name, b in student.named_buffers() if "running_" in name]  # of BatchNorm
     run = Run(config, dataset, student, average, method, optimizer, method.init_state(device))
     run.resume() if resume else run.open()
 
@@ -63,7 +67,7 @@ def train(config, resume=False):
             len(loader),
             leave=False,
             unit="batch",
-            disable=None,  # where nobody watches
+            disable=parallel.rank() > 0 or None,  # None: where nobody watches
         )
         for step, fields in enumerate(bar):
             batch = methods.Batch(*fields)
@@ -75,6 +79,8 @@ def train(config, resume=False):
                 loss, run.state = method.outer(nets, batch, run.state)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                parallel.mean_([*gradients, *running])
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
                 optimizer.step()
@@ -83,15 +89,15 @@ def train(config, resume=False):
             loss_sum += loss.detach()
             bad_gradients += method.attack.bad_gradients
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{finite(loss, epoch):.4f}")
+                bar.set_postfix(loss=f"{finite(parallel.mean(loss), epoch):.4f}")
         if config.swa_start is not None and epoch >= config.swa_start:
             average.update_parameters(student)
         run.state = method.end_epoch(run.state)
         row = {
             "epoch": epoch,
             "lr": config.lr_at(epoch),
-            "loss": finite(loss_sum / len(loader), epoch),
-            "bad_gradients": int(bad_gradients),
+            "loss": finite(parallel.mean(loss_sum) / len(loader), epoch),
+            "bad_gradients": int(parallel.total(bad_gradients)),
             "images_per_s": round(len(dataset.train) / (time.perf_counter() - start), 1),
         }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
@@ -100,6 +106,7 @@ def train(config, resume=False):
             ).values()
             row |= {"clean_acc": clean, "robust_acc": robust}
         run.end_epoch(row)
+    parallel.barrier()  # the last row is written
     return log.read(run.metrics)
 
 
@@ -123,16 +130,21 @@ def with_digits_teachers(config):
 
 
 def main(argv):
-    if not argv:
-        from .demo import demo
+    with parallel.group():
+        if argv:
+            config, resume = parse(argv, __doc__)
+            parallel.barrier()  # all have chosen a fresh folder before one of them makes it
+            if config.data == "digits":
+                config = with_digits_teachers(config)
+            train(config, resume)
+            if parallel.rank() == 0:
+                print(f"run folder: {config.out}")
+        elif parallel.world() > 1:
+            raise ValueError(f"the demo runs in one process, not {parallel.world()}: give flags")
+        else:
+            from .demo import demo
 
-        demo(fresh_folder("digits"))
-        return
-    config, resume = parse(argv, __doc__)
-    if config.data == "digits":
-        config = with_digits_teachers(config)
-    train(config, resume)
-    print(f"run folder: {config.out}")
+            demo(fresh_folder("digits"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,26 @@
 import os
 
+import numpy as np
+import pytest
+
 # Threads that wait must sleep: the tests run more of them than there are cores. Before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """Three classes of noisy 8x8 stripes, learnable in an epoch or two."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 240)
+    images = rng.integers(60, 140, (240, 8, 8)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * 3] += 100
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(
+        path,
+        train_images=images[:160],
+        train_labels=labels[:160],
+        test_images=images[160:],
+        test_labels=labels[160:],
+    )
+    return path

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint"},
+    {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint", "parallel"},
     {"ops"},
     {"losses"},
     {"attacks", "awp", "frozen", "features", "models", "data"},

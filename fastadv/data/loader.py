@@ -34,6 +34,9 @@ class Loader:
     `augmentation` adds to that. A view is then a number that fixes, with the seed, the image's
     index and (mixup and cutmix only) the split, all that is random: crop, flip, policy, cutout,
     partner and share. `num_classes` is needed when it mixes images.
+
+    Of `world` processes the one numbered `rank` gets an equal share of each batch of `batch_size`;
+    where the last batch does not divide, the epoch goes on with its first images.
     """
 
     def __init__(
@@ -49,11 +52,19 @@ class Loader:
         device: str | torch.device = "cpu",
         augmentation: Augmentation | None = None,
         num_classes: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ):
         if batch_size < 1 or padding < 0 or flips not in (1, 2):
             raise ValueError(
                 f"need batch_size >= 1, padding >= 0 and flips of 1 or 2,"
                 f" got {batch_size}, {padding} and {flips}"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}, must be in [0, {world - 1}], of world {world}")
+        if batch_size % world:
+            raise ValueError(
+                f"batch_size is {batch_size}, must be divisible by the number of processes, {world}"
             )
         self.augmentation, self.num_classes = augmentation or Augmentation(), num_classes
         if self.augmentation.mixes:
@@ -67,6 +78,7 @@ class Loader:
         )
         self.batch_size, self.padding, self.flips = batch_size, padding, flips
         self.shuffle, self.seed, self.channels_last = shuffle, seed, channels_last
+        self.rank, self.world = rank, world
         self._keys = split.index.cpu()
 
     @property
@@ -84,8 +96,9 @@ class Loader:
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         view = torch.randint(self.views, (count,), generator=generator)
+        wrapped = torch.arange(count + -count % self.world) % count
         for start in range(0, count, self.batch_size):
-            chosen = slice(start, start + self.batch_size)
+            chosen = wrapped[start + self.rank : start + self.batch_size : self.world]
             yield self.view_batch(order[chosen], view[chosen])
 
     def view_batch(self, rows: Tensor, view: Tensor) -> Fields:

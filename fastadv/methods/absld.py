@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import losses
+from .. import losses, parallel
 from .base import probabilities
 from .rslad import RSLAD
 
@@ -48,7 +48,8 @@ class ABSLD(RSLAD):
         return loss, state | {"errors": state["errors"] + errors}
 
     def end_epoch(self, state):
-        gap = state["errors"] - state["errors"].mean(1, keepdim=True)
+        gap = parallel.mean(state["errors"])
+        gap = gap - gap.mean(1, keepdim=True)
         gap = gap / gap.abs().amax(1, keepdim=True).clamp(min=1e-12)
         step = self.decayed(self.temperature_rate, state) * gap
         temperatures = (state["temperatures"] - step).clamp(0.5, 5)

@@ -97,7 +97,9 @@ class Method(nn.Module):
         Called once, before the optimiser and `init_state`."""
 
     def init_state(self, device):
-        """Dynamic weights and temperatures as a dict of tensors; empty for most methods."""
+        """Dynamic weights and temperatures as a dict of tensors; empty for most methods. What
+        they follow of a batch is averaged over processes (`parallel.mean`), to be the same in all.
+        """
         return {}
 
     def targets(self, nets, batch, state):

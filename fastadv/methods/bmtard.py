@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import losses
+from .. import losses, parallel
 from .mtard import MTARD
 
 
@@ -29,6 +29,7 @@ class BMTARD(MTARD):
     def outer(self, nets, batch, state):
         adv, nat = self.teacher_logits(nets, batch, state)
         loss, state = super().outer(nets, batch, state)
-        h = torch.stack([losses.entropy(z, offset=1e-5, reduction="mean") for z in (adv, nat)])
+        h = [losses.entropy(z, offset=1e-5, reduction="mean") for z in (adv, nat)]
+        h = parallel.mean(torch.stack(h))
         step = self.decayed(self.temperature_rate, state) * (h / h.flip(0) - 1).sign()
         return loss, state | {"temperatures": (state["temperatures"] - step).clamp(1, 10)}

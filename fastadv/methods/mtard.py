@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import losses
+from .. import losses, parallel
 from .base import LabelAttack
 
 
@@ -38,7 +38,7 @@ class MTARD(LabelAttack):
         teachers = self.teacher_logits(nets, batch, state)
         students = nets.student(batch.x_adv), nets.student(batch.x)
         pair = torch.stack([divergence(*logits) for logits in zip(students, teachers, strict=True)])
-        state = self.balanced(pair.detach(), state)
+        state = self.balanced(parallel.mean(pair), state)
         return (state["weights"] * pair).sum(), state
 
     def balanced(self, pair, state):

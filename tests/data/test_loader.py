@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastadv import ops
-from fastadv.data import ImageSet, Loader, decode_view, encode_view
+from fastadv.data import Fields, ImageSet, Loader, decode_view, encode_view
 
 
 def stand_in(images, dy, dx, flip, *, padding, channels_last):
@@ -140,3 +140,33 @@ def test_an_empty_split():
 def test_arguments_out_of_range(wrong):
     with pytest.raises(ValueError, match="need batch_size"):
         Loader(image_set(), **({"batch_size": 4} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "world"), [(50, 8, 2), (49, 8, 2), (50, 15, 3), (2, 15, 5)]
+)
+def test_processes_share_out_each_batch(count, size, world):
+    split, options = image_set(count), {"padding": 1, "shuffle": True, "seed": 4}
+    alone = Loader(split, size, **options)
+    loaders = [Loader(split, size, rank=rank, world=world, **options) for rank in range(world)]
+    parts = [list(loader.epoch(1)) for loader in loaders]
+    assert {len(batches) for batches in parts} == {len(alone)} == {len(loaders[0])}
+    wrapped = torch.arange(count + -count % world) % count
+    for name, expected in zip(Fields._fields, gather(alone, 1), strict=True):
+        together = [
+            torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
+            for shares in zip(*parts, strict=True)
+        ]  # equal shares, interleaved again
+        assert torch.equal(torch.cat(together), expected[wrapped])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"world": 2}, "batch_size is 15, must be divisible by the number of processes, 2"),
+        ({"rank": 3, "world": 3}, r"rank is 3, must be in \[0, 2\], of world 3"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Loader(image_set(), 15, **options)
