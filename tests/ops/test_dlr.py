@@ -80,6 +80,15 @@ def test_every_place_of_the_leaders(order):
         check_values(OpCase("dlr", (logits, y, True)), ("contiguous",))
 
 
+def test_of_equal_logits_the_first_wherever_the_peak():
+    """A late peak moves the first two of its lane's equals down and drops the third."""
+    y = torch.full((70,), 5)
+    check_values(OpCase("dlr", (3 * torch.eye(70), y, True)), ("contiguous",))
+    _, grad = torch.ops.fastadv.dlr(3 * torch.eye(70)[64:65], y[:1], True)
+    moved = grad[0].abs() > 1e-6  # at pi1 the two slopes cancel
+    assert moved.nonzero().flatten().tolist() == [1, 5]
+
+
 VALUES = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, 2.0, 2.0, 4.0, math.inf, math.nan])
 
 
