@@ -19,6 +19,9 @@ class AdaAD(Method):
         super().__init__(**options)
         self.alpha, self.reduction, self.parity = alpha, reduction, parity
 
+    def cacheable(self):
+        return {"teacher": ("logits",)} if self.alpha < 1 else {}
+
     def inner(self, nets, x_adv):
         return losses.kl(nets.student(x_adv), nets.teacher(x_adv), reduction="none")
 

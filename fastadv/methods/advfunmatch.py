@@ -21,6 +21,9 @@ class AdvFunMatch(Method):
         super().__init__(**options)
         self.clean_weight, self.temperature = clean_weight, temperature
 
+    def cacheable(self):
+        return {"teacher": ("logits",)} if self.clean_weight > 0 else {}
+
     def inner(self, nets, x_adv):
         return losses.kl(nets.student(x_adv), nets.teacher(x_adv), self.temperature, "none")
 

@@ -22,6 +22,9 @@ class ARD(LabelAttack):
         self.label_smoothing = label_smoothing
         self.alpha, self.temperature, self.parity = alpha, temperature, parity
 
+    def cacheable(self):
+        return {"teacher": ("logits",)}
+
     def outer(self, nets, batch, state):
         adv, z = nets.student(batch.x_adv), batch.teacher_logits(nets)
         distilled = self.temperature**2 * losses.kl(adv, z, self.temperature, reduction="mean")

@@ -96,6 +96,11 @@ class Method(nn.Module):
         """Makes what depends on the networks, such as a projector; x [B, C, H, W] is an example.
         Called once, before the optimiser and `init_state`."""
 
+    def cacheable(self):
+        """{teacher: names of `forward_features`}, what this method reads of x alone and a cache may
+        therefore keep; what it asks of x_adv is not among them."""
+        return {}
+
     def init_state(self, device):
         """Dynamic weights and temperatures as a dict of tensors; empty for most methods. What
         they follow of a batch is averaged over processes (`parallel.mean`), to be the same in all.

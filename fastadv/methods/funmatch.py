@@ -13,6 +13,9 @@ class FunMatch(Method):
         super().__init__(**options)
         self.temperature = temperature
 
+    def cacheable(self):
+        return {"teacher": ("logits",)}
+
     def perturb(self, nets, batch, state, start=None):
         return batch.x
 

@@ -23,6 +23,9 @@ class IAD1(LabelAttack):
         super().__init__(**options)
         self.beta, self.begin, self.temperature, self.parity = beta, begin, temperature, parity
 
+    def cacheable(self):
+        return {"teacher": ("logits",)}
+
     def init_state(self, device):
         return {"epoch": torch.zeros((), dtype=torch.int64, device=device)}
 
@@ -60,6 +63,9 @@ class IAD2(IAD1):
     def __init__(self, begin=40, label_smoothing=0.0, **options):
         super().__init__(begin=begin, **options)
         self.label_smoothing = label_smoothing
+
+    def cacheable(self):
+        return {}
 
     def outer(self, nets, batch, state):
         t, a = self.temperature, self.trust(nets, batch, state)

@@ -23,6 +23,9 @@ class MTARD(LabelAttack):
         super().__init__(**options)
         self.weight_rate, self.b = weight_rate, b
 
+    def cacheable(self):
+        return {"clean_teacher": ("logits",)}
+
     def init_state(self, device):
         return {
             "epoch": torch.zeros((), dtype=torch.int64, device=device),

@@ -18,6 +18,9 @@ class RSLAD(Method):
         super().__init__(**options)
         self.adv_weight = adv_weight
 
+    def cacheable(self):
+        return {"teacher": ("logits",)}
+
     def teacher_logits(self, nets, batch, state):
         """The soft labels of x_adv and of x: one and the same."""
         z = batch.teacher_logits(nets)

@@ -59,6 +59,11 @@ class VFD(Method):
         for a, b in self.layers:
             self.projectors.append(projector(a, ours[a], b, theirs[b]))
 
+    def cacheable(self):
+        reads = self.base.cacheable()
+        vanilla = dict.fromkeys((*reads.get("clean_teacher", ()), *(b for _, b in self.layers)))
+        return reads | {"clean_teacher": tuple(vanilla)}
+
     def init_state(self, device):
         return self.base.init_state(device)
 

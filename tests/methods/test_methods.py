@@ -352,3 +352,28 @@ def test_a_stateful_step_never_waits_for_the_device(name):
         assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in state.items()}
         with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+CACHEABLE = [
+    *((name, {}) for name in methods.METHODS),
+    ("adaad", {"alpha": 0.5}),
+    ("advfunmatch", {"clean_weight": 0.5}),
+    ("vfd+at", {"layers": ("layer3", "penultimate")}),
+    ("vfd+mtard", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CACHEABLE)
+def test_what_a_method_may_cache_is_what_it_reads_of_x(setup, name, options):
+    student, teacher, clean_teacher, x, y, start = setup
+    method, nets, state = ours(name, options, student, teacher, clean_teacher, x)
+    batch = methods.Batch(x=x, y=y)
+    batch.x_adv = method.perturb(nets, batch, state, start=start)
+    method.outer(nets, batch, state)
+    read = {}
+    for which, on, feature in batch.memo:
+        if on == "x":
+            read.setdefault(which, set()).add(feature)
+    declared = {which: set(names) for which, names in method.cacheable().items()}
+    # Logits come with every forward pass, asked for or not.
+    assert {k: v | {"logits"} for k, v in declared.items()} == read
