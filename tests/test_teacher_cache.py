@@ -67,10 +67,11 @@ def counted(teacher):
     return calls
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("where", ["memory", "folder"])
-def test_misses_and_hits_are_the_fresh_outputs_as_stored(where, dtype, tmp_path):
-    teacher, loader = freeze(Net()), make_loader()
+def test_misses_and_hits_are_the_fresh_outputs_as_stored(where, dtype, precision, tmp_path):
+    teacher, loader = freeze(Net(), precision), make_loader()
     directory = tmp_path / "new" if where == "folder" else None
     cache = TeacherCache(teacher, loader, directory=directory, dtype=dtype)
     x, _, index, view = every_view(loader)
@@ -471,6 +472,8 @@ def test_fill_resumes_and_verify_info_and_prune_tell_the_truth(tmp_path, digits_
     shown = capsys.readouterr().out
     assert "9000 rows filled, 0 damaged" in shown
     assert "300 rows recomputed, 0 differ" in shown
+    with pytest.raises(ValueError, match="no rows of this teacher"):
+        main(["verify", caches, "--run", str(run), "--names", "penultimate"])
 
     (folder,) = store.caches(caches)
     row = 9 * int(data.load("digits").train.index[7]) + 4
@@ -509,12 +512,22 @@ def test_verify_tells_a_wrong_row_from_a_damaged_one(tmp_path, digits_teacher, c
 
 
 def test_prune_touches_nothing_but_caches(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "header.json").write_text("{}")
-    (tmp_path / "runs-0123456789abcdef").mkdir()
-    main(["prune", str(tmp_path), "--keep", "nothing"])
+    for name in ("data", "9views-0123456789abcdef", "8views-0123456789abcdef"):
+        (tmp_path / name).mkdir()
+    for name in ("header.json", "data/header.json", "8views-0123456789abcdef/notes"):
+        (tmp_path / name).write_text("{}")
+    for directory in (tmp_path, tmp_path / "data"):
+        main(["prune", str(directory), "--keep", "nothing"])
     assert capsys.readouterr().out == ""
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.rglob("*"))) == 6
+    (tmp_path / "8views-0123456789abcdef" / "header.json").write_text("{}")
+    (tmp_path / "9views-0123456789abcdef" / "rows.bin").touch()
+    (tmp_path / "9views-0123456789abcdef" / ".header.json.12.tmp").touch()
+    main(["prune", str(tmp_path)])
+    assert capsys.readouterr().out.count("removed") == 2
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"header.json", "data", "data/header.json", "8views-0123456789abcdef",
+                    "8views-0123456789abcdef/notes"}  # fmt: skip
 
 
 def test_flags_that_do_not_go_together(tmp_path):

@@ -57,7 +57,7 @@ class TeacherCache:
         if directory is not None:
             self.folder = Path(directory) / _folder_name(self.identity)
             try:
-                if (Path(directory) / "header.json").exists():
+                if store.is_cache(Path(directory)):
                     self.folder = Path(directory)
                 if (self.folder / "header.json").exists():
                     header = self._open()

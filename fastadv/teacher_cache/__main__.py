@@ -11,7 +11,6 @@ DIR is the folder of all caches, or the folder of one.
 """
 
 import argparse
-import shutil
 import sys
 
 import numpy as np
@@ -69,6 +68,8 @@ def recomputed(args, rest):
     rows = torch.arange(len(loader.images))
     there = [cache.filled(loader.index, torch.full_like(rows, v)) for v in range(loader.views)]
     view, row = torch.stack(there).nonzero(as_tuple=True)
+    if not len(row):
+        raise ValueError(f"{cache.folder}: no rows of this teacher, images and augmentation")
     generator = torch.Generator()
     generator.seed()
     sample = torch.randperm(len(row), generator=generator)[: args.sample]
@@ -127,7 +128,7 @@ def prune(args, rest):
                     table.clear(damaged)
                     print(f"{folder}: cleared {len(damaged)} damaged rows")
                 continue
-        shutil.rmtree(folder)
+        store.remove(folder)
         print(f"removed {folder}: {reason}")
 
 

@@ -12,6 +12,7 @@ tells. Files are read and written by pread and pwrite, never through a mapping, 
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from ..checkpoint import atomic_write
 
 FORMAT = 1
+FILES = ("header.json", "rows.bin", "marks.bin")
 CHUNK = 8192  # rows checked at a time
 
 
@@ -76,11 +78,22 @@ def read_header(folder):
 def caches(directory):
     """The folders of caches in `directory`, or itself when it is one, whole or not."""
     directory = Path(directory)
-    if (directory / "header.json").exists():
-        return [directory]
-    files = ("header.json", "rows.bin", "marks.bin")
-    named = (f for f in sorted(directory.iterdir()) if re.search(r"-[0-9a-f]{16}$", f.name))
-    return [folder for folder in named if any((folder / name).exists() for name in files)]
+    folders = [directory] if is_cache(directory) else sorted(directory.iterdir())
+    return [folder for folder in folders if is_cache(folder)]
+
+
+def is_cache(folder):
+    """Whether a cache was made here; its files may be missing or damaged."""
+    named = re.search(r"views-[0-9a-f]{16}$", folder.name)
+    return any((folder / name).exists() for name in (FILES if named else ("marks.bin",)))
+
+
+def remove(folder):
+    """Deletes the files of a cache, and the folder when nothing else is in it."""
+    for path in [*(folder / name for name in FILES), *folder.glob(".header.json.*.tmp")]:
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 class Table:
@@ -239,6 +252,8 @@ def _locked(path, mode="r+b"):
 
 
 def _anonymous(name, size):
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, "a cache in memory needs Linux; give a directory")
     with os.fdopen(os.memfd_create(name), "r+b") as memory:
         memory.truncate(size)
         return open(f"/proc/self/fd/{memory.fileno()}", "r+b", buffering=0)
