@@ -13,11 +13,11 @@ LEVELS = (
     {"losses"},
     {"attacks", "awp", "frozen", "features", "models", "data"},
     {"methods"},
-    {"graphs", "teacher_cache", "compat"},
+    {"graphs", "compat"},
     {"testing", "info", "run", "digits"},
     {"cli"},
     {"evaluate"},
-    {"build"},
+    {"build", "teacher_cache"},
     {"train", "demo", "export", "recipes"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

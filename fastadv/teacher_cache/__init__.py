@@ -1,0 +1,257 @@
+"""Teacher outputs that are computed once: rows keyed by (teacher, images, image, view)."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..features import forward_features
+from . import store
+from .identity import differences, identity
+
+BLOCK = 32  # images per teacher forward
+
+
+class TeacherCache:
+    """What `teacher` says of the views of a Loader's images, kept in a folder or in memory.
+
+    teacher: a Frozen twin, or another network in eval mode without trainable parameters. loader:
+    gives images, views and augmentation; its order and batch size play no part. names: outputs as
+    `forward_features` names them. directory: the caches' folder, where each identity (teacher,
+    images, augmentation, outputs; see `identity`) has a folder of its own that all runs share; or
+    one of those; None: memory of this process, shared with its forks. dtype: torch.float16, which
+    is off by at most 2^-11 of a value (2^-25 below 6e-5), or torch.float32, which is exact.
+
+    A row's value depends on the row alone: misses are computed in blocks of BLOCK images, filled up
+    with zeros, and returned as stored, rounded, or as another process stored them first. So a run
+    that finds a row trains bit for bit like the one that computed it.
+
+    hits, misses: rows looked up; forwards: blocks computed. Where the disk refuses, the cache warns
+    once, goes on with what it has and stores no more; `writable` is then False.
+    Raises ValueError for a teacher that may change, more views than can be numbered
+    (`views_per_image` not given), a folder of another identity (naming the part that differs), and
+    store.Damaged for one that is truncated, altered or of another format.
+    """
+
+    def __init__(self, teacher, loader, names=("logits",), directory=None, dtype=torch.float16):
+        _check(teacher, loader, dtype)
+        self.teacher, self.names, self.dtype = teacher, tuple(dict.fromkeys(names)), dtype
+        self.hits = self.misses = self.forwards = 0
+        self.writable, self.folder, self._table = True, None, None
+        kind = str(dtype).removeprefix("torch.")
+        outputs = {"names": list(self.names), "dtype": kind, "block": BLOCK}
+        self.identity = identity(teacher, loader, outputs)
+        self._versions = self._count_versions()
+        self._known = torch.zeros(self.identity["images"]["end"], dtype=torch.bool)
+        self._known[loader.index.cpu()] = True
+        self._views = loader.views
+        self._ahead = self._reader = self._reader_process = None
+        header = None
+        if directory is not None:
+            self.folder = Path(directory) / _folder_name(self.identity)
+            try:
+                if store.is_cache(Path(directory)):
+                    self.folder = Path(directory)
+                if (self.folder / "header.json").exists():
+                    header = self._open()
+            except OSError as error:
+                self._turn_off(error)
+        self._header = header or self.identity | {"shapes": self._shapes(loader.images)}
+        self.shapes = {name: tuple(self._header["shapes"][name]) for name in self.names}
+
+    def lookup(self, index, view, x):
+        """{name: float32 [B, ...] on x's device}: the teacher's outputs for x.
+
+        index, view: int64 [B] that name the images x, float32 [B, C, H, W], as the loader does.
+        Raises ValueError for ids that the loader does not have, a teacher that has changed, outputs
+        that dtype cannot hold, and store.Damaged for a row that is not as it was written.
+        """
+        if self._count_versions() != self._versions:
+            raise ValueError("the teacher has changed since its cache was opened: is it trained?")
+        ids = self._ids(index, view)
+        values, filled = self._read(ids)
+        missing = np.flatnonzero(~filled)
+        self.hits += len(ids) - len(missing)
+        self.misses += len(missing)
+        if len(missing):
+            absent, first, again = np.unique(ids[missing], return_index=True, return_inverse=True)
+            fresh = self._compute(x[torch.from_numpy(missing[first]).to(x.device)])
+            values[missing] = self._write(absent, fresh)[again]
+        return self._named(values, x.device)
+
+    def compute(self, x):
+        """What `lookup` returns for x where nothing is stored; stores nothing."""
+        return self._named(self._compute(x), x.device)
+
+    def prefetch(self, index, view):
+        """Starts reading the rows of the next lookup in the background; its results are the same.
+
+        Only the last call counts, and only for a lookup of the same index and view.
+        """
+        if self._table is None:
+            return
+        if self._reader_process != os.getpid():  # threads do not survive a fork
+            self._reader, self._reader_process = ThreadPoolExecutor(1), os.getpid()
+        ids = self._ids(index, view)
+        self._ahead = os.getpid(), ids, self._reader.submit(self._table.read, ids)
+
+    def filled(self, index, view):
+        """Which rows need no teacher, bool [B]."""
+        ids = self._ids(index, view)
+        if self._table is None:
+            return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.from_numpy(self._table.filled(ids))
+
+    def sync(self):
+        """Returns when all rows so far would survive a loss of power; once per epoch is enough."""
+        if self._table is not None and self.writable:
+            try:
+                self._table.sync()
+            except OSError as error:
+                self._turn_off(error)
+
+    def close(self):
+        """Syncs, and gives files and memory back."""
+        self.sync()
+        self._ahead = None
+        if self._reader is not None and self._reader_process == os.getpid():
+            self._reader.shutdown()
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+
+    def _open(self):
+        """Opens the table in self.folder; its header."""
+        header = store.read_header(self.folder)
+        different = differences(self.identity, header)
+        if different:
+            raise ValueError(
+                f"{self.folder} is the cache of something else: {', '.join(different)} differ;"
+                " give the folder above it, or another"
+            )
+        self._table = store.Table(header, self.folder)
+        return header
+
+    def _make(self):
+        """Opens the table, in a folder made for it or in memory."""
+        if self.folder is None:
+            self._table = store.Table(self._header)
+        else:
+            store.create(self.folder, self._header)
+            self._open()
+
+    def _ids(self, index, view):
+        """Row numbers, int64 numpy [B]."""
+        index, view = index.cpu(), view.cpu()
+        if len(index) and not (index.min() >= 0 and index.max() < len(self._known)):
+            raise ValueError(f"index has a number outside [0, {len(self._known)})")
+        if not self._known[index].all():
+            raise ValueError("index has an image that the cache's loader does not have")
+        if len(view) and not (view.min() >= 0 and view.max() < self._views):
+            raise ValueError(f"view has a number outside [0, {self._views})")
+        return (index * self._views + view).numpy()
+
+    def _read(self, ids):
+        """(values, filled) of the rows, read ahead where they were."""
+        ahead, self._ahead = self._ahead, None
+        if self._table is None:
+            width = sum(map(math.prod, self.shapes.values()))
+            values = torch.zeros(len(ids), width, dtype=self.dtype)
+            return values.numpy(), np.zeros(len(ids), bool)
+        if ahead and ahead[0] == os.getpid() and np.array_equal(ahead[1], ids):
+            return ahead[2].result()
+        return self._table.read(ids)
+
+    def _write(self, ids, values):
+        """The values of the rows as they are stored, or would be."""
+        if not self.writable:
+            return values
+        try:
+            if self._table is None:
+                self._make()
+            return self._table.write(ids, values)
+        except OSError as error:
+            self._turn_off(error)
+            return values
+
+    def _named(self, values, device):
+        """{name: float32 [B, ...]} of numpy values [B, width]."""
+        flat = torch.from_numpy(values).to(device).float()
+        parts = flat.split([*map(math.prod, self.shapes.values())], 1)
+        return {
+            name: part.reshape(-1, *shape).contiguous()
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def _compute(self, x):
+        """The teacher's outputs for x side by side, numpy [B, width] in the stored type."""
+        rows = []
+        for part in x.split(BLOCK):
+            outputs = self._forward(part)
+            rows.append(torch.cat([v.flatten(1) for v in outputs.values()], 1)[: len(part)])
+            self.forwards += 1
+        values = torch.cat(rows).cpu().to(self.dtype)
+        if not values.isfinite().all():
+            raise ValueError(
+                f"the teacher's {', '.join(self.names)} have NaN, or numbers too large for"
+                f" {self.dtype}; float32 holds larger ones"
+            )
+        return values.numpy()
+
+    def _forward(self, x):
+        """{name: [BLOCK, ...]} for at most BLOCK images, whose strides play no part."""
+        block = torch.zeros(BLOCK, *x.shape[1:], device=x.device)
+        block = block.contiguous(memory_format=torch.channels_last)
+        block[: len(x)] = x
+        with torch.no_grad():
+            _, outputs = forward_features(self.teacher, block, self.names)
+        return outputs
+
+    def _shapes(self, images):
+        """{name: shape of one image's output}, found on blank images; not counted as a forward."""
+        outputs = self._forward(torch.zeros_like(images[:1], dtype=torch.float32))
+        for name, value in outputs.items():
+            if value.dim() < 2 or len(value) != BLOCK:
+                raise ValueError(
+                    f"{name} of {BLOCK} images is {list(value.shape)}, not rows of them"
+                )
+        return {name: list(value.shape[1:]) for name, value in outputs.items()}
+
+    def _count_versions(self):
+        """Grows with every in-place change of the teacher's tensors that torch knows of."""
+        tensors = itertools.chain(self.teacher.parameters(), self.teacher.buffers())
+        return sum(tensor._version for tensor in tensors)
+
+    def _turn_off(self, error):
+        self.writable = False
+        warnings.warn(f"the teacher cache stores no more: {error}", stacklevel=3)
+
+
+def _check(teacher, loader, dtype):
+    if any(module.training for module in teacher.modules()):
+        raise ValueError("teacher is in train mode, must be in eval mode, such as freeze(teacher)")
+    if any(parameter.requires_grad for parameter in teacher.parameters()):
+        raise ValueError("teacher has trainable parameters, must have none: freeze(teacher)")
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"dtype is {dtype}, must be torch.float16 or torch.float32")
+    if loader.views >= 2**32:
+        raise ValueError(
+            f"views_per_image is {loader.augmentation.views_per_image}, must be below 2^32 for a"
+            " teacher cache: without it strong augmentation repeats no view"
+        )
+
+
+def _folder_name(identity):
+    """Such as WideResNet-50000x3x32x32-162views-1f0c5e9a77b3d420."""
+    images = identity["images"]
+    shape = "x".join(map(str, [images["count"], *images["shape"]]))
+    views = identity["augmentation"]["views"]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{identity['teacher']['architecture']}-{shape}-{views}views-{digest}"

@@ -1,0 +1,196 @@
+r"""python -m fastadv.teacher_cache: fill, verify, list and clear out caches of teacher outputs.
+
+    python -m fastadv.teacher_cache fill DIR --run runs/rslad [--views 20]
+    python -m fastadv.teacher_cache fill DIR --teacher wrn34_10 --teacher-checkpoint FILE \
+        --data cifar10 --data-dir DATA
+    python -m fastadv.teacher_cache verify DIR [--run runs/rslad] [--sample 1000]
+    python -m fastadv.teacher_cache info DIR
+    python -m fastadv.teacher_cache prune DIR [--keep NAME ...]
+
+DIR is the folder of all caches, or the folder of one.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import cli, data
+from ..build import build_loader, build_teacher
+from . import TeacherCache, store
+
+
+def fill(args, rest):
+    """Computes all rows that are not there, view by view; a later call goes on where one ended."""
+    cache, loader = opened(args, rest)
+    views = loader.views if args.views is None else min(args.views, loader.views)
+    rows = torch.arange(len(loader.images))
+    with tqdm(total=views * len(rows), unit="row", disable=None) as bar:
+        for view in range(views):
+            missing = rows[~cache.filled(loader.index, torch.full_like(rows, view))]
+            bar.update(len(rows) - len(missing))
+            for part in missing.split(loader.batch_size):
+                x, _, index, ids = loader.view_batch(part, torch.full_like(part, view))
+                cache.lookup(index, ids, x)
+                if not cache.writable:
+                    raise OSError(f"{args.directory}: cannot be written, see the warning above")
+                bar.update(len(part))
+            cache.sync()
+    cache.close()
+    print(f"{cache.folder}: {views} of {loader.views} views filled, {cache.misses} rows computed")
+
+
+def verify(args, rest):
+    """Checks every checksum and, where a teacher is given, recomputes a random sample of rows."""
+    bad = 0
+    for folder in store.caches(args.directory):
+        try:
+            _, count, damaged = checked(folder)
+        except store.Damaged as error:
+            print(error)
+            bad += 1
+            continue
+        print(f"{folder}: {count} rows filled, {len(damaged)} damaged")
+        bad += len(damaged)
+    if args.run or rest:
+        bad += recomputed(args, rest)
+    else:
+        print("no teacher given: checksums alone were verified")
+    if bad:
+        raise ValueError(f"{args.directory}: {bad} problems, see above; `prune` removes damage")
+
+
+def recomputed(args, rest):
+    """How many of a random sample of the filled rows differ from what the teacher says now."""
+    cache, loader = opened(args, rest)
+    rows = torch.arange(len(loader.images))
+    there = [cache.filled(loader.index, torch.full_like(rows, v)) for v in range(loader.views)]
+    view, row = torch.stack(there).nonzero(as_tuple=True)
+    if not len(row):
+        raise ValueError(f"{cache.folder}: no rows of this teacher, images and augmentation")
+    generator = torch.Generator()
+    generator.seed()
+    sample = torch.randperm(len(row), generator=generator)[: args.sample]
+    differ, largest = 0, 0.0
+    for part in tqdm(sample.split(loader.batch_size), "verify", leave=False, disable=None):
+        x, _, index, ids = loader.view_batch(row[part], view[part])
+        stored, now = cache.lookup(index, ids, x), cache.compute(x)
+        errors = [(stored[name] - now[name]).abs().flatten(1).amax(1) for name in cache.names]
+        errors = torch.stack(errors).amax(0)
+        differ += int((errors > 0).sum())
+        largest = max(largest, float(errors.max()))
+    print(f"{cache.folder}: {len(sample)} rows recomputed, {differ} differ, by at most {largest:g}")
+    if largest:
+        print("differences of rounding come from another device, thread count or version of torch")
+    return differ
+
+
+def info(args, rest):
+    """Prints what each cache is of, how full it is and what it takes."""
+    for folder in store.caches(args.directory):
+        try:
+            header = store.read_header(folder)
+            table = store.Table(header, folder)
+        except store.Damaged as error:
+            print(f"{folder.name}\n  {error}")
+            continue
+        teacher, images = header["teacher"], header["images"]
+        views, outputs = header["augmentation"]["views"], header["outputs"]
+        count, possible = table.count(), images["count"] * views
+        shape = "x".join(map(str, images["shape"]))
+        shapes = ", ".join(f"{name} {header['shapes'][name]}" for name in outputs["names"])
+        print(
+            f"{folder.name}\n"
+            f"  teacher {teacher['architecture']}, {teacher['precision']},"
+            f" parameters {teacher['parameters'][:16]}, buffers {teacher['buffers'][:16]}\n"
+            f"  images {images['count']} of {shape}, pixels {images['pixels'][:16]},"
+            f" {views} views each\n"
+            f"  outputs {shapes}, {outputs['dtype']}\n"
+            f"  filled {count} of {possible} rows ({count / possible:.1%}),"
+            f" {table.allocated() / 1e6:.1f} MB on disk"
+        )
+
+
+def prune(args, rest):
+    """Deletes what cannot be read and clears damaged rows; with --keep deletes all other caches."""
+    for folder in store.caches(args.directory):
+        if args.keep is not None and folder.name not in args.keep:
+            reason = "not kept"
+        else:
+            try:
+                table, _, damaged = checked(folder)
+            except store.Damaged as error:
+                reason = error
+            else:
+                if len(damaged):
+                    table.clear(damaged)
+                    print(f"{folder}: cleared {len(damaged)} damaged rows")
+                continue
+        store.remove(folder)
+        print(f"removed {folder}: {reason}")
+
+
+def checked(folder):
+    """(its open table, rows filled, damaged ids, numpy [D]) of a cache. Raises store.Damaged."""
+    table = store.Table(store.read_header(folder), folder)
+    starts = range(0, table.rows, store.CHUNK)
+    counts, damaged = zip(
+        *map(table.check, tqdm(starts, folder.name, leave=False, disable=None)), strict=True
+    )
+    return table, sum(counts), np.concatenate(damaged)
+
+
+def opened(args, rest):
+    """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
+    if args.run and rest:
+        raise ValueError(f"--run takes the run's own settings: {rest[0]} does not go with it")
+    config, _ = cli.parse(["--resume", args.run] if args.run else rest)
+    dataset = data.load(config.data, config.data_dir)
+    teacher, loader = build_teacher(config, dataset, args.which), build_loader(config, dataset)
+    dtype = getattr(torch, args.dtype)
+    return TeacherCache(teacher, loader, args.names.split(","), args.directory, dtype), loader
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.teacher_cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="fill|verify|info|prune")
+    for command in (fill, verify, info, prune):
+        one = commands.add_parser(command.__name__, help=command.__doc__, allow_abbrev=False)
+        one.add_argument("directory", metavar="DIR")
+        one.set_defaults(command=command, takes_rest=command in (fill, verify))
+        if command in (fill, verify):
+            one.epilog = "all other flags are those of python -m fastadv.train"
+            one.add_argument("--run", metavar="RUN", help="the teacher and data of this run folder")
+            one.add_argument("--which", choices=("teacher", "clean_teacher"), default="teacher")
+            one.add_argument("--names", default="logits", help="such as logits,penultimate")
+            one.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+        if command is fill:
+            one.add_argument("--views", type=int, help="only the first so many views per image")
+        if command is verify:
+            one.add_argument("--sample", type=int, default=1000, help="rows to recompute")
+        if command is prune:
+            one.add_argument("--keep", nargs="+", metavar="NAME", help="delete all but these")
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    return args, rest
+
+
+def main(argv=None):
+    args, rest = arguments(argv)
+    args.command(args, rest)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
