@@ -81,6 +81,9 @@ class Config:
     precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
     precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
     precision_teacher: str = _flag("fp32", "fp32 or bf16: teachers")
+    teacher_cache: str = _flag(
+        "runs/teacher-cache", "folder of teacher outputs that all runs share, or memory, or off"
+    )
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
@@ -101,12 +104,9 @@ class Config:
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad is {self.clip_grad}, must be positive")
         device(self.device)
-        for name in (
-            "data_dir",
-            "teacher_checkpoint",
-            "clean_teacher_checkpoint",
-        ):  # a run may be resumed from anywhere
-            if getattr(self, name) is not None:
+        # A run may be resumed from anywhere.
+        for name in ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache"):
+            if getattr(self, name) not in (None, "memory", "off"):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
         for name in ("epochs", "batch_size", "eval_every", "student_width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

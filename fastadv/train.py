@@ -26,6 +26,7 @@ from .config import Config
 from .digits import TEACHERS
 from .evaluate import accuracies
 from .run import Run
+from .teacher_cache import TeacherCache
 
 
 def train(config, resume=False):
@@ -50,6 +51,7 @@ def train(config, resume=False):
     average = build_average(config, student)
     awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
     loader = build_loader(config, dataset)
+    caches = open_caches(config, method, nets, loader)
     running = [b for name, b in student.named_buffers() if "running_" in name]  # of BatchNorm
     run = Run(config, dataset, student, average, method, optimizer, method.init_state(device))
     run.resume() if resume else run.open()
@@ -62,15 +64,14 @@ def train(config, resume=False):
         bad_gradients = torch.zeros((), dtype=torch.int64, device=device)
         start = time.perf_counter()
         bar = tqdm(
-            loader.epoch(epoch),
+            with_teachers(loader.epoch(epoch), caches),
             f"{folder.name} {epoch + 1}/{config.epochs}",
             len(loader),
             leave=False,
             unit="batch",
             disable=parallel.rank() > 0 or None,  # None: where nobody watches
         )
-        for step, fields in enumerate(bar):
-            batch = methods.Batch(*fields)
+        for step, batch in enumerate(bar):
             batch.x_adv = method.perturb(nets, batch, run.state)
             raised = contextlib.nullcontext()
             if awp and epoch >= config.awp_warmup:
@@ -100,6 +101,9 @@ def train(config, resume=False):
             "bad_gradients": int(parallel.total(bad_gradients)),
             "images_per_s": round(len(dataset.train) / (time.perf_counter() - start), 1),
         }
+        for which, cache in caches.items():
+            row[f"{which}_cached"] = cached_share(cache)
+            cache.sync()
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             clean, robust = accuracies(
                 run.model, dataset.val, ("clean", "pgd20"), eps=config.eps, device=device
@@ -108,6 +112,44 @@ def train(config, resume=False):
         run.end_epoch(row)
     parallel.barrier()  # the last row is written
     return log.read(run.metrics)
+
+
+def open_caches(config, method, nets, loader):
+    """{teacher: TeacherCache} of what the method reads of x alone; empty where there is none."""
+    if config.teacher_cache == "off" or not method.cacheable():
+        return {}
+    if loader.views == 2**32:
+        tqdm.write("teacher cache: off, for no view comes twice without --views-per-image")
+        return {}
+    folder = None if config.teacher_cache == "memory" else config.teacher_cache
+    return {
+        which: TeacherCache(getattr(nets, which), loader, names, folder)
+        for which, names in method.cacheable().items()
+    }
+
+
+def with_teachers(fields, caches):
+    """Batches with what the caches have of them; the next one's rows are read meanwhile."""
+    batches = (methods.Batch(*one) for one in fields)
+    batch = next(batches, None)
+    while batch is not None:
+        for which, cache in caches.items():
+            found = cache.lookup(batch.index, batch.view, batch.x)
+            batch.memo |= {(which, "x", name): value for name, value in found.items()}
+        following = next(batches, None)
+        if following is not None:
+            for cache in caches.values():
+                cache.prefetch(following.index, following.view)
+        yield batch
+        batch = following
+
+
+def cached_share(cache):
+    """The share of hits in the lookups since the last call, over all processes."""
+    counts = torch.tensor([cache.hits, cache.misses])
+    cache.hits = cache.misses = 0
+    hits, misses = parallel.total(counts).tolist()
+    return round(hits / max(hits + misses, 1), 4)
 
 
 def finite(loss, epoch):

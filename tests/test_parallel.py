@@ -70,7 +70,7 @@ def succeed(process):
 def teacher(npz, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher") / "run"
     settings = SETTINGS | {"student_width": 8, "data_dir": str(npz), "out": str(out)}
-    train(Config(method="at", **settings))
+    train(Config(method="at", teacher_cache="off", **settings))
     return str(out / "best.safetensors")
 
 
@@ -86,8 +86,9 @@ def odd(npz, tmp_path_factory):
 def jobs(folder, npz, teacher, runs):
     """The file that lists `runs`, {name: settings}; all methods but at have both teachers."""
     entries = []
+    common = SETTINGS | {"data_dir": str(npz), "teacher_cache": str(folder / "cache")}
     for name, settings in runs.items():
-        given = SETTINGS | {"data_dir": str(npz), "out": str(folder / name)} | settings
+        given = common | {"out": str(folder / name)} | settings
         fault = given.pop("fault", None)
         if given["method"] != "at":
             given["teacher_checkpoint"] = teacher
@@ -134,6 +135,7 @@ def test_two_processes_train_as_one_does(folders, name):
     for a, b in zip(*rows, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert (b["clean_acc"], b["robust_acc"]) == (a["clean_acc"], a["robust_acc"])
+        assert b.get("teacher_cached") == a.get("teacher_cached")
         assert b["bad_gradients"] == 3 * a["bad_gradients"] == 3 * 5  # 1 and 2 in each of 5 steps
 
 

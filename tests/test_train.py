@@ -13,6 +13,7 @@ from fastadv.build import build_method
 from fastadv.cli import fresh_folder, parse
 from fastadv.config import Config, number, recipe, recipes
 from fastadv.run import Run
+from fastadv.teacher_cache import TeacherCache
 from fastadv.train import main, train
 
 
@@ -30,6 +31,7 @@ def config(npz, out, **changed):
         "lr": 0.05,
         "milestones": (2,),
         "out": str(out),
+        "teacher_cache": "memory",
     }
     return Config(**(settings | changed))
 
@@ -120,7 +122,7 @@ def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, run, monkeypatch):
         a, b = tensors(tmp_path / "whole" / name), tensors(tmp_path / "cut" / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = ("images_per_s",)
+    drop = ("images_per_s", "teacher_cached", "clean_teacher_cached")
     rows = [
         [
             {k: v for k, v in row.items() if k not in drop}
@@ -163,6 +165,53 @@ def average_by_hand(rows, config):
         total = weights if total is None else keep * total + (1 - keep) * weights
         count += 1
     return total
+
+
+CACHED = {
+    "rslad": {"method": "rslad"},
+    "mtard": {"method": "mtard"},
+    "vfd": {"method": "vfd+absld", "method_options": {"layers": ("conv4", "penultimate")}},
+    "strong": {"method": "funmatch", "policy": "randaugment", "cutmix": 1.0, "views_per_image": 3},
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_a_second_run_asks_no_teacher_and_ends_in_the_same_bits(
+    npz, tmp_path, teacher, case, monkeypatch
+):
+    settings = with_teachers(CACHED[case], teacher)
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    first = train(config(npz, tmp_path / "first", **settings, **cache))
+    assert any(0 < row[key] < 1 for row in first for key in row if key.endswith("_cached"))
+
+    def refuse(*args):
+        raise AssertionError("a teacher was asked")
+
+    monkeypatch.setattr(TeacherCache, "_compute", refuse)
+    rows = train(config(npz, tmp_path / "second", **settings, **cache))
+    shares = {key: value for row in rows for key, value in row.items() if key.endswith("_cached")}
+    assert set(shares.values()) == {1.0}
+    a, b = (tensors(tmp_path / run / "last.safetensors") for run in ("first", "second"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_cached_run_trains_as_an_uncached_one_but_for_rounding(npz, tmp_path, teacher):
+    settings = with_teachers({"method": "vfd+rslad", "epochs": 1, "steps": 0}, teacher)
+    runs = [
+        train(config(npz, tmp_path / name, **settings | {"teacher_cache": name}))[0]["loss"]
+        for name in ("off", "memory")
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-2)
+    assert runs[0] != runs[1]  # float16
+
+
+def test_no_cache_where_no_view_comes_twice(npz, tmp_path, teacher, capsys):
+    settings = with_teachers({"method": "funmatch", "policy": "autoaugment"}, teacher)
+    rows = train(config(npz, tmp_path / "run", epochs=1, **settings))
+    assert "teacher_cached" not in rows[0]
+    assert "teacher cache: off, for no view comes twice without --views-per-image" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("options", [{"ema": 0.8}, {"swa_start": 1}])
