@@ -15,12 +15,17 @@ from .frozen import InPrecision, freeze
 def build_method(config):
     """The method with its attack; start and BatchNorm mode its own where the config has None."""
     kind = methods.named(config.method)
+    for name in methods.COMMON:
+        if name in config.method_options:
+            raise ValueError(
+                f"{name} is no option of a method alone: use --{name.replace('_', '-')}"
+            )
     attack = PGD(
         config.eps,
         config.step_size,
         config.steps,
         config.init or kind.init,
-        clip_start=None if config.init else kind.clip_start,
+        clip_start=kind.clip_start if config.init in (None, kind.init) else None,
     )
     method = methods.get(
         config.method,
@@ -44,13 +49,11 @@ def build_nets(config, dataset, method):
     student.to(config.device, memory_format=torch.channels_last)
     teachers = {}
     for which in ("teacher", "clean_teacher"):
-        given = getattr(config, f"{which}_checkpoint")
         if which in method.teachers:
             teachers[which] = build_teacher(config, dataset, which)
-        elif given:
-            raise ValueError(
-                f"{which}_checkpoint is given, but method {config.method} has no {which}"
-            )
+        for field in (which, f"{which}_checkpoint"):
+            if getattr(config, field) and which not in method.teachers:
+                raise ValueError(f"{field} is given, but method {config.method} has no {which}")
     nets = methods.Nets(
         student=InPrecision(student, PRECISIONS[config.precision_outer]),
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
@@ -76,6 +79,9 @@ def build_teacher(config, dataset, which):
 
 def build_loader(config, dataset):
     """Shuffled batches of the training set with the config's augmentation."""
+    side = min(dataset.train.images.shape[2:])
+    if config.cutout > side:
+        raise ValueError(f"cutout is {config.cutout}, must be at most {side}, the images' side")
     names = (field.name for field in dataclasses.fields(data.Augmentation))
     return data.Loader(
         dataset.train,

@@ -28,8 +28,14 @@ def parse(argv, description=None):
         saved = Config.from_json((Path(resume) / "config.json").read_text())
         return dataclasses.replace(saved, out=resume), True
     fields = recipe(name) if name else {}
+    if given.get("method", fields.get("method")) != fields.get("method"):
+        fields.pop("method_options", None)  # they are the recipe's method's
     if given.get("data") == "digits":
-        fields = settings(given.get("method", fields.get("method", Config.method))) | fields
+        if name:
+            raise ValueError(f"--recipe is {name}, which is not for digits: they have settings")
+        fields = settings(given.get("method", Config.method))
+        if given.get("student", fields["student"]) != fields["student"]:
+            del fields["student_width"]
     fields |= {
         f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
     }
@@ -47,7 +53,7 @@ def parser(description):
     result = argparse.ArgumentParser(
         prog="python -m fastadv.train",
         description=description,
-        epilog=f"methods: {', '.join(METHODS)}; vfd+METHOD",
+        epilog=f"methods: {', '.join(METHODS)}; vfd+NAME, such as vfd+at",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--recipe", help="a published recipe; flags override its fields")
@@ -67,7 +73,7 @@ def parser(description):
         float | None: number,
         int: int,
         int | None: int,
-        tuple[int, ...]: lambda text: tuple(int(v) for v in text.split(",") if v),
+        tuple[int, ...]: epochs,
     }
     for field in dataclasses.fields(Config):
         if field.name != "method_options":
@@ -81,12 +87,16 @@ def parser(description):
     return result
 
 
+def epochs(text):
+    return tuple(int(epoch) for epoch in text.split(",") if epoch)
+
+
 def value(text):
     """What a method's option is written as: a number, true, false, a,list or a word."""
     if "," in text:
         return tuple(value(part) for part in text.split(",") if part)
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return number(text)
     except ValueError:

@@ -103,6 +103,13 @@ class Config:
             raise ValueError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad is {self.clip_grad}, must be positive")
+        if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
+            raise ValueError(
+                f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
+                f"awp_gamma ({self.awp_gamma})"
+            )
+        if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
+            raise ValueError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
         device(self.device)
         # A run may be resumed from anywhere.
         for name in ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache"):

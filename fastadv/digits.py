@@ -1,4 +1,4 @@
-"""The settings of the digits: every method trains on them in seconds, on a CPU.
+"""The settings of the digits: every method trains on them in half a minute, on a CPU.
 
 They are the defaults of `--data digits`, of the demo and of the table of methods. eps is 0.15 of
 the [0, 1] range: the natural network keeps a few percent under PGD-20.
@@ -23,7 +23,9 @@ CLEAN_TEACHER = {
 }
 TEACHERS = {"teacher": COMMON | TEACHER, "clean_teacher": COMMON | CLEAN_TEACHER}
 
-# A loss that is a tenth of the batch mean needs ten times lr, and a tenth of the weight decay.
+# RSLAD's, MTARD's and AdaAD's losses are a tenth of the batch mean: ten times lr and a tenth of
+# the weight decay undo that; VFD's weights, beside such a loss, are a tenth too. ARD's gradient is
+# about as small: softmaxes at temperature 30 are nearly linear in the logits.
 TENTHS = ("ard", "rslad", "absld", "mtard", "bmtard", "adaad")
 # IAD trusts itself from epoch 60 or 40 of 200: the same share of 40.
 OPTIONS = {"iad1": {"begin": 12}, "iad2": {"begin": 8}}
@@ -33,9 +35,12 @@ def settings(method):
     """The fields of Config of a student that `method` trains; vfd+METHOD has METHOD's."""
     base = method.removeprefix("vfd+")
     scale = 10 if base in TENTHS else 1
+    options = OPTIONS.get(base, {})
+    if method != base:
+        options = options | {"lambda_adv": 1 / scale, "lambda_clean": 1 / scale}
     return COMMON | {
         "method": method,
-        "method_options": dict(OPTIONS.get(base, {})),
+        "method_options": dict(options),
         "student_width": 8,
         "lr": 0.1 * scale,
         "weight_decay": 5e-4 / scale,

@@ -50,7 +50,9 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
     count = -(-len(split) // batch_size)
     right, bad = [torch.ones(0, dtype=torch.bool, device=device)], 0
     with torch.random.fork_rng(devices=[]):
-        for x, y, index, _ in tqdm(batches, attack, count, leave=False, disable=not progress):
+        for x, y, index, _ in tqdm(
+            batches, attack, count, leave=False, disable=None if progress else True
+        ):
             torch.default_generator.manual_seed(seed)
             x_adv = pgd(twin, x, y, loss=objective, index=index)
             with torch.no_grad():
@@ -80,6 +82,8 @@ def from_run(path):
 
     Raises ValueError naming the file when a run did not write it.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "best.safetensors"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
     if Path(path).suffix != ".safetensors":

@@ -142,10 +142,12 @@ def _reduced(loss, reduction, mean):
 
 def _soft_mart_bce(logits, y):
     """[B], the expectation of mart_bce over labels of probabilities y [B, C]."""
-    if y.shape != logits.shape:
-        raise ValueError(f"y has shape {tuple(y.shape)}, must be {tuple(logits.shape)} or [B]")
+    if y.shape != logits.shape or logits.dim() != 2 or logits.shape[1] < 2:
+        shapes = tuple(y.shape), tuple(logits.shape)
+        raise ValueError(f"y and logits have shapes {shapes}, must be [B] or [B, C], C >= 2")
     log_q = (logits.float() if logits.itemsize < 4 else logits).log_softmax(1)
     top, best = log_q.exp().topk(2)
     ids = torch.arange(logits.shape[1], device=logits.device)
     wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])
-    return -(y * (log_q + (1.0001 - wrong + 1e-12).log())).sum(1)
+    loss = log_q + (1.0001 - wrong + 1e-12).log()
+    return -torch.where(y == 0, 0.0, y.detach() * loss).sum(1)

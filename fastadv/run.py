@@ -57,7 +57,7 @@ class Run:
             if self.average:
                 self.average.load_state_dict(part("average."))
             self.method.load_state_dict(part("method."))
-            self.state = {k: v.to(self.config.device) for k, v in part("state.").items()}
+            self.state = {k: v.to(self.state[k].device) for k, v in part("state.").items()}
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {
                 int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()
@@ -75,7 +75,7 @@ class Run:
             return
         self.epoch = row["epoch"]
         log.append(self.metrics, row)
-        score = row.get("clean_acc" if self.config.method == "natural" else "robust_acc", -1.0)
+        score = row.get("robust_acc" if self.method.adversarial else "clean_acc", -1.0)
         if score > self.best:
             self.best = score
             self.save("best.safetensors")

@@ -11,6 +11,7 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -164,10 +165,17 @@ def with_digits_teachers(config):
     """The config with the teachers that it lacks, trained under runs/ where that was not done."""
     given = {}
     for which in build_method(config).teachers:
-        if getattr(config, f"{which}_checkpoint") is None:
-            out = Path("runs") / f"digits-{which.replace('_', '-')}"
-            train(Config(**TEACHERS[which], out=str(out)), resume=(out / "config.json").exists())
-            given[f"{which}_checkpoint"] = str(out / "best.safetensors")
+        if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
+            continue
+        out = Path("runs") / f"digits-{which.replace('_', '-')}"
+        if not out.exists():
+            unfinished = out.with_name(f"{out.name}.{os.getpid()}.unfinished")
+            train(Config(**TEACHERS[which], out=str(unfinished)))
+            if parallel.rank() == 0:
+                with contextlib.suppress(OSError):  # another run was first: its teacher is as good
+                    unfinished.rename(out)
+            parallel.barrier()
+        given[f"{which}_checkpoint"] = str(out / "best.safetensors")
     return dataclasses.replace(config, **given)
 
 
@@ -193,6 +201,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last whole epoch")
+        sys.exit("interrupted: --resume RUN goes on from the last whole epoch of a run")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -129,5 +129,8 @@ def test_mart_bce_of_probabilities_is_the_expectation_over_labels(dtype):
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6, check_dtype=False)
     grads = (torch.autograd.grad(v, z, retain_graph=True)[0] for v in values)
     torch.testing.assert_close(*grads, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"y has shape \(6, 4\), must be \(6, 10\) or \[B\]"):
+    with pytest.raises(ValueError, match=r"shapes \(\(6, 4\), \(6, 10\)\), must be \[B\] or"):
         losses.mart_bce(z, SOFT[:, :4])
+    masked = torch.tensor([[1.0, 2.0, -math.inf]])
+    by_id = losses.mart_bce(masked, torch.tensor([0]))
+    torch.testing.assert_close(losses.mart_bce(masked, torch.tensor([[1.0, 0.0, 0.0]])), by_id)

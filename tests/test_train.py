@@ -329,6 +329,19 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
     )
     fails("policy is 'cutout', must be one of none, autoaugment,", policy="cutout")
     fails("cutout is 3, must be even", cutout=3)
+    fails("cutout is 10, must be at most 8", cutout=10)
+    fails("teacher is given, but method at has no teacher", teacher="resnet18")
+    fails(
+        "attack_bn is no option of a method alone: use --attack-bn", method_options={"attack_bn": 1}
+    )
+    fails("beta of method trades is 'x'", method="trades", method_options={"beta": "x"})
+    fails("mixup is 1000, must be in", mixup=1000)
+    with pytest.raises(
+        ValueError, match="awp_warmup is 1, must be below epochs .3. and have awp_g"
+    ):
+        config(npz, tmp_path, awp_warmup=1)
+    with pytest.raises(ValueError, match="randaugment_n or _m is given, but policy is 'none'"):
+        config(npz, tmp_path, randaugment_n=3)
     fails("device is 'gpu', which cannot be used here", device="gpu")
     fails("student_width is 0, must be at least 1", student_width=0)
     with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
@@ -369,8 +382,24 @@ def test_digits_have_settings_of_their_own(method):
     assert (config.student, config.student_width, config.eps) == ("digits_net", 8, 0.1)
     assert config.lr * config.weight_decay == pytest.approx(5e-5)
     assert config.lr == (1.0 if method == "rslad" else 0.1)
-    begin = {"begin": 12} if method == "iad1" else {}
-    assert config.method_options == {"temperature": 2.0} | begin
+    extra = {
+        "rslad": {},
+        "iad1": {"begin": 12},
+        "vfd+trades": {"lambda_adv": 1.0, "lambda_clean": 1.0},
+    }[method]
+    assert config.method_options == {"temperature": 2.0} | extra
+
+
+def test_settings_give_way_to_flags():
+    config, _ = parse(["--method", "vfd+rslad", "--data", "digits", "--student", "resnet18"])
+    assert config.student_width is None
+    assert config.method_options == {"lambda_adv": 0.1, "lambda_clean": 0.1}
+    line = "--recipe trades-cifar10-resnet18 --method at --set parity=True --set label_smoothing=0"
+    config, _ = parse(line.split())
+    assert (config.method, config.eps) == ("at", 0.031)
+    assert config.method_options == {"parity": True, "label_smoothing": 0.0}
+    with pytest.raises(ValueError, match="--recipe is .*, which is not for digits"):
+        parse(["--recipe", "trades-cifar10-resnet18", "--data", "digits"])
 
 
 def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
@@ -388,6 +417,11 @@ def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
         if run == "first":
             before = teachers
     assert teachers == before
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+        "digits-teacher",
+        "digits-clean-teacher",
+        "teacher-cache",
+    }
     with pytest.raises(ValueError, match="teacher_checkpoint is missing, which method mtard needs"):
         train(dataclasses.replace(saved, teacher_checkpoint=None, out="third"))
 
@@ -542,13 +576,18 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     with pytest.raises(ValueError, match="has 3 classes, other 5"):
         evaluate.main([*line, "--data-dir", str(other)])
     with pytest.raises(FileNotFoundError, match="no such file .a run's is DIR/best.safetensors"):
-        evaluate.main(["--checkpoint", str(teacher.parent)])
+        evaluate.main(["--checkpoint", str(tmp_path)])
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="not a run's .safetensors"):
         evaluate.main(["--checkpoint", str(tmp_path / "w.pt")])
     checkpoint.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     with pytest.raises(ValueError, match="its header is not that of a run"):
         evaluate.main(["--checkpoint", str(tmp_path / "x.safetensors")])
+
+
+def test_a_run_folder_means_its_best_checkpoint(teacher):
+    (a, _), (b, _) = evaluate.from_run(teacher), evaluate.from_run(teacher.parent)
+    assert torch.equal(a.fc.weight, b.fc.weight)
 
 
 def test_eps_zero_is_the_clean_accuracy(teacher, tmp_path):

@@ -52,8 +52,8 @@ class Augmentation:
         rules = {
             "policy": (self.policy in known, f"one of {', '.join(known)}"),
             "cutout": (self.cutout >= 0 and self.cutout % 2 == 0, "even and at least 0"),
-            "mixup": (0 <= self.mixup < float("inf"), "at least 0"),
-            "cutmix": (0 <= self.cutmix < float("inf"), "at least 0"),
+            "mixup": (0 <= self.mixup <= 100, "in [0, 100]"),
+            "cutmix": (0 <= self.cutmix <= 100, "in [0, 100]"),
             "views_per_image": (
                 self.views_per_image is None or 1 <= self.views_per_image <= 2**32,
                 "None or in [1, 2^32]",

@@ -3,6 +3,7 @@
 MATLAB's format is read here because other readers can be crashed by a damaged file.
 """
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 from .dataset import Dataset, cut, image_set
 
 HELD_OUT = 1_000
-LARGEST = 1 << 30  # bytes that one compressed array may unfold to; the real ones stay below 2^28
+LARGEST = 1 << 28  # bytes that one compressed array may unfold to; the real ones stay below
 
 # Level 5 MAT-files: types of elements, classes of matrices.
 NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
@@ -71,7 +72,8 @@ def _arrays(content: bytes) -> dict[str, np.ndarray]:
             ((kind, payload),) = _elements(memoryview(_inflated(payload)))
         if kind != MATRIX:
             raise ValueError(f"an element of type {kind} where an array should be")
-        (_, flags), (_, shape), (_, name), *values = _elements(payload)
+        # No more than that: a hostile file may unfold to millions of elements.
+        (_, flags), (_, shape), (_, name), *values = itertools.islice(_elements(payload), 5)
         name = bytes(name).decode("ascii")
         if name in ("X", "y"):
             (flags,) = struct.unpack_from("<I", flags)

@@ -1,6 +1,7 @@
 """Training methods by name. Each file reads as its paper's two equations."""
 
 import inspect
+import math
 
 from .absld import ABSLD
 from .adaad import AdaAD
@@ -36,6 +37,9 @@ METHODS = {
 }
 
 
+COMMON = ("attack", "attack_bn", "milestones")  # options of every method
+
+
 def named(name):
     """The class of a method, the base's for "vfd+base".
 
@@ -43,34 +47,52 @@ def named(name):
     """
     base = name.removeprefix("vfd+")
     if base not in METHODS:
-        raise ValueError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+one")
+        raise ValueError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+NAME")
     return METHODS[base]
 
 
-def get(name, **options):
+def get(name, **given):
     """The method of this name, or "vfd+name"; options are its constructor's, such as
     get("rslad", adv_weight=5/6); vfd+name takes VFD's and the base's. Raises ValueError for an
-    unknown name or option."""
+    unknown name or option, and for a value unlike the option's default."""
     base, vanilla = named(name), {}
+    known = options(base)
     if name.startswith("vfd+"):
-        own = inspect.signature(VFD).parameters.keys() - {"base"}
-        vanilla = {key: options.pop(key) for key in own & options.keys()}
-    known = parameters(base)
-    if unknown := options.keys() - known:
-        raise ValueError(
-            f"method {name} has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}"
-        )
-    method = base(**options)
+        own = options(VFD)
+        vanilla = {key: given.pop(key) for key in own.keys() & given.keys()}
+        known |= own
+    for key, value in (given | vanilla).items():
+        if key not in COMMON and key not in known:
+            listed = ", ".join(f"{option}={default}" for option, default in known.items())
+            raise ValueError(f"method {name} has no option {key}; it has {listed or 'none'}")
+        if key in known:
+            _check(f"{key} of method {name}", value, known[key])
+    method = base(**given)
     return VFD(method, **vanilla) if name.startswith("vfd+") else method
 
 
-def parameters(cls):
-    """The names of a method's options, its base classes' included."""
-    names = {}
+def options(cls):
+    """{option: default} of a method's own, without those that all methods have."""
+    found = {}
     for kind in cls.__mro__:
-        if issubclass(kind, Method) and "__init__" in vars(kind):
-            names |= dict.fromkeys(inspect.signature(kind).parameters)
-    return [name for name in names if name != "options"]
+        if issubclass(kind, Method) and kind is not Method and "__init__" in vars(kind):
+            for name, parameter in inspect.signature(kind).parameters.items():
+                if parameter.default is not parameter.empty:
+                    found.setdefault(name, parameter.default)
+    return found
+
+
+def _check(name, value, default):
+    """Raises ValueError unless the value is of the default's kind; no number is negative."""
+    if isinstance(default, bool):
+        right, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, (int, float)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        right, kind = number and 0 <= value < math.inf, "a number of at least 0"
+    else:
+        right, kind = isinstance(value, (str, type(default))), "a name, or names with commas"
+    if not right:
+        raise ValueError(f"{name} is {value!r}, must be {kind}")
 
 
 __all__ = [

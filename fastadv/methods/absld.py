@@ -3,7 +3,7 @@
 import torch
 
 from .. import losses, parallel
-from .base import probabilities
+from .base import first_epoch, probabilities
 from .rslad import RSLAD
 
 
@@ -31,7 +31,7 @@ class ABSLD(RSLAD):
         if not self.classes:
             raise ValueError("classes is 0: call prepare(nets, x) before init_state")
         return {
-            "epoch": torch.zeros((), dtype=torch.int64, device=device),
+            "epoch": first_epoch(),
             "temperatures": torch.ones(2, self.classes, device=device),  # adv, nat
             "errors": torch.zeros(2, self.classes, device=device),
         }
@@ -48,10 +48,11 @@ class ABSLD(RSLAD):
         return loss, state | {"errors": state["errors"] + errors}
 
     def end_epoch(self, state):
+        state = super().end_epoch(state)  # the rate drops at the end of its epoch
         gap = parallel.mean(state["errors"])
         gap = gap - gap.mean(1, keepdim=True)
         gap = gap / gap.abs().amax(1, keepdim=True).clamp(min=1e-12)
         step = self.decayed(self.temperature_rate, state) * gap
         temperatures = (state["temperatures"] - step).clamp(0.5, 5)
         errors = torch.zeros_like(state["errors"])
-        return super().end_epoch(state | {"temperatures": temperatures, "errors": errors})
+        return state | {"temperatures": temperatures, "errors": errors}

@@ -15,7 +15,8 @@ from ..frozen import Frozen, freeze
 
 @dataclass
 class Nets:
-    """The networks of a method, [0, 1] images -> logits. Teachers are frozen and in eval mode.
+    """The networks of a method, [0, 1] images -> logits. Teachers are frozen and in eval mode;
+    ValueError where one is in train mode.
 
     teacher: the robust one. clean_teacher: the natural ("standard", "vanilla") one. student_twin:
     the student as attacks in eval mode see it; made from `student` when missing.
@@ -25,6 +26,11 @@ class Nets:
     teacher: nn.Module | None = None
     clean_teacher: nn.Module | None = None
     student_twin: Frozen | None = None
+
+    def __post_init__(self):
+        for name in ("teacher", "clean_teacher"):
+            if getattr(self, name) is not None and getattr(self, name).training:
+                raise ValueError(f"{name} is in train mode, must be in eval mode: freeze({name})")
 
     def attacked(self, attack_bn):
         """These nets with the student that the attack queries, twins refreshed."""
@@ -75,11 +81,12 @@ class Method(nn.Module):
     all; by default as the authors' code has it. milestones: the epochs after which the rates of
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
 
-    Of the class: teachers, the nets it needs besides the student; init and clip_start, the paper's
-    start.
+    Of the class: teachers, the nets it needs besides the student; adversarial, whether it trains on
+    adversarial examples at all; init and clip_start, the paper's start.
     """
 
     teachers = ()
+    adversarial = True
     init = "gaussian"
     clip_start = None
     attack_bn = "eval"
@@ -131,8 +138,8 @@ class Method(nn.Module):
         return state | {"epoch": state["epoch"] + 1} if "epoch" in state else state
 
     def decayed(self, rate, state):
-        """`rate` after the milestones that state["epoch"] has passed; no host sync."""
-        return rate * 0.1 ** sum(state["epoch"] >= milestone for milestone in self.milestones)
+        """`rate` after the milestones that state["epoch"] has passed."""
+        return rate * 0.1 ** sum(int(state["epoch"]) >= epoch for epoch in self.milestones)
 
 
 class LabelAttack(Method):
@@ -143,6 +150,11 @@ class LabelAttack(Method):
 
     def inner(self, nets, x_adv, y):
         return losses.cross_entropy(nets.student(x_adv), y, reduction="none")
+
+
+def first_epoch():
+    """The count of epochs in a method's state: on the host, where reading it waits for nothing."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def update_statistics(net, x):

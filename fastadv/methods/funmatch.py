@@ -8,6 +8,7 @@ class FunMatch(Method):
     """min T^2 KL(t(x) || s(x); T), batch mean, on one strongly augmented x for both; no labels."""
 
     teachers = ("teacher",)
+    adversarial = False
 
     def __init__(self, temperature=1.0, **options):
         super().__init__(**options)

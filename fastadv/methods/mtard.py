@@ -3,7 +3,7 @@
 import torch
 
 from .. import losses, parallel
-from .base import LabelAttack
+from .base import LabelAttack, first_epoch
 
 
 class MTARD(LabelAttack):
@@ -28,7 +28,7 @@ class MTARD(LabelAttack):
 
     def init_state(self, device):
         return {
-            "epoch": torch.zeros((), dtype=torch.int64, device=device),
+            "epoch": first_epoch(),
             "weights": torch.full((2,), 0.5, device=device),  # adv, nat
             "first": torch.zeros(2, device=device),  # the losses of the first step; 0: none yet
         }

@@ -7,6 +7,8 @@ from .base import Method
 class Natural(Method):
     """min CE(s(x), y), batch mean, y smoothed by label_smoothing."""
 
+    adversarial = False
+
     def __init__(self, label_smoothing=0.0, **options):
         super().__init__(**options)
         self.label_smoothing = label_smoothing

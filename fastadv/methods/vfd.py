@@ -28,7 +28,9 @@ class VFD(Method):
     base: a Method. layers: names of `forward_features`, "student:teacher" where they differ.
     distance: "mse" (mean over elements), "l2" or "cosine". normalise: features to unit length
     first. Where channels differ a learned linear map (1x1 convolution on maps) projects the
-    student's; it trains with the student. Raises ValueError where maps differ in height or width.
+    student's; it trains with the student. lambda_adv, lambda_clean: beside the base's loss as it
+    is, a tenth of the batch mean for RSLAD and others. Raises ValueError where maps differ in
+    height or width.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class VFD(Method):
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
+        self.adversarial = base.adversarial
         self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
 
     def prepare(self, nets, x):
@@ -74,6 +77,8 @@ class VFD(Method):
         return self.base.perturb(nets, batch, state, start)
 
     def outer(self, nets, batch, state):
+        if not self.projectors:
+            raise ValueError("projectors are missing: call prepare(nets, x) before training")
         names, teacher_names = zip(*self.layers, strict=True)
         vanilla = batch.teacher_features(nets, teacher_names)
         student = Recorder(nets.student, names)

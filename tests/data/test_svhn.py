@@ -1,6 +1,9 @@
 """SVHN's MATLAB files, as published and as a bad disk or a stranger would make them."""
 
 import contextlib
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -141,3 +144,18 @@ def test_missing_and_small_files(folder, monkeypatch):
     (folder / "train_32x32.mat").unlink()
     with pytest.raises(FileNotFoundError, match=r"train_32x32\.mat: no such SVHN file"):
         data.load("svhn", folder)
+
+
+def test_a_matrix_of_a_million_elements_is_not_listed(folder):
+    """Eight bytes each; listing them would take a hundred times their size."""
+    matrix = struct.pack("<II", 14, 1 << 23) + bytes(1 << 23)
+    packed = zlib.compress(matrix)
+    path = folder / "train_32x32.mat"
+    head = path.read_bytes()[:128]
+    path.write_bytes(head + struct.pack("<II", 15, len(packed)) + packed)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="not a readable SVHN file"):
+        data.load("svhn", folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20

@@ -86,20 +86,24 @@ def ard(s, t, c, x, y, start, alpha=1.0, temperature=30.0, parity=False):
 def iad1(s, t, c, x, y, start, epoch=0, begin=60, beta=0.1, parity=False):
     x_adv = label_attack(s, x, y, start, "train")
     adv = s(x_adv)
+    loss = kl(t(x).detach(), adv)
+    if epoch >= begin:
+        if parity:
+            s(x_adv)
+        trust = t(x_adv).detach().softmax(1)[range(len(y)), y] ** beta
+        loss = loss + ((1 - trust) * rows(s(x), adv)).mean()
     if parity:
-        s(x_adv)
-    clean = s(x)
-    if parity:
-        s(x)
-    trust = t(x_adv).detach().softmax(1)[range(len(y)), y] ** (beta if epoch >= begin else 0)
-    return x_adv, kl(t(x).detach(), adv) + ((1 - trust) * rows(clean, adv)).mean()
+        loss = loss + 0 * F.cross_entropy(s(x), y)
+    return x_adv, loss
 
 
 def iad2(s, t, c, x, y, start, epoch=0, begin=40, beta=0.1, temperature=1.0):
     x_adv = label_attack(s, x, y, start, "train")
-    adv, clean, z = s(x_adv), s(x), t(x_adv).detach()
-    trust = z.softmax(1)[range(len(y)), y] ** (beta if epoch >= begin else 0)
-    mixed = trust * rows(z, adv, temperature) + (1 - trust) * rows(clean, adv, temperature)
+    adv, z = s(x_adv), t(x_adv).detach()
+    mixed = rows(z, adv, temperature)
+    if epoch >= begin:
+        trust = z.softmax(1)[range(len(y)), y] ** beta
+        mixed = trust * mixed + (1 - trust) * rows(s(x), adv)
     loss = 0.25 * F.cross_entropy(adv, y) + 0.5 * temperature**2 * mixed.mean()
     return x_adv, loss + 0.25 * temperature**2 * kl(c(x_adv).detach(), adv, temperature)
 
@@ -116,10 +120,10 @@ def rslad(s, t, c, x, y, start):
 class ABSLD:
     """Temperatures by class as lists of floats; the sums over an epoch in a loop."""
 
-    def __init__(self, classes=10, rate=0.1):
+    def __init__(self, classes=10, rate=0.1, drops=()):
         self.tau = {"adv": [1.0] * classes, "nat": [1.0] * classes}
         self.errors = {"adv": [0.0] * classes, "nat": [0.0] * classes}
-        self.rate = rate
+        self.rate, self.drops, self.epoch = rate, drops, 0
 
     def __call__(self, s, t, c, x, y, start):
         z = t(x).detach()
@@ -136,6 +140,9 @@ class ABSLD:
         return x_adv, loss / 10
 
     def end_epoch(self):
+        self.epoch += 1  # counted from 1, as in the authors' script
+        if self.epoch in self.drops:
+            self.rate *= 0.1
         for k, errors in self.errors.items():
             gap = [e - sum(errors) / len(errors) for e in errors]
             most = max(map(abs, gap))

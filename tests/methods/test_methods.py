@@ -45,6 +45,7 @@ CASES = {
     ),
     "iad1 early": ("iad1", {}, papers.iad1),
     "iad1": ("iad1", {"begin": 0}, partial(papers.iad1, begin=0)),
+    "iad1 early parity": ("iad1", {"parity": True}, partial(papers.iad1, parity=True)),
     "iad1 parity": (
         "iad1",
         {"begin": 0, "parity": True},
@@ -193,8 +194,9 @@ def test_dynamic_rates_drop_at_the_milestones():
 def test_absld_temperatures_over_epochs(setup):
     student, teacher, clean_teacher, x, y, start = setup
     plain = copy.deepcopy(student).train()
-    paper = papers.ABSLD()
-    method, nets, state = ours("absld", {}, student, teacher, clean_teacher, x)
+    paper = papers.ABSLD(drops=(2,))
+    options = {"milestones": (2,)}
+    method, nets, state = ours("absld", options, student, teacher, clean_teacher, x)
     optimizers = sgd(student), sgd(plain)
     for step in range(6):
         for optimizer in optimizers:
@@ -220,14 +222,13 @@ def test_absld_temperatures_over_epochs(setup):
 def test_iad_begins_to_trust_itself_at_its_epoch(setup):
     student, teacher, clean_teacher, x, y, _ = setup
     method, nets, state = ours("iad1", {"begin": 2}, student, teacher, clean_teacher, x)
-    batch = methods.Batch(x=x, y=y, x_adv=(x + 0.03).clamp(0, 1))
-    trusts = []
-    for _ in range(3):
-        trusts.append(method.trust(nets, batch, state))
+    asked = []
+    for _ in range(4):
+        batch = methods.Batch(x=x, y=y, x_adv=(x + 0.03).clamp(0, 1))
+        method.outer(nets, batch, state)
+        asked.append(("teacher", "x_adv", "logits") in batch.memo)
         state = method.end_epoch(state)
-    assert all((a == 1).all() for a in trusts[:2])
-    p = teacher(batch.x_adv).softmax(1)[range(8), y]
-    torch.testing.assert_close(trusts[2], p**0.1)
+    assert asked == [False, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["trades", "mart", "iad1"])
@@ -246,6 +247,10 @@ def test_the_clean_target_is_not_detached(setup, name):
     loss, _ = method.outer(nets, batch, state)
     if name == "trades":
         loss = loss - F.cross_entropy(outputs["clean"], y)
+    if name == "mart":  # less the gradient of its weight
+        p = outputs["clean"].softmax(1)[range(8), y]
+        divergence = papers.rows(outputs["clean"], outputs["adv"]).detach()
+        loss = loss - method.beta * ((1 - p) * divergence).mean()
     loss.backward()
     assert outputs["clean"].grad.abs().max() > 1e-6
 
@@ -281,7 +286,7 @@ def test_the_papers_own_starts_and_modes():
         ("ard", ["teacher x"]),
         ("funmatch", ["teacher x"]),
         ("mtard", ["teacher x_adv", "clean_teacher x"]),
-        ("iad1", ["teacher x_adv", "teacher x"]),
+        ("iad2", ["teacher x_adv", "clean_teacher x_adv"]),
         ("vfd+rslad", ["teacher x", "clean_teacher x"]),
     ],
 )
@@ -309,10 +314,11 @@ def test_teachers_run_once_per_batch_without_gradient(setup, name, calls):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_soft_labels_of_one_class_are_its_label(setup, name):
     student, teacher, clean_teacher, x, y, start = setup
+    options = {"ard": {"alpha": 0.5}, "iad1": {"begin": 0}, "iad2": {"begin": 0}}.get(name, {})
     results = []
     for labels in (y, F.one_hot(y, 10).double()):
         net = copy.deepcopy(student)
-        method, nets, state = ours(name, {}, net, teacher, clean_teacher, x)
+        method, nets, state = ours(name, options, net, teacher, clean_teacher, x)
         batch = methods.Batch(x=x, y=labels)
         batch.x_adv = method.perturb(nets, batch, state, start=start)
         results.append(method.outer(nets, batch, state)[0])
@@ -325,7 +331,7 @@ def test_errors_name_what_is_wrong(setup):
         methods.get("rsald")
     with pytest.raises(ValueError, match="method is 'vfd\\+', must be one of"):
         methods.get("vfd+")
-    with pytest.raises(ValueError, match="method rslad has no option beta; it has adv_weight,"):
+    with pytest.raises(ValueError, match="method rslad has no option beta; it has adv_weight=0.83"):
         methods.get("rslad", beta=6)
     with pytest.raises(ValueError, match="nets.teacher is None"):
         methods.get("rslad").perturb(methods.Nets(student), methods.Batch(x, y), {})
@@ -344,11 +350,12 @@ def test_a_stateful_step_never_waits_for_the_device(name):
         nets = methods.Nets(student, *(net.eval() for net in teachers))
         x = torch.rand(8, 3, 8, 8)
         method.prepare(nets, x)
-        state = method.init_state("cpu")
+        state = method.init_state("cpu") | {"epoch": 100}  # which lies on the host
         batch = methods.Batch(x, torch.zeros(8, dtype=torch.int64), x_adv=x + 0.01)
         loss, after = method.outer(nets, batch, state)
         loss.backward()
         after = method.end_epoch(after)
+        assert after.pop("epoch") == state.pop("epoch") + 1
         assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in state.items()}
         with pytest.raises(DataDependentOutputException):
             loss.item()
@@ -377,3 +384,24 @@ def test_what_a_method_may_cache_is_what_it_reads_of_x(setup, name, options):
     declared = {which: set(names) for which, names in method.cacheable().items()}
     # Logits come with every forward pass, asked for or not.
     assert {k: v | {"logits"} for k, v in declared.items()} == read
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": "abc"}, "beta of method trades is 'abc', must be a number of at least 0"),
+        ({"beta": -1}, "beta of method trades is -1, must be a number of at least 0"),
+        ({"beta": float("nan")}, "beta of method trades is nan, must be a number of at least 0"),
+        ({"parity": "maybe"}, "parity of method trades is 'maybe', must be true or false"),
+        ({"parity": 1.0}, "parity of method trades is 1.0, must be true or false"),
+    ],
+)
+def test_a_value_unlike_the_default_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        methods.get("trades", **options)
+
+
+def test_a_teacher_in_train_mode_is_refused(setup):
+    student, teacher, *_ = setup
+    with pytest.raises(ValueError, match="teacher is in train mode, must be in eval mode"):
+        methods.Nets(student, teacher.train())
