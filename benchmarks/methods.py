@@ -6,7 +6,7 @@
 The settings are those of `python -m fastadv.train --data digits`: one student network, one number
 of epochs, one attack, and two teachers, PGD-AT and natural, that all methods share. A method whose
 loss is a tenth of the batch mean has ten times lr and a tenth of the weight decay, which undoes the
-factor. Rows are appended to benchmarks/results/methods.jsonl.
+factor. The teacher cache is on, as by default. Rows are appended to benchmarks/results/methods.jsonl.
 """
 
 import argparse
@@ -32,8 +32,8 @@ MARKS = "<!-- methods table: python benchmarks/methods.py -->", "<!-- end of met
 def teachers(folder):
     """{field of Config: path}: a PGD-AT teacher and a natural one, trained where missing."""
     for which, fields in TEACHERS.items():
-        if not (folder / which).exists():
-            train(Config(**fields, out=str(folder / which)))
+        out = folder / which
+        train(Config(**fields, out=str(out)), resume=(out / "config.json").exists())
     return {f"{which}_checkpoint": str(folder / which / "best.safetensors") for which in TEACHERS}
 
 
@@ -42,7 +42,8 @@ def measure(name, seed, folder, checkpoints):
     needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
     given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"
-    train(Config(**settings(name) | given | {"seed": seed, "out": str(out)}))
+    common = {"seed": seed, "out": str(out), "teacher_cache": str(folder / "teacher-cache")}
+    train(Config(**settings(name) | given | common))
     model, _ = from_run(out / "best.safetensors")
     return accuracies(model, data.load("digits").test, ATTACKS, eps=EPS)
 
