@@ -6,7 +6,7 @@
 The settings are those of `python -m fastadv.train --data digits`: one student network, one number
 of epochs, one attack, and two teachers, PGD-AT and natural, that all methods share. A method whose
 loss is a tenth of the batch mean has ten times lr and a tenth of the weight decay, which undoes the
-factor. The teacher cache is on, as by default. Rows are appended to benchmarks/results/methods.jsonl.
+factor. Teachers are cached, as by default. Rows are appended to benchmarks/results/methods.jsonl.
 """
 
 import argparse
