@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -190,6 +191,10 @@ def nothing(net):
     pass
 
 
+class Norm(nn.BatchNorm2d):
+    pass
+
+
 OTHERS = {
     "same": ({}, set()),
     "seed of the order alone": ({"loader": {"seed": 5}}, set()),
@@ -198,7 +203,8 @@ OTHERS = {
     "normalisation": ({"net": {"mean": 0.4}}, {"teacher.buffers"}),
     "attribute": ({"net": {"scale": 2.0}}, {"teacher.structure"}),
     "stride": ({"change": lambda n: setattr(n.net.conv3, "padding", 0)}, {"teacher.structure"}),
-    "type": ({"change": lambda n: setattr(n, "act", nn.ReLU())}, {"teacher.structure"}),
+    "module": ({"change": lambda n: setattr(n, "act", nn.ReLU())}, {"teacher.structure"}),
+    "type": ({"change": lambda n: setattr(n.net.bn2, "__class__", Norm)}, {"teacher.structure"}),
     "pixel": ({"split": changed_pixel}, {"images.pixels", "augmentation.sample"}),
     "order": ({"split": swapped}, {"images.pixels"}),
     "index": ({"split": renamed}, {"images.pixels"}),
@@ -410,8 +416,9 @@ def test_a_batch_with_cached_outputs_trains_as_with_fresh_ones(name):
 def look_up_all(cache, loader):
     torch.set_num_threads(1)  # the pool of threads does not survive a fork
     x, _, index, view = every_view(loader)
-    cache.prefetch(index, view)
     found = cache.lookup(index, view, x)["logits"]
+    cache.prefetch(index, view)
+    assert torch.equal(cache.lookup(index, view, x)["logits"], found)
     return cache.forwards, found.numpy()
 
 
@@ -425,12 +432,14 @@ def look_up_inherited(cache, loader, results):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_other_processes_share_the_folder(start, tmp_path):
+def test_other_processes_share_the_folder(start, tmp_path, monkeypatch):
     loader = make_loader()
     cache = TeacherCache(freeze(Net()), loader, directory=tmp_path)
     x, _, index, view = every_view(loader)
     expected = cache.lookup(index, view, x)["logits"]
-    cache.prefetch(index, view)  # its thread does not exist in a fork
+    read = store.Table.read
+    monkeypatch.setattr(store.Table, "read", lambda *args: time.sleep(0.3) or read(*args))
+    cache.prefetch(index, view)  # its thread is busy, and does not exist in a fork
     context = multiprocessing.get_context(start)
     results = context.Queue()
     job = (look_up_inherited, cache, loader) if start == "fork" else (open_and_look_up, tmp_path)
