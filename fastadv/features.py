@@ -11,10 +11,7 @@ def forward_features(model, x, names):
     float32. With several calls of one module in a pass, the last counts.
     Raises ValueError for a name that the network does not have.
     """
-    net = model
-    while [name for name, _ in net.named_children()] == ["net"]:  # twins, normalisation
-        net = net.net
-    found, hooks = {}, []
+    net, found, hooks = unwrapped(model), {}, []
     try:
         for name in names:
             if name != "logits":
@@ -25,6 +22,13 @@ def forward_features(model, x, names):
             hook.remove()
     found["logits"] = logits
     return logits, {name: _single(found[name]) for name in names}
+
+
+def unwrapped(model):
+    """The network inside twins and normalisation, whose only child is `net`."""
+    while [name for name, _ in model.named_children()] == ["net"]:
+        model = model.net
+    return model
 
 
 def _record(net, name, found):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -133,11 +134,11 @@ def test_forwards_counts_what_the_teacher_does():
 def test_features_keep_their_names_and_shapes(tmp_path):
     teacher, loader = freeze(Net()), make_loader()
     x, _, index, view = loader.view_batch(torch.arange(9), torch.arange(9))
-    names = ("penultimate", "net.conv4", "logits")
+    names = ("penultimate", "conv4", "logits")
     TeacherCache(teacher, loader, names, tmp_path, torch.float32).lookup(index, view, x)
     found = TeacherCache(teacher, loader, names, tmp_path, torch.float32).lookup(index, view, x)
     assert {name: tuple(v.shape[1:]) for name, v in found.items()} == {
-        "penultimate": (128,), "net.conv4": (8, 4, 4), "logits": (10,)
+        "penultimate": (128,), "conv4": (8, 4, 4), "logits": (10,)
     }  # fmt: skip
     for name, value in found.items():
         assert torch.equal(value, alone(teacher, x, name)), name
@@ -190,6 +191,10 @@ def nothing(net):
     pass
 
 
+class Norm(nn.BatchNorm2d):
+    pass
+
+
 OTHERS = {
     "same": ({}, set()),
     "seed of the order alone": ({"loader": {"seed": 5}}, set()),
@@ -198,7 +203,8 @@ OTHERS = {
     "normalisation": ({"net": {"mean": 0.4}}, {"teacher.buffers"}),
     "attribute": ({"net": {"scale": 2.0}}, {"teacher.structure"}),
     "stride": ({"change": lambda n: setattr(n.net.conv3, "padding", 0)}, {"teacher.structure"}),
-    "type": ({"change": lambda n: setattr(n, "act", nn.ReLU())}, {"teacher.structure"}),
+    "module": ({"change": lambda n: setattr(n.net, "act", nn.ReLU())}, {"teacher.structure"}),
+    "type": ({"change": lambda n: setattr(n.net.bn2, "__class__", Norm)}, {"teacher.structure"}),
     "pixel": ({"split": changed_pixel}, {"images.pixels", "augmentation.sample"}),
     "order": ({"split": swapped}, {"images.pixels"}),
     "index": ({"split": renamed}, {"images.pixels"}),
@@ -271,6 +277,7 @@ def test_layout_plays_no_part(tmp_path):
     first = TeacherCache(freeze(net), loader, directory=tmp_path)
     net.to(memory_format=torch.channels_last)
     assert TeacherCache(freeze(net), loader, directory=tmp_path).folder == first.folder
+    assert first.folder.name.startswith("DigitsNet-40x1x8x8-18views-")
 
 
 def test_a_teacher_that_may_change_is_refused():
@@ -410,8 +417,9 @@ def test_a_batch_with_cached_outputs_trains_as_with_fresh_ones(name):
 def look_up_all(cache, loader):
     torch.set_num_threads(1)  # the pool of threads does not survive a fork
     x, _, index, view = every_view(loader)
-    cache.prefetch(index, view)
     found = cache.lookup(index, view, x)["logits"]
+    cache.prefetch(index, view)
+    assert torch.equal(cache.lookup(index, view, x)["logits"], found)
     return cache.forwards, found.numpy()
 
 
@@ -425,12 +433,14 @@ def look_up_inherited(cache, loader, results):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_other_processes_share_the_folder(start, tmp_path):
+def test_other_processes_share_the_folder(start, tmp_path, monkeypatch):
     loader = make_loader()
     cache = TeacherCache(freeze(Net()), loader, directory=tmp_path)
     x, _, index, view = every_view(loader)
     expected = cache.lookup(index, view, x)["logits"]
-    cache.prefetch(index, view)  # its thread does not exist in a fork
+    read = store.Table.read
+    monkeypatch.setattr(store.Table, "read", lambda *args: time.sleep(0.3) or read(*args))
+    cache.prefetch(index, view)  # its thread is busy, and does not exist in a fork
     context = multiprocessing.get_context(start)
     results = context.Queue()
     job = (look_up_inherited, cache, loader) if start == "fork" else (open_and_look_up, tmp_path)
@@ -535,3 +545,14 @@ def test_flags_that_do_not_go_together(tmp_path):
         main(["fill", str(tmp_path), "--run", "x", "--data", "digits"])
     with pytest.raises(SystemExit):
         main(["info", str(tmp_path), "--data", "digits"])
+
+
+def test_fill_takes_the_outputs_that_the_method_reads(tmp_path, digits_teacher, capsys):
+    clean = [flag.replace("--teacher", "--clean-teacher") for flag in digits_teacher]
+    clean += ["--which", "clean_teacher", "--views", "1"]
+    with pytest.raises(ValueError, match="method rslad reads no clean_teacher of x alone"):
+        main(["fill", str(tmp_path / "caches"), *clean])
+    vfd = ["--method", "vfd+mtard", "--set", "layers=conv4,penultimate"]
+    main(["fill", str(tmp_path / "caches"), *clean, *vfd])
+    main(["info", str(tmp_path / "caches")])
+    assert "logits [10], conv4 [64, 4, 4], penultimate [1024]" in capsys.readouterr().out

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from .. import cli, data
-from ..build import build_loader, build_teacher
+from ..build import build_loader, build_method, build_teacher
 from . import TeacherCache, store
 
 
@@ -149,8 +149,13 @@ def opened(args, rest):
     config, _ = cli.parse(["--resume", args.run] if args.run else rest)
     dataset = data.load(config.data, config.data_dir)
     teacher, loader = build_teacher(config, dataset, args.which), build_loader(config, dataset)
+    names = (
+        args.names.split(",") if args.names else build_method(config).cacheable().get(args.which)
+    )
+    if not names:
+        raise ValueError(f"method {config.method} reads no {args.which} of x alone: give --names")
     dtype = getattr(torch, args.dtype)
-    return TeacherCache(teacher, loader, args.names.split(","), args.directory, dtype), loader
+    return TeacherCache(teacher, loader, names, args.directory, dtype), loader
 
 
 def arguments(argv):
@@ -168,7 +173,7 @@ def arguments(argv):
             one.epilog = "all other flags are those of python -m fastadv.train"
             one.add_argument("--run", metavar="RUN", help="the teacher and data of this run folder")
             one.add_argument("--which", choices=("teacher", "clean_teacher"), default="teacher")
-            one.add_argument("--names", default="logits", help="such as logits,penultimate")
+            one.add_argument("--names", help="such as logits,penultimate; default: the method's")
             one.add_argument("--dtype", choices=("float16", "float32"), default="float16")
         if command is fill:
             one.add_argument("--views", type=int, help="only the first so many views per image")

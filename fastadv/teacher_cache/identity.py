@@ -5,6 +5,7 @@ import hashlib
 
 import torch
 
+from ..features import unwrapped
 from ..frozen import InPrecision
 
 PLAIN = (bool, int, float, str)
@@ -23,7 +24,7 @@ def identity(teacher, loader, outputs):
     images, index = loader.images, loader.index
     return {
         "teacher": {
-            "architecture": type(net).__name__,
+            "architecture": type(unwrapped(net)).__name__,
             "structure": _structure(net),
             "parameters": _digest(net.named_parameters(remove_duplicate=False)),
             "buffers": _digest(net.named_buffers(remove_duplicate=False)),
