@@ -84,6 +84,7 @@ class Config:
     teacher_cache: str = _flag(
         "runs/teacher-cache", "folder of teacher outputs that all runs share, or memory, or off"
     )
+    teacher_cache_dtype: str = _flag("float16", "of what it stores: float16, or float32, exact")
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
@@ -110,6 +111,10 @@ class Config:
             )
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise ValueError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+        if self.teacher_cache_dtype not in ("float16", "float32"):
+            raise ValueError(
+                f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"
+            )
         device(self.device)
         # A run may be resumed from anywhere.
         for name in ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache"):

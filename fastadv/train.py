@@ -123,8 +123,9 @@ def open_caches(config, method, nets, loader):
         tqdm.write("teacher cache: off, for no view comes twice without --views-per-image")
         return {}
     folder = None if config.teacher_cache == "memory" else config.teacher_cache
+    dtype = getattr(torch, config.teacher_cache_dtype)
     return {
-        which: TeacherCache(getattr(nets, which), loader, names, folder)
+        which: TeacherCache(getattr(nets, which), loader, names, folder, dtype)
         for which, names in method.cacheable().items()
     }
 

@@ -197,12 +197,18 @@ def test_a_second_run_asks_no_teacher_and_ends_in_the_same_bits(
 
 def test_a_cached_run_trains_as_an_uncached_one_but_for_rounding(npz, tmp_path, teacher):
     settings = with_teachers({"method": "vfd+rslad", "epochs": 1, "steps": 0}, teacher)
-    runs = [
-        train(config(npz, tmp_path / name, **settings | {"teacher_cache": name}))[0]["loss"]
-        for name in ("off", "memory")
-    ]
-    assert runs[0] == pytest.approx(runs[1], rel=1e-2)
-    assert runs[0] != runs[1]  # float16
+    cases = {
+        "off": {"teacher_cache": "off"},
+        "float16": {},
+        "float32": {"teacher_cache_dtype": "float32"},
+    }
+    losses = {
+        name: train(config(npz, tmp_path / name, **settings | case))[0]["loss"]
+        for name, case in cases.items()
+    }
+    assert losses["off"] == pytest.approx(losses["float32"], rel=1e-5)
+    assert losses["off"] == pytest.approx(losses["float16"], rel=1e-2)
+    assert losses["float16"] != losses["float32"]
 
 
 def test_no_cache_where_no_view_comes_twice(npz, tmp_path, teacher, capsys):
@@ -340,6 +346,8 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
         ValueError, match="awp_warmup is 1, must be below epochs .3. and have awp_g"
     ):
         config(npz, tmp_path, awp_warmup=1)
+    with pytest.raises(ValueError, match="teacher_cache_dtype is 'half', must be float16 or"):
+        config(npz, tmp_path, teacher_cache_dtype="half")
     with pytest.raises(ValueError, match="randaugment_n or _m is given, but policy is 'none'"):
         config(npz, tmp_path, randaugment_n=3)
     fails("device is 'gpu', which cannot be used here", device="gpu")
