@@ -1,9 +1,10 @@
 """Interleaved ratio benchmarks: correctness gate first, then one run over all providers.
 
     python benchmarks/run.py --suite ops [--only softmax_kl] [--seconds 3]
-    python benchmarks/run.py --table          # rewrite README's table from the newest rows
+    python benchmarks/run.py --suite cache --seconds 60      # training steps with a teacher cache
+    python benchmarks/run.py [--suite cache] --table         # rewrite README from the newest rows
 
-Rows are appended to benchmarks/results/ops.jsonl.
+Rows are appended to benchmarks/results/<suite>.jsonl.
 """
 
 import argparse
@@ -15,9 +16,12 @@ from pathlib import Path
 import torch
 from timing import RESULTS, interleave, machine, summary
 
-SUITES = {"ops": [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))]}
+SUITES = {
+    "ops": [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))],
+    "cache": ["bench_teacher_cache"],
+}
+SUITES["ops"].remove("bench_teacher_cache")
 README = Path(__file__).parents[1] / "README.md"
-MARKS = "<!-- benchmark table: python benchmarks/run.py --table -->", "<!-- end of table -->"
 
 
 def run(suite, only, seconds):
@@ -70,7 +74,8 @@ def table(suite):
         f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
         f"fastadv {row['commit']}, {row['time'][:10]}."
     )
-    replace_between(README, MARKS, [*lines, "", where])
+    marks = f"<!-- {suite} table: benchmarks/run.py -->", f"<!-- end of {suite} table -->"
+    replace_between(README, marks, [*lines, "", where])
 
 
 def replace_between(path, marks, lines):
