@@ -63,7 +63,9 @@ class Config:
     cutout: int = _flag(0, "side of a grey square in pixels, even")
     mixup: float = _flag(0.0, "alpha of mixup's Beta distribution, such as 1")
     cutmix: float = _flag(0.0, "alpha of cutmix's Beta distribution, such as 1")
-    views_per_image: int | None = _flag(None, "draw augmentations from this many per image")
+    views_per_image: int | None = _flag(
+        None, "augmentations of an image, which take turns by epoch"
+    )
     epochs: int = _flag(200, "passes over the training set")
     batch_size: int = _flag(128, "images per step")
     lr: float = _flag(0.1, "learning rate of SGD")

@@ -35,7 +35,8 @@ class Augmentation:
     al. 2022). Cutmix (Yun et al. 2019) replaces a box of the share 1 - b by the partner's pixels,
     and the share kept is counted in pixels. With both, each image gets one of them, equally likely.
     The partner is any image of the split, itself included, with an augmentation of its own.
-    views_per_image: views are drawn from 0 to views_per_image - 1; None: from 2^32.
+    views_per_image: an image goes through this many views in turn, one per epoch; None: each epoch
+    draws one of 2^32.
     Raises ValueError that names the argument at fault.
     """
 

@@ -96,6 +96,11 @@ class Loader:
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         view = torch.randint(self.views, (count,), generator=generator)
+        if self.augmentation.views_per_image:  # in turn, from a view of the image's own on
+            first = torch.Generator().manual_seed(_mix(self.seed, -1))
+            view = (
+                torch.randint(self.views, (count,), generator=first)[order] + number
+            ) % self.views
         wrapped = torch.arange(count + -count % self.world) % count
         for start in range(0, count, self.batch_size):
             chosen = wrapped[start + self.rank : start + self.batch_size : self.world]

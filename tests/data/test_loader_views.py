@@ -167,3 +167,12 @@ def test_a_view_is_the_same_on_a_gpu(settings):
     for expected, found in zip(*batches, strict=True):
         assert found.device.type == "cuda"
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-7)  # x: an ulp of / 255
+
+
+def test_an_image_goes_through_its_views_in_turn():
+    made = loader(image_set(40), Augmentation("randaugment", views_per_image=3))
+    epochs = [[torch.cat(parts) for parts in zip(*made.epoch(n), strict=True)] for n in range(6)]
+    seen = torch.stack([view[index.argsort()] for _, _, index, view in epochs])
+    assert seen[:3].sort(0).values.unique(dim=1).tolist() == [[0], [1], [2]]
+    assert torch.equal(seen[3:], seen[:3])
+    assert len(seen[0].unique()) == 3  # images do not start with the same view
