@@ -1,7 +1,8 @@
 """Every method on the same digits: clean and PGD-20 test accuracy over seeds.
 
     python benchmarks/methods.py                        # all, three seeds; rewrites README's table
-    python benchmarks/methods.py --only rslad --seeds 0 --out DIR
+    python benchmarks/methods.py --only mart            # these anew, the others' newest rows stay
+    python benchmarks/methods.py --seeds 0 --out DIR    # rows go to DIR, README stays as it is
 
 The settings are those of `python -m fastadv.train --data digits`: one student network, one number
 of epochs, one attack, and two teachers, PGD-AT and natural, that all methods share. A method whose
@@ -48,6 +49,13 @@ def measure(name, seed, folder, checkpoints):
     return accuracies(model, data.load("digits").test, ATTACKS, eps=EPS)
 
 
+def newest(results):
+    """The last row of each method and seed, in the order of METHODS."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    last = {(row["method"], row["seed"]): row for row in rows}
+    return [last[key] for key in sorted(last, key=lambda key: (METHODS.index(key[0]), key[1]))]
+
+
 def table(rows):
     """Markdown: mean and standard deviation over seeds, in percent."""
     lines = ["| method | clean | PGD-20 |", "|---|---|---|"]
@@ -65,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="these methods, comma separated; README stays as it is")
+    parser.add_argument("--only", help="these methods, comma separated")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, help="run folders and rows go here")
     args = parser.parse_args()
@@ -73,18 +81,18 @@ def main():
     results = (args.out or RESULTS) / "methods.jsonl"
     names = args.only.split(",") if args.only else METHODS
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    checkpoints, where, rows = teachers(folder), machine(), []
+    checkpoints, where = teachers(folder), machine()
     for name in names:
         for seed in seeds:
-            rows.append({"method": name, "seed": seed, **measure(name, seed, folder, checkpoints)})
+            rates = measure(name, seed, folder, checkpoints)
             with open(results, "a") as file:
-                file.write(json.dumps(rows[-1] | where) + "\n")
-    lines = table(rows)
+                file.write(json.dumps({"method": name, "seed": seed, **rates} | where) + "\n")
+    lines = table(newest(results))
     print("\n".join(lines))
-    if not args.only and not args.out:
+    if not args.out:
         about = (
             f"{len(data.load('digits').test)} test images, linf eps {EPS}, seeds {args.seeds}; "
-            f"fastadv {where['commit']}, torch {where['torch']}, {where['time'][:10]}."
+            f"torch {where['torch']}, {where['cpu']}, {where['time'][:10]}; commits in the rows."
         )
         replace_between(README, MARKS, [*lines, "", about])
 
