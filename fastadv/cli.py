@@ -6,9 +6,9 @@ import itertools
 import textwrap
 from pathlib import Path
 
+from . import methods
 from .config import PRECISIONS, Config, number, recipe, recipes
 from .digits import settings
-from .methods import METHODS
 
 
 def parse(argv, description=None):
@@ -28,8 +28,10 @@ def parse(argv, description=None):
         saved = Config.from_json((Path(resume) / "config.json").read_text())
         return dataclasses.replace(saved, out=resume), True
     fields = recipe(name) if name else {}
-    if given.get("method", fields.get("method")) != fields.get("method"):
-        fields.pop("method_options", None)  # they are the recipe's method's
+    if name and given.get("method", fields["method"]) != fields["method"]:
+        fields.pop("method_options", None)  # they are the recipe's method's, as are its teachers
+        for which in {"teacher", "clean_teacher"} - {*methods.get(given["method"]).teachers}:
+            fields.pop(which, None)
     if given.get("data") == "digits":
         if name:
             raise ValueError(f"--recipe is {name}, which is not for digits: they have settings")
@@ -53,7 +55,7 @@ def parser(description):
     result = argparse.ArgumentParser(
         prog="python -m fastadv.train",
         description=description,
-        epilog=f"methods: {', '.join(METHODS)}; vfd+NAME, such as vfd+at",
+        epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, such as vfd+at",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--recipe", help="a published recipe; flags override its fields")

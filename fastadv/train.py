@@ -11,8 +11,8 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
 import contextlib
 import dataclasses
 import math
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -124,10 +124,16 @@ def open_caches(config, method, nets, loader):
         return {}
     folder = None if config.teacher_cache == "memory" else config.teacher_cache
     dtype = getattr(torch, config.teacher_cache_dtype)
-    return {
-        which: TeacherCache(getattr(nets, which), loader, names, folder, dtype)
-        for which, names in method.cacheable().items()
-    }
+    caches = {}
+    for which, names in method.cacheable().items():
+        cache = TeacherCache(getattr(nets, which), loader, names, folder, dtype)
+        width = sum(map(math.prod, cache.shapes.values()))
+        size = loader.views * len(loader.images) * width * dtype.itemsize
+        if parallel.rank() == 0:
+            where = cache.folder or "memory"
+            tqdm.write(f"{which}: cached in {where}, at most {size / 1e6:.0f} MB")
+        caches[which] = cache
+    return caches
 
 
 def with_teachers(fields, caches):
@@ -169,12 +175,14 @@ def with_digits_teachers(config):
         if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
             continue
         out = Path("runs") / f"digits-{which.replace('_', '-')}"
-        if not out.exists():
-            unfinished = out.with_name(f"{out.name}.{os.getpid()}.unfinished")
-            train(Config(**TEACHERS[which], out=str(unfinished)))
-            if parallel.rank() == 0:
-                with contextlib.suppress(OSError):  # another run was first: its teacher is as good
-                    unfinished.rename(out)
+        there = out.exists() and parallel.rank() == 0  # the first process decides for all
+        if not parallel.total(torch.tensor(int(there))):
+            out.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
+                train(Config(**TEACHERS[which], out=str(Path(unfinished) / out.name)))
+                if parallel.rank() == 0:
+                    with contextlib.suppress(OSError):  # where another run was first
+                        (Path(unfinished) / out.name).rename(out)
             parallel.barrier()
         given[f"{which}_checkpoint"] = str(out / "best.safetensors")
     return dataclasses.replace(config, **given)

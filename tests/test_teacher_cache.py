@@ -1,6 +1,9 @@
 """TeacherCache: the values that a fresh teacher gives, under a key that leaves nothing out."""
 
+import copy
 import multiprocessing
+import os
+import shutil
 import threading
 import time
 
@@ -13,7 +16,7 @@ from fastadv import data, freeze, methods, models
 from fastadv.config import Config
 from fastadv.data.dataset import ImageSet
 from fastadv.features import forward_features
-from fastadv.teacher_cache import BLOCK, TeacherCache, store
+from fastadv.teacher_cache import BLOCK, RESERVE, TeacherCache, store
 from fastadv.teacher_cache.__main__ import main
 from fastadv.teacher_cache.identity import differences, identity
 
@@ -113,7 +116,7 @@ def test_a_second_cache_on_the_folder_needs_no_teacher(tmp_path):
     again = TeacherCache(teacher, loader, ("logits", "penultimate"), str(tmp_path))
     for name, value in again.lookup(index.flip(0), view.flip(0), x.flip(0)).items():
         assert torch.equal(value, out[name].flip(0))
-    assert not calls
+    assert calls == [1]  # the probe of the teacher, as it is opened
     assert again.hits == len(x)
     assert again.misses == again.forwards == 0
     assert again.filled(index, view).all()
@@ -206,7 +209,7 @@ OTHERS = {
     "module": ({"change": lambda n: setattr(n.net, "act", nn.ReLU())}, {"teacher.structure"}),
     "type": ({"change": lambda n: setattr(n.net.bn2, "__class__", Norm)}, {"teacher.structure"}),
     "pixel": ({"split": changed_pixel}, {"images.pixels", "augmentation.sample"}),
-    "order": ({"split": swapped}, {"images.pixels"}),
+    "order": ({"split": swapped}, {"images.pixels", "augmentation.sample"}),
     "index": ({"split": renamed}, {"images.pixels"}),
     "padding": (
         {"loader": {"padding": 0}},
@@ -499,8 +502,10 @@ def test_fill_resumes_and_verify_info_and_prune_tell_the_truth(tmp_path, digits_
     assert " 1 rows computed" in capsys.readouterr().out
     main(["verify", caches])
 
-    main(["fill", caches, "--views", "1", "--dtype", "float32", *digits_teacher])
-    main(["prune", caches, "--keep", folder.name])
+    main(["fill", caches, "--views", "1", "--teacher-cache-dtype", "float32", *digits_teacher])
+    with pytest.raises(ValueError, match="--keep names no cache of .*: typo"):
+        main(["prune", caches, "--keep", folder.name, "typo"])
+    main(["prune", caches, "--keep", f"{folder}/"])
     assert capsys.readouterr().out.count("removed") == 1
     assert store.caches(caches) == [folder]
     (folder / "marks.bin").write_bytes(b"")
@@ -527,7 +532,7 @@ def test_prune_touches_nothing_but_caches(tmp_path, capsys):
     for name in ("header.json", "data/header.json", "8views-0123456789abcdef/notes"):
         (tmp_path / name).write_text("{}")
     for directory in (tmp_path, tmp_path / "data"):
-        main(["prune", str(directory), "--keep", "nothing"])
+        main(["prune", str(directory)])
     assert capsys.readouterr().out == ""
     assert len(list(tmp_path.rglob("*"))) == 6
     (tmp_path / "8views-0123456789abcdef" / "header.json").write_text("{}")
@@ -555,4 +560,75 @@ def test_fill_takes_the_outputs_that_the_method_reads(tmp_path, digits_teacher, 
     vfd = ["--method", "vfd+mtard", "--set", "layers=conv4,penultimate"]
     main(["fill", str(tmp_path / "caches"), *clean, *vfd])
     main(["info", str(tmp_path / "caches")])
-    assert "logits [10], conv4 [64, 4, 4], penultimate [1024]" in capsys.readouterr().out
+    assert "conv4 [64, 4, 4], logits [10], penultimate [1024]" in capsys.readouterr().out
+
+
+class Activated(nn.Module):
+    """A network whose activation no hash of weights and plain attributes can see."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.linear, self.activation = nn.Linear(64, 10), activation
+
+    def forward(self, x):
+        return self.activation(self.linear(x.flatten(1)))
+
+
+def test_a_teacher_with_other_code_is_refused(tmp_path):
+    loader = make_loader()
+    torch.manual_seed(0)
+    one = Activated(torch.relu)
+    other = Activated(torch.tanh)
+    other.load_state_dict(one.state_dict())
+    x, _, index, view = loader.view_batch(torch.arange(4), torch.arange(4))
+    TeacherCache(freeze(one), loader, directory=tmp_path).lookup(index, view, x)
+    with pytest.raises(ValueError, match="a teacher with other logits, though its weights"):
+        TeacherCache(freeze(other), loader, directory=tmp_path)
+    TeacherCache(freeze(copy.deepcopy(one)), loader, directory=tmp_path)
+
+
+@pytest.mark.parametrize("change", ["replaced", "trained", "in train mode"])
+def test_a_change_of_the_teacher_is_seen(change):
+    loader, net = make_loader(), Net().eval().requires_grad_(False)
+    cache = TeacherCache(net, loader)
+    x, _, index, view = loader.view_batch(torch.arange(4), torch.arange(4))
+    cache.lookup(index, view, x)
+    weight = next(net.parameters())
+    if change == "replaced":
+        weight.data = weight.data.clone()
+    elif change == "trained":
+        weight.add_(1)
+    else:
+        net.train()
+    with pytest.raises(ValueError, match="the teacher has changed since its cache was opened"):
+        cache.lookup(index, view, x)
+
+
+def test_a_disk_that_is_nearly_full_is_left_to_others(tmp_path, monkeypatch):
+    loader = make_loader()
+    x, _, index, view = every_view(loader)
+    cache = TeacherCache(freeze(Net()), loader, directory=tmp_path)
+    first = cache.lookup(index[:4], view[:4], x[:4])["logits"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=RESERVE))
+    with pytest.warns(UserWarning, match="stores no more: .*is left 1024 MB"):
+        rest = cache.lookup(index[4:8], view[4:8], x[4:8])["logits"]
+    assert not cache.writable
+    assert torch.equal(cache.lookup(index[:4], view[:4], x[:4])["logits"], first)
+    assert torch.equal(cache.lookup(index[4:8], view[4:8], x[4:8])["logits"], rest)
+    assert cache.filled(index[:8], view[:8]).tolist() == [True] * 4 + [False] * 4
+
+
+def test_a_disk_that_does_not_read_ends_the_cache_and_not_the_run(tmp_path, monkeypatch):
+    loader = make_loader()
+    x, _, index, view = loader.view_batch(torch.arange(4), torch.arange(4))
+    cache = TeacherCache(freeze(Net()), loader, directory=tmp_path)
+    first = cache.lookup(index, view, x)["logits"]
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.warns(UserWarning, match="stores no more: .*Input/output error"):
+        assert torch.equal(cache.lookup(index, view, x)["logits"], first)
+    assert torch.equal(cache.lookup(index, view, x)["logits"], first)

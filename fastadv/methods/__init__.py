@@ -90,7 +90,8 @@ def _check(name, value, default):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right, kind = number and 0 <= value < math.inf, "a number of at least 0"
     else:
-        right, kind = isinstance(value, (str, type(default))), "a name, or names with commas"
+        # Lists are what a config.json makes of tuples.
+        right, kind = isinstance(value, (str, tuple, list)), "a name, or names with commas"
     if not right:
         raise ValueError(f"{name} is {value!r}, must be {kind}")
 

@@ -1,10 +1,12 @@
 """Teacher outputs that are computed once: rows keyed by (teacher, images, image, view)."""
 
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from . import store
 from .identity import differences, identity
 
 BLOCK = 32  # images per teacher forward
+RESERVE = 1 << 30  # bytes of the disk that a cache leaves to others, such as checkpoints
 
 
 class TeacherCache:
@@ -42,39 +45,39 @@ class TeacherCache:
 
     def __init__(self, teacher, loader, names=("logits",), directory=None, dtype=torch.float16):
         _check(teacher, loader, dtype)
-        self.teacher, self.names, self.dtype = teacher, tuple(dict.fromkeys(names)), dtype
+        self.teacher, self.names, self.dtype = teacher, tuple(sorted(set(names))), dtype
         self.hits = self.misses = self.forwards = 0
         self.writable, self.folder, self._table = True, None, None
         kind = str(dtype).removeprefix("torch.")
         outputs = {"names": list(self.names), "dtype": kind, "block": BLOCK}
+        shapes, probe = self._probed(loader.images)
         self.identity = identity(teacher, loader, outputs)
-        self._versions = self._count_versions()
+        self._versions = self._tensor_versions()
         self._known = torch.zeros(self.identity["images"]["end"], dtype=torch.bool)
         self._known[loader.index.cpu()] = True
         self._views = loader.views
         self._ahead = self._reader = self._reader_process = None
-        header = None
+        self._header = self.identity | {"shapes": shapes, "probe": probe}
         if directory is not None:
             self.folder = Path(directory) / _folder_name(self.identity)
             try:
                 if store.is_cache(Path(directory)):
                     self.folder = Path(directory)
                 if (self.folder / "header.json").exists():
-                    header = self._open()
+                    self._open()
             except OSError as error:
                 self._turn_off(error)
-        self._header = header or self.identity | {"shapes": self._shapes(loader.images)}
         self.shapes = {name: tuple(self._header["shapes"][name]) for name in self.names}
 
     def lookup(self, index, view, x):
         """{name: float32 [B, ...] on x's device}: the teacher's outputs for x.
 
         index, view: int64 [B] that name the images x, float32 [B, C, H, W], as the loader does.
-        Raises ValueError for ids that the loader does not have, a teacher that has changed, outputs
+        That x are those images is not checked. Raises ValueError for ids that the loader does not
+        have, a teacher seen to have changed (not by writes to the `.data` of its tensors), outputs
         that dtype cannot hold, and store.Damaged for a row that is not as it was written.
         """
-        if self._count_versions() != self._versions:
-            raise ValueError("the teacher has changed since its cache was opened: is it trained?")
+        self._check_unchanged()
         ids = self._ids(index, view)
         values, filled = self._read(ids)
         missing = np.flatnonzero(~filled)
@@ -83,6 +86,7 @@ class TeacherCache:
         if len(missing):
             absent, first, again = np.unique(ids[missing], return_index=True, return_inverse=True)
             fresh = self._compute(x[torch.from_numpy(missing[first]).to(x.device)])
+            self._check_unchanged()
             values[missing] = self._write(absent, fresh)[again]
         return self._named(values, x.device)
 
@@ -128,7 +132,7 @@ class TeacherCache:
             self._table = None
 
     def _open(self):
-        """Opens the table in self.folder; its header."""
+        """Opens the table in self.folder."""
         header = store.read_header(self.folder)
         different = differences(self.identity, header)
         if different:
@@ -136,8 +140,14 @@ class TeacherCache:
                 f"{self.folder} is the cache of something else: {', '.join(different)} differ;"
                 " give the folder above it, or another"
             )
+        for name, values in header["probe"].items():
+            ours, theirs = torch.tensor(self._header["probe"][name]), torch.tensor(values)
+            if (ours - theirs).abs().max() > 0.02 * theirs.abs().max() + 1e-3:
+                raise ValueError(
+                    f"{self.folder} is the cache of a teacher with other {name}, though its weights"
+                    " and structure are the same: has its code changed? give another folder"
+                )
         self._table = store.Table(header, self.folder)
-        return header
 
     def _make(self):
         """Opens the table, in a folder made for it or in memory."""
@@ -162,12 +172,24 @@ class TeacherCache:
         """(values, filled) of the rows, read ahead where they were."""
         ahead, self._ahead = self._ahead, None
         if self._table is None:
-            width = sum(map(math.prod, self.shapes.values()))
-            values = torch.zeros(len(ids), width, dtype=self.dtype)
-            return values.numpy(), np.zeros(len(ids), bool)
+            return self._nothing(len(ids))
         if ahead and ahead[0] == os.getpid() and np.array_equal(ahead[1], ids):
-            return ahead[2].result()
-        return self._table.read(ids)
+            return self._rows(ahead[2].result, len(ids))
+        return self._rows(lambda: self._table.read(ids), len(ids))
+
+    def _rows(self, read, count):
+        """What `read` gives; nothing, and the cache off, where the disk does not read."""
+        try:
+            return read()
+        except OSError as error:
+            self._turn_off(error)
+            self._table = None
+            return self._nothing(count)
+
+    def _nothing(self, count):
+        """(values, filled) of rows that are all absent."""
+        width = sum(map(math.prod, self.shapes.values()))
+        return torch.zeros(count, width, dtype=self.dtype).numpy(), np.zeros(count, bool)
 
     def _write(self, ids, values):
         """The values of the rows as they are stored, or would be."""
@@ -176,6 +198,8 @@ class TeacherCache:
         try:
             if self._table is None:
                 self._make()
+            if self.folder and shutil.disk_usage(self.folder).free < RESERVE + values.nbytes:
+                raise OSError(errno.ENOSPC, f"the disk of {self.folder} is left {RESERVE >> 20} MB")
             return self._table.write(ids, values)
         except OSError as error:
             self._turn_off(error)
@@ -201,7 +225,7 @@ class TeacherCache:
         if not values.isfinite().all():
             raise ValueError(
                 f"the teacher's {', '.join(self.names)} have NaN, or numbers too large for"
-                f" {self.dtype}; float32 holds larger ones"
+                f" {self.dtype}; float32 holds larger ones (--teacher-cache-dtype float32)"
             )
         return values.numpy()
 
@@ -210,24 +234,32 @@ class TeacherCache:
         block = torch.zeros(BLOCK, *x.shape[1:], device=x.device)
         block = block.contiguous(memory_format=torch.channels_last)
         block[: len(x)] = x
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             _, outputs = forward_features(self.teacher, block, self.names)
         return outputs
 
-    def _shapes(self, images):
-        """{name: shape of one image's output}, found on blank images; not counted as a forward."""
-        outputs = self._forward(torch.zeros_like(images[:1], dtype=torch.float32))
+    def _probed(self, images):
+        """({name: shape of one image's output}, {name: some of its values}) on fixed noise; not
+        counted as a forward. What the identity's hashes miss of a teacher shows in the values."""
+        noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+        outputs = self._forward(noise.to(images.device))
         for name, value in outputs.items():
             if value.dim() < 2 or len(value) != BLOCK:
                 raise ValueError(
                     f"{name} of {BLOCK} images is {list(value.shape)}, not rows of them"
                 )
-        return {name: list(value.shape[1:]) for name, value in outputs.items()}
+        shapes = {name: list(value.shape[1:]) for name, value in outputs.items()}
+        return shapes, {name: value[0].flatten()[:64].tolist() for name, value in outputs.items()}
 
-    def _count_versions(self):
-        """Grows with every in-place change of the teacher's tensors that torch knows of."""
+    def _check_unchanged(self):
+        if self._tensor_versions() != self._versions:
+            raise ValueError("the teacher has changed since its cache was opened: is it trained?")
+
+    def _tensor_versions(self):
+        """What changes with a tensor's replacement, in-place change or a module's mode."""
         tensors = itertools.chain(self.teacher.parameters(), self.teacher.buffers())
-        return sum(tensor._version for tensor in tensors)
+        modes = any(module.training for module in self.teacher.modules())
+        return modes, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
     def _turn_off(self, error):
         self.writable = False

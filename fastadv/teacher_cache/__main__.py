@@ -12,6 +12,7 @@ DIR is the folder of all caches, or the folder of one.
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,8 +45,10 @@ def fill(args, rest):
 
 def verify(args, rest):
     """Checks every checksum and, where a teacher is given, recomputes a random sample of rows."""
-    bad = 0
-    for folder in store.caches(args.directory):
+    bad, folders = 0, list(store.caches(args.directory))
+    if not folders:
+        raise ValueError(f"{args.directory}: no caches in it")
+    for folder in folders:
         try:
             _, count, damaged = checked(folder)
         except store.Damaged as error:
@@ -115,8 +118,12 @@ def info(args, rest):
 
 def prune(args, rest):
     """Deletes what cannot be read and clears damaged rows; with --keep deletes all other caches."""
-    for folder in store.caches(args.directory):
-        if args.keep is not None and folder.name not in args.keep:
+    folders = list(store.caches(args.directory))
+    kept = None if args.keep is None else {Path(name).name for name in args.keep}
+    if unknown := (kept or set()) - {folder.name for folder in folders}:
+        raise ValueError(f"--keep names no cache of {args.directory}: {', '.join(sorted(unknown))}")
+    for folder in folders:
+        if kept is not None and folder.name not in kept:
             reason = "not kept"
         else:
             try:
@@ -154,7 +161,7 @@ def opened(args, rest):
     )
     if not names:
         raise ValueError(f"method {config.method} reads no {args.which} of x alone: give --names")
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, config.teacher_cache_dtype)
     return TeacherCache(teacher, loader, names, args.directory, dtype), loader
 
 
@@ -174,7 +181,6 @@ def arguments(argv):
             one.add_argument("--run", metavar="RUN", help="the teacher and data of this run folder")
             one.add_argument("--which", choices=("teacher", "clean_teacher"), default="teacher")
             one.add_argument("--names", help="such as logits,penultimate; default: the method's")
-            one.add_argument("--dtype", choices=("float16", "float32"), default="float16")
         if command is fill:
             one.add_argument("--views", type=int, help="only the first so many views per image")
         if command is verify:

@@ -55,8 +55,8 @@ def _augmentation(loader):
     if not loader.augmentation.plain:
         fields |= dataclasses.asdict(loader.augmentation) | {"seed": loader.seed}
     # A few views as they come out, so that no other code or setting passes for this one.
-    along = torch.arange(16)
-    rows, views = (along * (count - 1) // 15 for count in (len(loader.images), loader.views))
+    along = torch.arange(512)
+    rows, views = (along * (count - 1) // 511 for count in (len(loader.images), loader.views))
     x = loader.view_batch(rows, views).x
     return fields | {"sample": _digest([("x", (x * 255).round().to(torch.uint8))])}
 

@@ -13,7 +13,6 @@ tells. Files are read and written by pread and pwrite, never through a mapping, 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -243,6 +242,10 @@ def _sizes(header):
 def _locked(path, mode="r+b"):
     """One process and thread at a time. The file is opened anew: a lock belongs to an opening, and
     a forked child has those of its parent."""
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no file locks of the kind needed") from None
     with open(path, mode) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
