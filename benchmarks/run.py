@@ -57,9 +57,11 @@ def run(suite, only, seconds):
 
 
 def table(suite):
-    """README's table: the rows of the newest run."""
+    """README's table: of each op and shape the rows of the newest run."""
     rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["time"] == rows[-1]["time"]]
+    newest = {(row["op"], row["shape"]): row["time"] for row in rows}
+    rows = [row for row in rows if row["time"] == newest[row["op"], row["shape"]]]
+    rows.sort(key=lambda row: row["op"])
     lines = [
         "| op | shape | provider | median us | p20-p80 | speed-up | GB/s |",
         "|---|---|---|---|---|---|---|",
