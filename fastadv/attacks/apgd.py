@@ -27,8 +27,8 @@ class APGD:
     gradient with NaN or infinity in it; these elements do not move.
     Raises ValueError on a radius in the wrong unit and other values that make no sense.
 
-    Differences from the authors' code: starts are uniform in the ball, not on its surface; the first
-    step counts as a rise against the start, as in the paper, not against 0; of the misclassified
+    Differences from the authors' code: starts are uniform in the ball, not on its surface; the
+    first step counts as a rise against the start, as in the paper, not against 0; of the misclassified
     iterates the one of highest loss is returned, not the last.
     """
 

@@ -302,7 +302,7 @@ def test_breaks_everything_in_a_large_ball(loss, norm):
 
 def test_samples_do_not_depend_on_their_batch(model, batch):
     x, y = batch
-    attack, index = APGD(EPS / 8, steps=3, restarts=2), torch.arange(100, 106)
+    attack, index = APGD(0.1, steps=1, restarts=2, norm="l2"), torch.arange(100, 106)
     torch.manual_seed(5)
     together = attack(model, x, y, index=index)
     torch.manual_seed(5)
@@ -361,6 +361,13 @@ def test_what_is_not_finite_does_not_move_and_is_counted():
         assert (x_adv[0] > 0.5).all()
         assert (x_adv[1] > 0.5).tolist() == [True, True, False, True]
         assert torch.equal(x_adv[2], x[2])
+
+
+def test_a_vanishing_gradient_has_a_direction():
+    x = torch.full((2, 4), 0.5)
+    attack = APGD(0.1, steps=4, norm="l2")
+    x_adv, _, _ = attack.ascend(lambda v: (1e-30 * v.sum(1), v[:, 0] < 0), x, start=x)
+    torch.testing.assert_close(x_adv, x + 0.05)
 
 
 class Holes(torch.autograd.Function):
