@@ -28,8 +28,8 @@ class APGD:
     Raises ValueError on a radius in the wrong unit and other values that make no sense.
 
     Differences from the authors' code: starts are uniform in the ball, not on its surface; the
-    first step counts as a rise against the start, as in the paper, not against 0; of the misclassified
-    iterates the one of highest loss is returned, not the last.
+    first step counts as a rise against the start, as in the paper, not against 0; of the
+    misclassified iterates the one of highest loss is returned, not the last.
     """
 
     eps: float = 8 / 255
