@@ -14,7 +14,7 @@ from . import data, log
 from .checkpoint import atomic_write
 from .config import Config
 from .digits import EPS, TEACHERS, settings
-from .evaluate import ATTACKS, correct, from_run, table
+from .evaluate import PAPER, correct, from_run, table
 from .train import train
 
 SEEDS = (0, 1, 2)
@@ -50,15 +50,14 @@ def demo(folder):
         for label, configs in rows.items()
     }  # [seeds, attacks, images]
     rates = {
-        label: dict(zip(ATTACKS, r.mean((0, 2)).tolist(), strict=True))
-        for label, r in right.items()
+        label: dict(zip(PAPER, r.mean((0, 2)).tolist(), strict=True)) for label, r in right.items()
     }
     comparison = compare(right["RSLAD student"], right["PGD-AT student"])
     print(
         f"\nAccuracy on {len(test)} test images (students: mean of {len(SEEDS)} seeds), the best "
         "checkpoint by held-out validation:"
     )
-    print(table(ATTACKS, rates))
+    print(table(PAPER, rates))
     print(comparison)
     report = {
         "eps": EPS,
@@ -74,13 +73,13 @@ def demo(folder):
 def attacked(config, split):
     """[attacks, images]: 1.0 where the run's best checkpoint is right."""
     model, _ = from_run(Path(config.out) / "best.safetensors")
-    return torch.stack([correct(model, split, name, eps=EPS).double() for name in ATTACKS])
+    return torch.stack([correct(model, split, name, eps=EPS).double() for name in PAPER])
 
 
 def compare(rslad, at):
     """One sentence on the trade-off, the mean of clean and PGD-20 accuracy: which student has the
     better one, by how much, and the paired standard error over test images."""
-    chosen = [list(ATTACKS).index(name) for name in ("clean", "pgd20")]
+    chosen = [list(PAPER).index(name) for name in ("clean", "pgd20")]
     difference = 100 * (rslad - at)[:, chosen].mean(1)  # [seeds, images], in points
     mean = difference.mean().item()
     error = (difference.mean(0).std() / math.sqrt(difference.shape[1])).item()

@@ -14,27 +14,36 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, data, models, parallel
-from .attacks import FGSM, PGD
+from .attacks import APGD, FGSM, PGD
 from .attacks.checks import check_labels, check_logits, evaluating
 from .config import Config, device, number
 from .frozen import freeze
 
 # Steps are given for eps = 8/255 and scale with it. PGD-20 at 2/255 is what papers call PGD_SAT, at
 # 0.003 PGD_TRADES; cw is the CW objective (kappa 50) under 30 linf steps from x itself.
-ATTACKS = {
+PAPER = {
     "clean": lambda eps: PGD(eps, eps / 4, 0, init="zero"),
     "fgsm": FGSM,
     "pgd20": lambda eps: PGD(eps, eps / 4, 20),
     "pgd20_003": lambda eps: PGD(eps, eps * 0.003 * 255 / 8, 20),
     "cw": lambda eps: PGD(eps, eps / 4, 30, init="zero"),
 }
+# Auto-PGD with 100 steps and no restarts, as AutoAttack's "standard" version runs ce and t.
+ATTACKS = PAPER | {
+    "apgd-ce": lambda eps: APGD(eps),
+    "apgd-dlr": lambda eps: APGD(eps, loss="dlr"),
+    "apgd-t": lambda eps: APGD(eps, loss="targeted"),
+}
 
 
 def adversary(attack, eps):
-    """(PGD, objective) of a name of ATTACKS. Raises ValueError for an unknown name or a bad eps."""
+    """(attack, keywords of its call) of a name of ATTACKS.
+
+    Raises ValueError for an unknown name or a bad eps.
+    """
     if attack not in ATTACKS:
         raise ValueError(f"attack is {attack!r}, must be one of {', '.join(ATTACKS)}")
-    return ATTACKS[attack](eps), "cw" if attack == "cw" else "ce"
+    return ATTACKS[attack](eps), {"loss": "cw"} if attack == "cw" else {}
 
 
 def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, progress=False):
@@ -44,7 +53,7 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
     order do not change them. Raises ValueError for an unknown attack, labels or logits that make
     no sense, and gradients with NaN or infinity: an attack that cannot move proves nothing.
     """
-    pgd, objective = adversary(attack, eps)
+    attacker, keywords = adversary(attack, eps)
     twin = freeze(model)
     batches = data.Loader(split, batch_size, device=device).epoch(0)
     count = -(-len(split) // batch_size)
@@ -54,13 +63,13 @@ def correct(model, split, attack, *, eps, batch_size=256, device="cpu", seed=0, 
             batches, attack, count, leave=False, disable=None if progress else True
         ):
             torch.default_generator.manual_seed(seed)
-            x_adv = pgd(twin, x, y, loss=objective, index=index)
+            x_adv = attacker(twin, x, y, index=index, **keywords)
             with torch.no_grad():
                 logits = twin(x_adv)
             check_logits(logits, len(x))
             check_labels(y, logits)
             right.append(logits.argmax(1) == y)
-            bad += int(pgd.bad_gradients)
+            bad += int(attacker.bad_gradients)
     if bad:
         raise ValueError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
     return torch.cat(right).cpu()
@@ -134,7 +143,11 @@ def arguments(argv):
     parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
     parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--attacks", default=",".join(ATTACKS), help="default: %(default)s")
+    parser.add_argument(
+        "--attacks",
+        default=",".join(PAPER),
+        help=f"of {', '.join(ATTACKS)}; default: %(default)s",
+    )
     parser.add_argument("--eps", type=number, help="linf radius; default: the run's, else 8/255")
     parser.add_argument("--limit", type=int, help="only the first N images")
     parser.add_argument("--batch-size", type=int, default=256)

@@ -84,6 +84,26 @@ def dlr(logits, y, reduction="none"):
     return _reduced(ops.dlr(logits, y), reduction, "mean")
 
 
+def dlr_targeted(logits, y, target, reduction="none"):
+    """The targeted difference of logits ratio (Croce & Hein 2020, equation 7), which an attack on
+    the class `target` ascends:
+
+    -(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2 + 1e-12), z_pi1 >= z_pi2 >= ... the sorted logits.
+
+    logits [B, C] with C >= 4, y and target int64 [B] in [0, C). Differentiable in logits, in plain
+    torch; of equal logits any counts as the larger. The result is float32 for halves. reduction:
+    "none" (the default, [B], for attacks), "mean" or "sum". Raises ValueError on another reduction
+    and on fewer than four classes.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 4:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 4")
+    wide = logits.float() if logits.itemsize < 4 else logits
+    top = wide.topk(4).values
+    ahead = wide.gather(1, target[:, None]) - wide.gather(1, y[:, None])
+    loss = ahead[:, 0] / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return _reduced(loss, reduction, "mean")
+
+
 def mart_bce(logits, y, reduction="mean"):
     """MART's boosted cross-entropy, -log q_y - log(1.0001 - q_{y'} + 1e-12): q = softmax(logits),
     y' the likeliest class but y (Wang et al. 2020, equation 6, with the authors' code's constants).

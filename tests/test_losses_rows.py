@@ -58,6 +58,28 @@ def test_float16_gradient_survives_a_loss_scale(loss):
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dlr_targeted_is_the_formula(dtype):
+    z, target = LOGITS.to(dtype), (Y + 1 + torch.arange(6)) % 10
+    loss = losses.dlr_targeted(z, Y, target)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    expected = []
+    for row, y, t in zip(z.double().tolist(), Y, target, strict=True):
+        first, _, third, fourth = sorted(row, reverse=True)[:4]
+        expected.append(-(row[y] - row[t]) / (first - (third + fourth) / 2))
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=loss.dtype), rtol=1e-5, atol=1e-6)
+    assert losses.dlr_targeted(z, Y, target, reduction="mean") == loss.mean()
+
+
+def test_dlr_targeted_gradient_and_refusals():
+    z = LOGITS.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: losses.dlr_targeted(z, Y, (Y + 1) % 10), z)
+    with pytest.raises(ValueError, match=r"logits has shape \(6, 3\), must be .* C >= 4"):
+        losses.dlr_targeted(LOGITS[:, :3], Y % 3, Y % 2)
+    with pytest.raises(ValueError, match="reduction is 'max'"):
+        losses.dlr_targeted(LOGITS, Y, Y, reduction="max")
+
+
 REDUCED = [losses.cross_entropy, losses.dlr, losses.mart_bce, entropy]
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fastadv import checkpoint, digits, evaluate, log, methods, models
+from fastadv.attacks import APGD
 from fastadv.build import build_method
 from fastadv.cli import fresh_folder, parse
 from fastadv.config import Config, number, recipe, recipes
@@ -555,10 +556,10 @@ def test_evaluate_command(npz, teacher, tmp_path):
 def test_evaluation_protocols():
     """PGD_SAT, PGD_TRADES and CW_inf as the robust distillation papers have them, at 8/255."""
     eps = 8 / 255
-    attacks = {name: evaluate.adversary(name, eps) for name in evaluate.ATTACKS}
+    attacks = {name: evaluate.adversary(name, eps) for name in evaluate.PAPER}
     settings = {
-        name: (pgd.steps, pytest.approx(pgd.step_size), pgd.init, loss)
-        for name, (pgd, loss) in attacks.items()
+        name: (pgd.steps, pytest.approx(pgd.step_size), pgd.init, keywords.get("loss", "ce"))
+        for name, (pgd, keywords) in attacks.items()
     }
     assert settings == {
         "clean": (0, 2 / 255, "zero", "ce"),
@@ -568,6 +569,20 @@ def test_evaluation_protocols():
         "cw": (30, 2 / 255, "zero", "cw"),
     }
     assert all(pgd.eps == eps and pgd.norm == "linf" for pgd, _ in attacks.values())
+
+
+def test_evaluation_knows_auto_pgd(npz, teacher):
+    model, run = evaluate.from_run(teacher)
+    split = evaluate.data.load("npz", npz).test
+    auto = {name: evaluate.adversary(name, 8 / 255)[0] for name in evaluate.ATTACKS}
+    for name, loss in (("apgd-ce", "ce"), ("apgd-dlr", "dlr"), ("apgd-t", "targeted")):
+        assert auto[name] == APGD(8 / 255, steps=100, restarts=1, loss=loss, target_classes=9)
+    pgd20, apgd = (
+        evaluate.correct(model, split, name, eps=run.eps).sum() for name in ("pgd20", "apgd-ce")
+    )
+    assert apgd <= pgd20 + 1
+    default = evaluate.arguments(["--checkpoint", "x"]).attacks
+    assert default == "clean,fgsm,pgd20,pgd20_003,cw"
 
 
 def test_cw_is_the_published_attack(npz, teacher):

@@ -1,5 +1,6 @@
 """Attacks: the inner maximisation of training and the adversary of evaluation."""
 
+from .apgd import APGD
 from .pgd import FGSM, PGD
 
-__all__ = ["FGSM", "PGD"]
+__all__ = ["APGD", "FGSM", "PGD"]

@@ -1,0 +1,203 @@
+"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, algorithm 1): no step size to choose."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import losses, ops
+from ..frozen import Frozen
+from ..reference import per_sample
+from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .pgd import OBJECTIVES
+
+MOMENTUM = 0.75  # the weight of the step, against that of the last move
+LOSSES = ("ce", "dlr", "targeted")
+
+
+@dataclass
+class APGD:
+    """Maximises a loss within a ball by steps with momentum, from 2 eps on and halved per sample.
+
+    eps: in units of x (8/255, not 8). steps: gradient steps of one round. loss: "ce", "dlr", or
+    "targeted", the targeted DLR towards each of the `target_classes` (at most C - 1) likeliest
+    other classes at x. restarts: rounds, for "targeted" of each target class; a sample that a round
+    breaks has no further ones. norm: "linf" or "l2". lo, hi: the box of valid images. rho: a
+    sample's step is halved where no more than this share of the steps raised the loss.
+    bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
+    gradient with NaN or infinity in it; these elements do not move.
+    Raises ValueError on a radius in the wrong unit and other values that make no sense.
+
+    Differences from the authors' code: starts are uniform in the ball, not on its surface; the
+    first step counts as a rise against the start, as in the paper, not against 0; of the
+    misclassified iterates the one of highest loss is returned, not the last.
+    """
+
+    eps: float = 8 / 255
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "ce"
+    target_classes: int = 9
+    norm: str = "linf"
+    lo: float = 0.0
+    hi: float = 1.0
+    rho: float = 0.75
+    bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        check_budget(self.eps, self.eps, self.norm, self.lo, self.hi)
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}, must be one of {', '.join(LOSSES)}")
+        for name in ("steps", "restarts", "target_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho is {self.rho}, must be in [0, 1]")
+
+    @torch.inference_mode(False)
+    def __call__(self, model, x, y, *, index=None):
+        """x_adv for `model`: per sample the misclassified point of highest loss, else the point of
+        highest loss. A sample that is misclassified at x stays there.
+
+        x: float32 [B, ...] in [lo, hi]; y: int64 [B]. index: int64 [B] dataset ids that decide each
+        sample's random starts. The model maps x to logits [B, C] (C >= 3 for "dlr", 4 for
+        "targeted"); it runs in eval mode, its modes are put back and its parameters' `.grad` stays
+        untouched. Raises ValueError or TypeError naming the argument.
+        """
+        check_images(x, self.lo, self.hi)
+        self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
+        if not x.numel():
+            return x.detach().clone()
+        if isinstance(model, Frozen):
+            model.refresh()
+        with evaluating(model):
+            with torch.no_grad():
+                logits = model(x)
+            check_logits(logits, len(x))
+            check_labels(y, logits)
+            return self._rounds(model, x.detach(), y, logits, index)
+
+    def _rounds(self, model, x, y, logits, index):
+        """All restarts and target classes, each on the samples that are robust so far."""
+
+        def inner(x_adv, y, target):
+            logits = model(x_adv)
+            if self.loss == "targeted":
+                loss = losses.dlr_targeted(logits, y, target)
+            else:
+                loss = OBJECTIVES[self.loss](logits, y)
+            return loss, logits.argmax(1) != y
+
+        targets = self._targets(logits, y)
+        x_adv, wrong = x.clone(), logits.argmax(1) != y
+        loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        index = torch.arange(len(x), device=x.device) if index is None else index
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        for counter in range(targets.shape[1] * self.restarts):
+            rows = (~wrong).nonzero()[:, 0]  # the one host sync of a round
+            if not len(rows):
+                break
+            target = targets[rows, counter // self.restarts]
+            start = self._start(x[rows], seed, index[rows], counter)
+            new = self.ascend(inner, x[rows], y[rows], target, start=start)
+            old = x_adv[rows], loss[rows], wrong[rows]
+            x_adv[rows], loss[rows], wrong[rows] = _where(_better(new, old), new, old)
+        return x_adv
+
+    def _targets(self, logits, y):
+        """int64 [B, T]: the T likeliest classes but y; y itself for an untargeted loss."""
+        if self.loss != "targeted":
+            return y[:, None]
+        others = logits.scatter(1, y[:, None], -torch.inf)
+        return others.topk(min(self.target_classes, logits.shape[1] - 1)).indices
+
+    def _start(self, x, seed, index, restart):
+        box = {"lo": self.lo, "hi": self.hi}
+        keys = {"seed": seed, "index": index, "restart": restart}
+        return ops.random_start(x, self.eps, norm=self.norm, **keys, **box)
+
+    @torch.no_grad()
+    def ascend(self, inner, x, *targets, start):
+        """One round without host syncs: (x_adv, loss [B], wrong [B]) of the iterate to return.
+
+        inner(x_adv, *targets) -> (loss [B], wrong [B] bool), sample by sample; targets are [B, ...]
+        and constant. start: x_adv to begin from, in ball and box. Modes are the caller's.
+        """
+        x_adv = x_old = start
+        grad, loss, wrong = self._gradient(inner, x_adv, *targets)
+        best, found = (x_adv, grad, loss), (x_adv, loss, wrong)
+        step = x.new_full((len(x),), 2 * self.eps)
+        rises, halved, checked = torch.zeros_like(loss), torch.ones_like(wrong), loss
+        periods = checkpoints(self.steps)
+        for i in range(1, self.steps + 1):
+            weight = 1.0 if i == 1 else MOMENTUM
+            x_adv, x_old = self._step(x_adv, x_old, grad, x, step, weight), x_adv
+            before = loss
+            grad, loss, wrong = self._gradient(inner, x_adv, *targets)
+            rises += loss > before
+            new = x_adv, loss, wrong
+            found = _where(_better(new, found), new, found)
+            best = _where(loss > best[2], (x_adv, grad, loss), best)
+            if i in periods:
+                stuck = ~halved & (best[2] <= checked)
+                halved = (rises <= self.rho * periods[i]) | stuck
+                step = torch.where(halved, step / 2, step)
+                x_adv, grad = _where(halved, best[:2], (x_adv, grad))
+                rises, checked = torch.zeros_like(loss), best[2]
+        return found
+
+    def _gradient(self, inner, x_adv, *targets):
+        """(d sum(loss) / d x_adv with 0 for what is not finite, loss [B], wrong [B])."""
+        leaf = x_adv.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, wrong = inner(leaf, *targets)
+            grad = torch.autograd.grad(loss.sum(), leaf)[0]
+        finite = grad.isfinite()
+        self.bad_gradients += (~finite.flatten(1).all(1)).sum()
+        return torch.where(finite, grad, 0.0), loss.detach(), wrong
+
+    def _step(self, x_adv, x_old, grad, x, step, weight):
+        """z = P(x_adv + step g), then P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)):
+        g the sign of the gradient or its direction in l2, P into ball and box."""
+        if self.norm == "linf":
+            direction = grad.sign()
+        else:
+            length = per_sample(_l2_norm(grad), grad)
+            direction = torch.where(length > 0, grad / length, 0.0).to(grad.dtype)
+        z = self._project(x_adv + per_sample(step, x) * direction, x)
+        moved = x_adv + weight * (z - x_adv) + (1 - weight) * (x_adv - x_old)
+        return self._project(moved, x)
+
+    def _project(self, x_adv, x):
+        """x_adv into the ball around x, then into the box."""
+        if self.norm == "linf":
+            return x_adv.clamp(x - self.eps, x + self.eps).clamp(self.lo, self.hi)
+        length = per_sample(_l2_norm(x_adv - x), x)
+        scale = torch.where(length > self.eps, self.eps / length, 1.0).to(x.dtype)
+        return (x + (x_adv - x) * scale).clamp(self.lo, self.hi)
+
+
+def checkpoints(steps):
+    """{steps done: steps since the last checkpoint}: the first after 22 % of the steps, then each
+    3 % sooner than the one before, at the least 6 %."""
+    period, least, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    done, periods = period, {}
+    while done <= steps:
+        periods[done] = period
+        period = max(period - shorter, least)
+        done += period
+    return periods
+
+
+def _better(new, old):
+    """[B]: where (x_adv, loss, wrong) of `new` is to be kept: wrong first, then higher loss."""
+    return (new[2] & ~old[2]) | ((new[2] == old[2]) & (new[1] > old[1]))
+
+
+def _where(condition, new, old):
+    """torch.where by sample over tuples of [B, ...]."""
+    return tuple(torch.where(per_sample(condition, a), a, b) for a, b in zip(new, old, strict=True))
+
+
+def _l2_norm(v):
+    """[B] in float64, because the squares of a vanishing gradient underflow in float32."""
+    return torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=torch.float64)
