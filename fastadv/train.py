@@ -131,7 +131,7 @@ def open_caches(config, method, nets, loader):
         size = loader.views * len(loader.images) * width * dtype.itemsize
         if parallel.rank() == 0:
             where = cache.folder or "memory"
-            tqdm.write(f"{which}: cached in {where}, at most {size / 1e6:.0f} MB")
+            tqdm.write(f"{which}: cached in {where}, at most {size / 1e6:.1f} MB")
         caches[which] = cache
     return caches
 

@@ -8,9 +8,9 @@ loss: [B], float32 for halves. Differentiable in logits.
 
 import torch
 
-from .. import _native, reference
-from .._library import define, expect, gradients_from_forward
-from ._logits import check_labels, check_logits, outputs
+from .. import reference
+from .._library import expect
+from ._logits import check_labels, check_logits, define_loss
 
 
 def _check(logits, target, label_smoothing, grad):
@@ -26,29 +26,7 @@ def _check(logits, target, label_smoothing, grad):
         raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 1]")
 
 
-def _cpu(logits, target, label_smoothing, grad):
-    if logits.dtype == torch.float64:
-        return reference.cross_entropy(logits, target, label_smoothing, grad)
-    loss, gradient = outputs(logits, grad)
-    args = logits.contiguous(), target.contiguous(), label_smoothing
-    _native.cross_entropy(loss, gradient, *args)
-    return loss, gradient
-
-
-def _fake(logits, target, label_smoothing, grad):
-    _check(logits, target, label_smoothing, grad)
-    return outputs(logits, grad)
-
-
-_cross_entropy = define(
-    "cross_entropy(Tensor logits, Tensor target, float label_smoothing, bool grad) "
-    "-> (Tensor, Tensor)",
-    check=_check,
-    reference=reference.cross_entropy,
-    native=_cpu,
-    fake=_fake,
-)
-gradients_from_forward(_cross_entropy, (0,))
+_cross_entropy = define_loss("cross_entropy", "Tensor target, float label_smoothing", _check)
 
 
 def cross_entropy(logits, target, label_smoothing=0.0):

@@ -7,9 +7,7 @@ logits z: [B, C], C >= 3; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from .. import _native, reference
-from .._library import define, gradients_from_forward
-from ._logits import check_labels, check_logits, outputs
+from ._logits import check_labels, check_logits, define_loss
 
 
 def _check(logits, y, grad):
@@ -17,27 +15,7 @@ def _check(logits, y, grad):
     check_labels(y, logits)
 
 
-def _cpu(logits, y, grad):
-    if logits.dtype == torch.float64:
-        return reference.dlr(logits, y, grad)
-    loss, gradient = outputs(logits, grad)
-    _native.dlr(loss, gradient, logits.contiguous(), y.contiguous())
-    return loss, gradient
-
-
-def _fake(logits, y, grad):
-    _check(logits, y, grad)
-    return outputs(logits, grad)
-
-
-_dlr = define(
-    "dlr(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
-    check=_check,
-    reference=reference.dlr,
-    native=_cpu,
-    fake=_fake,
-)
-gradients_from_forward(_dlr, (0,))
+_dlr = define_loss("dlr", "Tensor y", _check)
 
 
 def dlr(logits, y):

@@ -7,9 +7,7 @@ logits z: [B, C]; y: int64 [B]; loss: [B], float32 for halves. Differentiable in
 
 import torch
 
-from .. import _native, reference
-from .._library import define, gradients_from_forward
-from ._logits import check_labels, check_logits, outputs
+from ._logits import check_labels, check_logits, define_loss
 
 
 def _check(logits, y, grad):
@@ -17,27 +15,7 @@ def _check(logits, y, grad):
     check_labels(y, logits)
 
 
-def _cpu(logits, y, grad):
-    if logits.dtype == torch.float64:
-        return reference.margin(logits, y, grad)
-    loss, gradient = outputs(logits, grad)
-    _native.margin(loss, gradient, logits.contiguous(), y.contiguous())
-    return loss, gradient
-
-
-def _fake(logits, y, grad):
-    _check(logits, y, grad)
-    return outputs(logits, grad)
-
-
-_margin = define(
-    "margin(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
-    check=_check,
-    reference=reference.margin,
-    native=_cpu,
-    fake=_fake,
-)
-gradients_from_forward(_margin, (0,))
+_margin = define_loss("margin", "Tensor y", _check)
 
 
 def margin(logits, y):

@@ -8,9 +8,7 @@ logits z: [B, C], C >= 2; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from .. import _native, reference
-from .._library import define, gradients_from_forward
-from ._logits import check_labels, check_logits, outputs
+from ._logits import check_labels, check_logits, define_loss
 
 
 def _check(logits, y, grad):
@@ -18,27 +16,7 @@ def _check(logits, y, grad):
     check_labels(y, logits)
 
 
-def _cpu(logits, y, grad):
-    if logits.dtype == torch.float64:
-        return reference.mart_bce(logits, y, grad)
-    loss, gradient = outputs(logits, grad)
-    _native.mart_bce(loss, gradient, logits.contiguous(), y.contiguous())
-    return loss, gradient
-
-
-def _fake(logits, y, grad):
-    _check(logits, y, grad)
-    return outputs(logits, grad)
-
-
-_mart_bce = define(
-    "mart_bce(Tensor logits, Tensor y, bool grad) -> (Tensor, Tensor)",
-    check=_check,
-    reference=reference.mart_bce,
-    native=_cpu,
-    fake=_fake,
-)
-gradients_from_forward(_mart_bce, (0,))
+_mart_bce = define_loss("mart_bce", "Tensor y", _check)
 
 
 def mart_bce(logits, y):

@@ -9,9 +9,7 @@ import math
 
 import torch
 
-from .. import _native, reference
-from .._library import define, gradients_from_forward
-from ._logits import check_logits, outputs
+from ._logits import check_logits, define_loss
 
 
 def _check(logits, temperature, offset, grad):
@@ -22,28 +20,7 @@ def _check(logits, temperature, offset, grad):
         raise ValueError(f"offset is {offset}, must be at least 0 and finite")
 
 
-def _cpu(logits, temperature, offset, grad):
-    if logits.dtype == torch.float64:
-        return reference.softmax_entropy(logits, temperature, offset, grad)
-    loss, gradient = outputs(logits, grad)
-    _native.softmax_entropy(loss, gradient, logits.contiguous(), temperature, offset)
-    return loss, gradient
-
-
-def _fake(logits, temperature, offset, grad):
-    _check(logits, temperature, offset, grad)
-    return outputs(logits, grad)
-
-
-_softmax_entropy = define(
-    "softmax_entropy(Tensor logits, float temperature, float offset, bool grad) "
-    "-> (Tensor, Tensor)",
-    check=_check,
-    reference=reference.softmax_entropy,
-    native=_cpu,
-    fake=_fake,
-)
-gradients_from_forward(_softmax_entropy, (0,))
+_softmax_entropy = define_loss("softmax_entropy", "float temperature, float offset", _check)
 
 
 def softmax_entropy(logits, temperature=1.0, offset=0.0):

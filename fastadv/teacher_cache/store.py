@@ -265,6 +265,7 @@ def _anonymous(name, size):
 def _open(path, size):
     """The file for reading and, where that is allowed, writing."""
     try:
+        # Open as long as the Table is, whose `close` closes it.
         file = open(path, "r+b" if os.access(path, os.W_OK) else "rb", buffering=0)  # noqa: SIM115
     except FileNotFoundError:
         raise Damaged(path, "missing") from None

@@ -19,14 +19,6 @@ LOSSES = ("ce", "dlr", "targeted")
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    net = models.get("resnet18", width=4)
-    net(torch.rand(32, 3, 8, 8))  # BatchNorm statistics of its own
-    return net
-
-
-@pytest.fixture
 def batch(model):
     """Six images that the model classifies right."""
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))

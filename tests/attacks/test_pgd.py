@@ -6,19 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastadv import freeze, models
+from fastadv import freeze
 from fastadv.attacks import FGSM, PGD
 from fastadv.attacks.pgd import input_gradient
 
 EPS = 8 / 255
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    net = models.get("resnet18", width=4)
-    net(torch.rand(32, 3, 8, 8))  # BatchNorm statistics of its own
-    return net
 
 
 @pytest.fixture

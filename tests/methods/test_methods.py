@@ -115,13 +115,23 @@ def ours(name, options, student, teacher, clean_teacher, x):
     return method, nets, state
 
 
-def assert_same_step(student, plain, loss, plain_loss, x_adv, plain_x_adv):
-    torch.testing.assert_close(x_adv, plain_x_adv, rtol=0, atol=1e-12)
+def same_step(method, nets, state, plain, paper, x, y, start):
+    """The state after a step of the method, which must be that of the paper's loop on `plain`: in
+    x_adv, loss, gradients and BatchNorm statistics."""
+    plain_x_adv, plain_loss = paper(plain, nets.teacher, nets.clean_teacher, x, y, start)
+    plain_loss.backward()
+    batch = methods.Batch(x=x, y=y)
+    batch.x_adv = method.perturb(nets, batch, state, start=start)
+    assert all(m.training for m in nets.student.modules())
+    loss, state = method.outer(nets, batch, state)
+    loss.backward()
+    torch.testing.assert_close(batch.x_adv, plain_x_adv, rtol=0, atol=1e-12)
     torch.testing.assert_close(loss, plain_loss, rtol=1e-7, atol=1e-9)
-    for (key, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
+    for (key, a), b in zip(nets.student.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9, msg=key)
-    for (key, a), b in zip(student.named_buffers(), plain.buffers(), strict=True):
+    for (key, a), b in zip(nets.student.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=key)
+    return state
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,16 +140,8 @@ def test_follows_the_paper(setup, case):
     name, options, paper = CASES[case]
     student, teacher, clean_teacher, x, y, start = setup
     plain = copy.deepcopy(student).train()
-    x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
-    plain_loss.backward()
-
     method, nets, state = ours(name, options, student, teacher, clean_teacher, x)
-    batch = methods.Batch(x=x, y=y)
-    batch.x_adv = method.perturb(nets, batch, state, start=start)
-    assert all(m.training for m in student.modules())
-    loss, _ = method.outer(nets, batch, state)
-    loss.backward()
-    assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+    same_step(method, nets, state, plain, paper, x, y, start)
     assert all(p.grad is None for net in (teacher, clean_teacher) for p in net.parameters())
 
 
@@ -166,13 +168,7 @@ def test_dynamic_weights_and_temperatures_over_steps(setup, name):
     for _ in range(5):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
-        plain_loss.backward()
-        batch = methods.Batch(x=x, y=y)
-        batch.x_adv = method.perturb(nets, batch, state, start=start)
-        loss, state = method.outer(nets, batch, state)
-        loss.backward()
-        assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+        state = same_step(method, nets, state, plain, paper, x, y, start)
         assert state["weights"].tolist() == pytest.approx(list(paper.weight.values()), abs=1e-12)
         if rate:
             assert state["temperatures"].tolist() == pytest.approx(list(paper.tau.values()))
@@ -201,13 +197,7 @@ def test_absld_temperatures_over_epochs(setup):
     for step in range(6):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        x_adv, plain_loss = paper(plain, teacher, clean_teacher, x, y, start)
-        plain_loss.backward()
-        batch = methods.Batch(x=x, y=y)
-        batch.x_adv = method.perturb(nets, batch, state, start=start)
-        loss, state = method.outer(nets, batch, state)
-        loss.backward()
-        assert_same_step(student, plain, loss, plain_loss, batch.x_adv, x_adv)
+        state = same_step(method, nets, state, plain, paper, x, y, start)
         for optimizer in optimizers:
             optimizer.step()
         if step % 2:
