@@ -107,6 +107,53 @@ void softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
       threads);
 }
 
+template <void (*Table::*kernel)(const Convolution&, int) noexcept>
+void convolution(uintptr_t in, uintptr_t weight, uintptr_t start, uintptr_t taps, int64_t groups,
+                 int64_t in_pixels, int64_t out_pixels, int64_t in_blocks, int64_t out_blocks,
+                 int64_t kernel_size, int dtype, bool backward, int activation, float cap,
+                 uintptr_t out, uintptr_t active, uintptr_t slope, uintptr_t before,
+                 uintptr_t after, uintptr_t bias, uintptr_t scale, uintptr_t shift, int threads) {
+  const Finish finish = {backward,
+                         static_cast<Activation>(activation),
+                         cap,
+                         at<void>(out),
+                         at<void>(active),
+                         at<void>(slope),
+                         at<const void>(before),
+                         at<const void>(after),
+                         at<const float>(bias),
+                         at<const float>(scale),
+                         at<const float>(shift)};
+  (::active->*kernel)({at<const void>(in), at<const void>(weight), at<const int32_t>(start),
+                       at<const int32_t>(taps), groups, in_pixels, out_pixels, in_blocks,
+                       out_blocks, kernel_size, static_cast<DType>(dtype), finish},
+                      threads);
+}
+
+void fold(uintptr_t forward, uintptr_t backward, uintptr_t weight, uintptr_t scale,
+          int64_t out_channels, int64_t in_channels, int64_t taps, int64_t out_stride,
+          int64_t in_stride, int64_t tap_stride, int dtype, int threads) {
+  active->fold(at<void>(forward), at<void>(backward), at<const float>(weight),
+               at<const float>(scale), out_channels, in_channels, taps, out_stride, in_stride,
+               tap_stride, static_cast<DType>(dtype), threads);
+}
+
+void patches(uintptr_t out, uintptr_t x, uintptr_t offsets, uintptr_t scale, uintptr_t shift,
+             int64_t batch, int64_t pixels, int64_t size, int64_t image_stride, int dtype,
+             int threads) {
+  active->patches(at<void>(out), at<const float>(x), at<const int32_t>(offsets),
+                  at<const float>(scale), at<const float>(shift), batch, pixels, size, image_stride,
+                  static_cast<DType>(dtype), threads);
+}
+
+void patches_backward(uintptr_t grad, uintptr_t patches, uintptr_t offsets, int64_t batch,
+                      int64_t elements, int64_t terms, int64_t image_size, uintptr_t scale,
+                      int dtype, int threads) {
+  active->patches_backward(at<float>(grad), at<const void>(patches), at<const int32_t>(offsets),
+                           batch, elements, terms, image_size, at<const float>(scale),
+                           static_cast<DType>(dtype), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -125,4 +172,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("feature_distance", feature_distance, unlocked);
   module.def("softmax_entropy", softmax_entropy, unlocked);
   module.def("softmax_kl", softmax_kl, unlocked);
+  module.def("convolution", convolution<&Table::convolution>, unlocked);
+  module.def("depthwise", convolution<&Table::depthwise>, unlocked);
+  module.def("fold", fold, unlocked);
+  module.def("patches", patches, unlocked);
+  module.def("patches_backward", patches_backward, unlocked);
 }

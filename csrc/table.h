@@ -12,6 +12,7 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Norm : int { linf = 0, l2 = 1 };
 enum class Init : int { uniform = 0, gaussian = 1 };
 enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
+enum class Activation : int { none = 0, relu = 1, silu = 2 };
 
 // Arguments of softmax_kl. Logits: `dtype` [batch, classes], unit stride along classes. Gradients:
 // contiguous, of the shape and dtype of their input, null where not wanted.
@@ -30,6 +31,39 @@ struct SoftmaxKL {
 // A loss of each row of logits [batch, classes] and its label y [batch]; `grad` may be null.
 using Labelled = void (*)(float* loss, void* grad, const void* logits, const int64_t* y,
                           int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
+
+// The engine's activations and gradients lie in blocks of 16 images x 32 channels of one pixel:
+// [groups of 16 images, pixels, blocks of 32 channels, 16, 32], fp32 or bf16, the last group and
+// block filled up with zeros. A block is one AMX tile, and no pixel needs a neighbour of its own
+// image in memory: convolutions go by lists of taps, without padding.
+constexpr int images_per_block = 16, channels_per_block = 32, block_size = 512;
+
+// What becomes of a convolution's sums; what is null is left out.
+//   forward:   v = sums + bias + before -> out; z = scale v + shift; f(z) -> active; f'(z) -> slope
+//   backward:  (sums + before) slope scale + after -> out
+// f: none, min(max(z, 0), cap) or z sigmoid(z). out, active, before, after: blocks like the sums;
+// slope: blocks for silu, one bit per element for relu (uint32 [groups, pixels, blocks, 16]), not
+// written where null; bias, scale, shift: fp32 [blocks * 32].
+struct Finish {
+  bool backward;
+  Activation activation;
+  float cap;
+  void *out, *active, *slope;
+  const void *before, *after;
+  const float *bias, *scale, *shift;
+};
+
+// Sums over taps: sum[p] = sum over (source, tap) of p's list of weight[tap] in[source]. The list
+// of output pixel p is taps[start[p]] to taps[start[p + 1]], pairs (source pixel, tap).
+// weight of a dense convolution: dtype [out_blocks, taps, in_blocks, 32 / n, 32, n], n = 2 for bf16
+// (pairs of input channels) and 1 for fp32; of a depthwise one: fp32 [taps, blocks * 32].
+struct Convolution {
+  const void *in, *weight;
+  const int32_t *start, *taps;
+  int64_t groups, in_pixels, out_pixels, in_blocks, out_blocks, kernel;
+  DType dtype;
+  Finish finish;
+};
 
 struct Table {
   const char* isa;
@@ -70,10 +104,27 @@ struct Table {
 
   // csrc/cpu/softmax_kl.inl
   void (*softmax_kl)(const SoftmaxKL& args, int threads) noexcept;
+
+  // csrc/cpu/convolution.inl
+  void (*convolution)(const Convolution& args, int threads) noexcept;
+  void (*depthwise)(const Convolution& args, int threads) noexcept;
+
+  // csrc/cpu/fold.inl
+  void (*fold)(void* forward, void* backward, const float* weight, const float* scale,
+               int64_t out_channels, int64_t in_channels, int64_t taps, int64_t out_stride,
+               int64_t in_stride, int64_t tap_stride, DType dtype, int threads) noexcept;
+
+  // csrc/cpu/patches.inl
+  void (*patches)(void* out, const float* x, const int32_t* offsets, const float* scale,
+                  const float* shift, int64_t batch, int64_t pixels, int64_t size,
+                  int64_t image_stride, DType dtype, int threads) noexcept;
+  void (*patches_backward)(float* grad, const void* patches, const int32_t* offsets, int64_t batch,
+                           int64_t elements, int64_t terms, int64_t image_size, const float* scale,
+                           DType dtype, int threads) noexcept;
 };
 
 // The tables compiled in that this machine can run, fastest first; returns how many.
 int tables(const Table** out) noexcept;
-constexpr int max_tables = 3;
+constexpr int max_tables = 4;
 
 }  // namespace fastadv

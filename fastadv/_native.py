@@ -28,6 +28,7 @@ else:
 NORMS = {"linf": 0, "l2": 1}
 INITS = {"uniform": 0, "gaussian": 1}
 DISTANCES = {"mse": 0, "l2": 1, "cosine": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -275,5 +276,100 @@ def softmax_kl(
         factor,
         reduced,
         DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def convolution(blocks, weight, taps, out_blocks, *, depthwise=False, dtype, **finish):
+    """A convolution of blocks [G, P, C, 16, 32] and its finish; see `Convolution` and `Finish` in
+    csrc/table.h. taps: (start int32 [out pixels + 1], pairs int32 [n, 2], taps of the kernel)."""
+    start, pairs, kernel = taps
+    groups, in_pixels, in_blocks = blocks.shape[:3]
+    (_C.depthwise if depthwise else _C.convolution)(
+        _address("blocks", _row("blocks", blocks), dtype),
+        _address("weight", _row("weight", weight), torch.float32 if depthwise else dtype),
+        _address("start", _row("start", start), torch.int32),
+        _address("pairs", _row("pairs", pairs), torch.int32),
+        groups,
+        in_pixels,
+        len(start) - 1,
+        in_blocks,
+        out_blocks,
+        kernel,
+        DTYPES[dtype],
+        *_finish(dtype, **finish),
+        torch.get_num_threads(),
+    )
+
+
+def _finish(
+    dtype,
+    *,
+    backward=False,
+    activation="none",
+    cap=float("inf"),
+    out=None,
+    active=None,
+    slope=None,
+    before=None,
+    after=None,
+    bias=None,
+    scale=None,
+    shift=None,
+):
+    slope_dtype = torch.int32 if activation == "relu" else dtype
+    return (
+        backward,
+        ACTIVATIONS[activation],
+        cap,
+        *(_address(n, _row(n, t), dtype) for n, t in (("out", out), ("active", active))),
+        _address("slope", _row("slope", slope), slope_dtype),
+        *(_address(n, _row(n, t), dtype) for n, t in (("before", before), ("after", after))),
+        *(_address(n, _row(n, t)) for n, t in (("bias", bias), ("scale", scale), ("shift", shift))),
+    )
+
+
+def fold(forward, backward, weight, scale):
+    """Writes both layouts of a convolution's weight [O, I, taps], fp32, times scale [O] or None."""
+    _C.fold(
+        _address("forward", _row("forward", forward), forward.dtype),
+        _address("backward", _row("backward", backward), forward.dtype),
+        _address("weight", weight),
+        _address("scale", _row("scale", scale)),
+        *weight.shape,
+        *weight.stride(),
+        DTYPES[forward.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def patches(out, x, offsets, scale, shift):
+    """Writes the patches [G, P, S / 32, 16, 32] of x [B, ...]; offsets int32 [P, S], S = 32 n."""
+    _C.patches(
+        _address("out", _row("out", out), out.dtype),
+        _address("x", x),
+        _address("offsets", _row("offsets", offsets), torch.int32),
+        _address("scale", _row("scale", scale)),
+        _address("shift", _row("shift", shift)),
+        len(x),
+        *offsets.shape,
+        x.stride(0),
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def patches_backward(grad, patches, offsets, scale):
+    """Writes grad [B, E], the sum of its patches' elements; offsets int32 [terms, E]."""
+    _C.patches_backward(
+        _address("grad", _row("grad", grad)),
+        _address("patches", _row("patches", patches), patches.dtype),
+        _address("offsets", _row("offsets", offsets), torch.int32),
+        len(grad),
+        offsets.shape[1],
+        offsets.shape[0],
+        patches.shape[1] * patches.shape[2] * patches.shape[4],
+        _address("scale", _row("scale", scale)),
+        DTYPES[patches.dtype],
         torch.get_num_threads(),
     )

@@ -2,9 +2,15 @@
 input."""
 
 import copy
+import logging
 
 import torch
 from torch import nn
+
+from . import _library, _native
+from .engine import Unsupported, lower
+
+_log = logging.getLogger("fastadv")
 
 
 class InPrecision(nn.Module):
@@ -24,7 +30,8 @@ class InPrecision(nn.Module):
 
 
 class Frozen(InPrecision):
-    """What `freeze` returns: `net` shares the memory of the model's parameters and buffers."""
+    """What `freeze` returns. `net` shares the memory of the model's parameters and buffers; `trunk`
+    computes its convolutions with packed copies of them, None where the engine cannot."""
 
     def __init__(self, model, dtype=torch.float32):
         shared = {id(b): b for b in model.buffers()}
@@ -32,27 +39,54 @@ class Frozen(InPrecision):
         super().__init__(copy.deepcopy(model, shared), dtype)
         self.eval()
         self._source = [model]  # in a list, so that it is no submodule
+        self.trunk, self._head = None, []
+        if _native.missing or _library.backend() not in ("auto", "native"):
+            return
+        try:
+            # Without tiles bfloat16 would gain nothing over float32.
+            self.trunk, head = lower(self.net, dtype if _native.isa() == "amx" else torch.float32)
+            self._head.append(head)
+        except Unsupported as reason:
+            _log.info("freeze: %s runs as plain torch: %s", type(self.net).__name__, reason)
 
     def train(self, mode=True):
         """Stays in eval mode whatever is asked."""
         return super().train(False)
 
     def refresh(self):
-        """Follows the model to its present tensors; in-place updates show without it."""
+        """Follows the model to its present tensors, and packs the trunk's weights anew."""
         (model,) = self._source
         for mine, its in zip(self.net.parameters(), model.parameters(), strict=True):
             mine.data = its.detach()
         for mine, its in zip(self.net.buffers(), model.buffers(), strict=True):
             if mine is not its:
                 mine.data = its
+        if self.trunk is not None and self._trunk_takes(self.trunk.stages[0].conv.weight):
+            self.trunk.refresh()
+
+    def forward(self, x):
+        if self.trunk is None or not len(x) or not self._trunk_takes(x):
+            return super().forward(x)
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.net.modules()):
+            return super().forward(x)  # a hook waits for what only the modules compute
+        (head,) = self._head
+        return head(self.trunk(x))
+
+    @staticmethod
+    def _trunk_takes(tensor):
+        return tensor.is_cpu and tensor.dtype == torch.float32
 
 
 def freeze(model, dtype=torch.float32):
     """The attack-time twin of `model`: frozen parameters, always in eval mode, float32 logits.
 
-    It is exact in float32: the twin shares the model's memory, so nothing is copied and every
-    update of the model shows at once; `refresh()`, which each attack call runs first, also follows
-    tensors that were replaced (`.data =`, `.to()`). The model's own mode and `.grad` stay as they
-    are. dtype bfloat16 runs the same network under autocast. Raises ValueError for other dtypes.
+    On a CPU the twin's convolutions run in kernels of our own (`fastadv.engine`), in float32 or, on
+    processors with AMX, in bfloat16 where that is the dtype; BatchNorm is folded into packed copies
+    of the weights, which each attack call makes anew by `refresh()`: a change of the model in
+    between shows after the next one. Logits agree with the model's to float32 rounding. What the
+    engine does not know (see `engine.lower`; said once in the log), and other devices, run the
+    model's own modules on its own memory, under autocast for bfloat16.
+    Only the input gets a gradient, once; the model's mode and `.grad` stay as they are. Raises
+    ValueError for other dtypes.
     """
     return Frozen(model, dtype)

@@ -5,19 +5,25 @@ from torch import nn
 from fastadv import freeze, models
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["resnet18", "resnet20"])  # with a trunk of the engine and without
+def model(request):
     torch.manual_seed(0)
-    net = models.get("resnet18", width=4)
+    net = models.get(request.param, width=4)
     net(torch.rand(16, 3, 8, 8))
     return net
 
 
-def test_is_exact_and_shares_memory(model):
+def same(found, expected):
+    """Whether logits agree to float32 rounding."""
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_agrees_and_shares_memory(model):
     x = torch.rand(4, 3, 8, 8)
     twin = freeze(model)
     model.eval()
-    assert torch.equal(twin(x), model(x))
+    assert same(twin(x), model(x))
+    assert twin.trunk is not None or torch.equal(twin(x), model(x))
     pointers = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in pointers for p in twin.parameters())
     assert not any(p.requires_grad for p in twin.parameters())
@@ -42,13 +48,13 @@ def test_follows_optimiser_steps_batchnorm_and_replaced_tensors(model):
         model.train()(x).square().mean().backward()
         optimizer.step()
     twin.refresh()
-    assert torch.equal(twin(x), model.eval()(x))
+    assert same(twin(x), model.eval()(x))
     for p in model.parameters():
         p.data = p.data * 0.5
     model.bn1.running_mean = model.bn1.running_mean + 1
-    assert not torch.equal(twin(x), model(x))
+    assert not same(twin(x), model(x))
     twin.refresh()
-    assert torch.equal(twin(x), model(x))
+    assert same(twin(x), model(x))
 
 
 def test_input_gradient_only(model):

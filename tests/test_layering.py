@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint", "parallel"},
-    {"ops"},
+    {"ops", "engine"},
     {"losses"},
     {"attacks", "awp", "frozen", "features", "models", "data"},
     {"methods"},

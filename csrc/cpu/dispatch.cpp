@@ -1,5 +1,10 @@
 // Which instruction sets this build carries and this machine can run.
 #include "../table.h"
+#ifdef FASTADV_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastadv {
 namespace scalar {
@@ -13,6 +18,20 @@ namespace avx512 {
 extern const Table table;
 }
 #endif
+#ifdef FASTADV_HAS_AMX
+namespace amx {
+extern const Table table;
+}
+
+// Whether the processor has the tiles (CPUID leaf 7) and the kernel lets this process use them.
+static bool tiles() noexcept {
+  unsigned a, b, c, d;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile) &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 int tables(const Table** out) noexcept {
   int count = 0;
@@ -22,6 +41,11 @@ int tables(const Table** out) noexcept {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef FASTADV_HAS_AMX
+    if (__builtin_cpu_supports("avx512bf16") && tiles()) {
+      out[count++] = &amx::table;
+    }
+#endif
     out[count++] = &avx512::table;
   }
   if (avx2) {

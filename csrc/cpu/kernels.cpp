@@ -2,6 +2,7 @@
 // its flags and FASTADV_ISA = scalar | avx2 | avx512. Everything but the table is internal: a weak
 // symbol shared between the objects would let the linker put AVX-512 code into the scalar path.
 #include "../table.h"
+#include "blocks.h"
 #include "rows.h"
 #include "vec.h"
 #include "vec_math.h"
@@ -9,11 +10,14 @@
 namespace fastadv::FASTADV_ISA {
 namespace {
 #include "augment.inl"
+#include "convolution.inl"
 #include "cross_entropy.inl"
 #include "dlr.inl"
 #include "feature_distance.inl"
+#include "fold.inl"
 #include "margin.inl"
 #include "mart_bce.inl"
+#include "patches.inl"
 #include "pgd_step.inl"
 #include "random_start.inl"
 #include "softmax_entropy.inl"
@@ -33,6 +37,11 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      cross_entropy,
                      feature_distance,
                      softmax_entropy,
-                     softmax_kl};
+                     softmax_kl,
+                     convolution,
+                     depthwise,
+                     fold,
+                     patches,
+                     patches_backward};
 
 }  // namespace fastadv::FASTADV_ISA

@@ -1,0 +1,214 @@
+// Dense and depthwise convolutions of blocks, forward and to the input, with their finish:
+//   sums[p] = sum over (source, tap) in taps(p) of weight[tap] in[source]; finish(sums), see
+//   Finish.
+// in: dtype [groups, in_pixels, in_blocks, 16, 32]; out and the like: [groups, out_pixels,
+// out_blocks, 16, 32]; weight: see Convolution. Sums are fp32, over taps and then input channels,
+// in one order whatever the threads. The gradient to the input is the same sum over transposed
+// taps and weights.
+
+constexpr int64_t chunk_pixels = 32;  // keeps a chunk's inputs and one block of weights in L2
+
+// Calls body(first group, output pixel, output block) for all, two groups at a time. A task is a
+// chunk of pixels of two groups, for all output blocks or, where tasks are few, a part of them.
+template <typename Body>
+static void for_outputs(const Convolution& c, int threads, const Body& body) {
+  const int64_t pairs = (c.groups + 1) / 2;
+  const int64_t chunks = (c.out_pixels + chunk_pixels - 1) / chunk_pixels;
+  const int64_t wanted = (4 * threads + pairs * chunks - 1) / (pairs * chunks);
+  const int64_t parts = wanted < c.out_blocks ? wanted : c.out_blocks;
+  parallel_for(parts * pairs * chunks, threads, [&](int64_t task) {
+    const int64_t chunk = task % chunks, pair = task / chunks % pairs, part = task / chunks / pairs;
+    const int64_t first = chunk * chunk_pixels, end = first + chunk_pixels;
+    const int64_t last = end < c.out_pixels ? end : c.out_pixels;
+    body.task([&](const auto& one) {
+      for (int64_t o = part * c.out_blocks / parts; o < (part + 1) * c.out_blocks / parts; ++o) {
+        for (int64_t p = first; p < last; ++p) one(2 * pair, p, o);
+      }
+    });
+  });
+}
+
+// Adds a [16, 32] block times a [32, 32] block of weights to R rows and two vectors of sums.
+constexpr int R = W == 16 ? 8 : 4;
+
+static inline void multiply_add(F (&sum)[R][2], const float* a, const float* w) {
+  for (int k = 0; k < columns_of_block; ++k, w += columns_of_block) {
+    const F w0 = load(w), w1 = load(w + W);
+    for (int r = 0; r < R; ++r) {
+      const F v = splat(a[r * columns_of_block + k]);
+      sum[r][0] = fma(v, w0, sum[r][0]);
+      sum[r][1] = fma(v, w1, sum[r][1]);
+    }
+  }
+}
+
+static inline F low_halves(U pairs) { return reinterpret_cast<F>(pairs << 16); }
+static inline F high_halves(U pairs) { return reinterpret_cast<F>(pairs & 0xffff0000); }
+
+static inline void multiply_add(F (&sum)[R][2], const BF16* a, const BF16* w) {
+  for (int k = 0; k < columns_of_block; k += 2, w += 2 * columns_of_block) {
+    U w0, w1;
+    std::memcpy(&w0, w, sizeof w0);
+    std::memcpy(&w1, w + 2 * W, sizeof w1);
+    for (int r = 0; r < R; ++r) {
+      uint32_t pair;
+      std::memcpy(&pair, a + r * columns_of_block + k, sizeof pair);
+      const F low = low_halves(U{} + pair), high = high_halves(U{} + pair);
+      sum[r][0] = fma(high, high_halves(w0), fma(low, low_halves(w0), sum[r][0]));
+      sum[r][1] = fma(high, high_halves(w1), fma(low, low_halves(w1), sum[r][1]));
+    }
+  }
+}
+
+// The sums of one output block in vector registers, R rows and 2 W columns at a time.
+template <typename T>
+static void sum_block(const Convolution& c, float* sums, int64_t group, int64_t p, int64_t o) {
+  const T* in = static_cast<const T*>(c.in) + group * c.in_pixels * c.in_blocks * block_size;
+  constexpr int square = columns_of_block * columns_of_block, pair = sizeof(T) == 2 ? 2 : 1;
+  const T* weight = static_cast<const T*>(c.weight) + o * c.kernel * c.in_blocks * square;
+  for (int column = 0; column < columns_of_block; column += 2 * W) {
+    for (int row = 0; row < rows; row += R) {
+      F sum[R][2] = {};
+      for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
+        const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + row * columns_of_block;
+        const T* w = weight + c.taps[2 * t + 1] * c.in_blocks * square + column * pair;
+        for (int64_t i = 0; i < c.in_blocks; ++i) {
+          multiply_add(sum, a + i * block_size, w + i * square);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        store(sums + (row + r) * columns_of_block + column, sum[r][0]);
+        store(sums + (row + r) * columns_of_block + column + W, sum[r][1]);
+      }
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+// Every tile 16 rows of 64 bytes, while this lives.
+struct Tiles {
+  struct alignas(64) {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t row_count[16];
+  } config = {};
+
+  Tiles() {
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.row_count[i] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// The sums of one output block, for one group of images or for `both` it and the next.
+template <bool both>
+static void sum_tiles(const Convolution& c, float* sums, int64_t group, int64_t p, int64_t o) {
+  const BF16* in = static_cast<const BF16*>(c.in) + group * c.in_pixels * c.in_blocks * block_size;
+  const int64_t next = c.in_pixels * c.in_blocks * block_size;
+  const BF16* weight = static_cast<const BF16*>(c.weight) + o * c.kernel * c.in_blocks * 1024;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
+    const BF16* a = in + c.taps[2 * t] * c.in_blocks * block_size;
+    const BF16* w = weight + c.taps[2 * t + 1] * c.in_blocks * 1024;
+    for (int64_t i = 0; i < c.in_blocks; ++i, a += block_size, w += 1024) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, w, 128);
+      _tile_loadd(7, w + 32, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (both) {
+        _tile_loadd(5, a + next, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  if (both) {
+    _tile_stored(2, sums + block_size, 128);
+    _tile_stored(3, sums + block_size + 16, 128);
+  }
+}
+#endif
+
+template <typename T>
+struct Dense {
+  const Convolution& c;
+
+  template <typename Loop>
+  void task(const Loop& loop) const {
+    with_finish<T>(c.finish, [&](auto finish) {
+      alignas(64) float sums[2 * block_size];
+#if defined(__AMX_BF16__)
+      constexpr bool tiled = std::is_same_v<T, BF16>;
+      std::conditional_t<tiled, Tiles, int> tiles{};
+      (void)tiles;
+#endif
+      loop([&](int64_t group, int64_t p, int64_t o) {
+        const bool both = group + 1 < c.groups;
+#if defined(__AMX_BF16__)
+        if constexpr (tiled) {
+          both ? sum_tiles<true>(c, sums, group, p, o) : sum_tiles<false>(c, sums, group, p, o);
+        } else
+#endif
+        {
+          sum_block<T>(c, sums, group, p, o);
+          if (both) sum_block<T>(c, sums + block_size, group + 1, p, o);
+        }
+        for (int64_t g = 0; g <= both; ++g) {
+          const int64_t block = ((group + g) * c.out_pixels + p) * c.out_blocks + o;
+          finish(c.finish, sums + g * block_size, block, o * columns_of_block);
+        }
+      });
+    });
+  }
+};
+
+// Each channel by itself: in_blocks == out_blocks.
+template <typename T>
+struct Depthwise {
+  const Convolution& c;
+
+  template <typename Loop>
+  void task(const Loop& loop) const {
+    with_finish<T>(c.finish, [&](auto finish) {
+      alignas(64) float sums[block_size];
+      loop([&](int64_t group, int64_t p, int64_t o) {
+        for (int64_t g = group; g < group + 2 && g < c.groups; ++g) {
+          const T* in =
+              static_cast<const T*>(c.in) + (g * c.in_pixels * c.in_blocks + o) * block_size;
+          for (int column = 0; column < columns_of_block; column += W) {
+            F sum[rows] = {};
+            for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
+              const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + column;
+              const F w = load(static_cast<const float*>(c.weight) +
+                               (c.taps[2 * t + 1] * c.in_blocks + o) * columns_of_block + column);
+              for (int r = 0; r < rows; ++r) {
+                sum[r] = fma(load(a + r * columns_of_block), w, sum[r]);
+              }
+            }
+            for (int r = 0; r < rows; ++r) store(sums + r * columns_of_block + column, sum[r]);
+          }
+          finish(c.finish, sums, (g * c.out_pixels + p) * c.out_blocks + o, o * columns_of_block);
+        }
+      });
+    });
+  }
+};
+
+static void convolution(const Convolution& c, int threads) noexcept {
+  if (c.dtype == DType::bf16) return for_outputs(c, threads, Dense<BF16>{c});
+  for_outputs(c, threads, Dense<float>{c});
+}
+
+static void depthwise(const Convolution& c, int threads) noexcept {
+  if (c.dtype == DType::bf16) return for_outputs(c, threads, Depthwise<BF16>{c});
+  for_outputs(c, threads, Depthwise<float>{c});
+}

@@ -1,0 +1,300 @@
+"""From a network to the plan of its trunk, by torch.fx."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .stage import Ref, Stage
+from .trunk import Trunk
+
+
+class Unsupported(Exception):
+    """The network has something that no trunk can express; the message says what."""
+
+
+def lower(net, dtype):
+    """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits.
+
+    The trunk takes convolutions (any stride, padding and dilation; dense, or one filter per
+    channel), BatchNorm, ReLU, ReLU6, SiLU, residual sums, zero padding, average pooling and the
+    input's normalisation; the head, what follows them, runs in torch. Raises Unsupported when the
+    network cannot be traced, has a convolution after something else, or branches otherwise.
+    """
+    try:
+        graph = fx.Tracer().trace(net)
+    except Exception as error:  # whatever a network's own Python raises on a proxy
+        raise Unsupported(f"torch.fx cannot trace it: {error}") from error
+    lowering = Lowering(net, graph)
+    boundary = lowering.boundary()
+    head = _head(net, graph, lowering.found, boundary)
+    return Trunk(lowering.finished(boundary), lowering.image_affine, dtype), head
+
+
+class Image:
+    """The network's input after `steps`, pairs of an operation and its constant."""
+
+    def __init__(self, steps=()):
+        self.steps = steps
+
+
+class Lowering:
+    """Walks the graph; `found` maps the nodes that the trunk covers to an Image or a Ref."""
+
+    def __init__(self, net, graph):
+        self.net, self.graph = net, graph
+        self.modules = dict(net.named_modules())
+        self.found, self.stages = {}, []
+        for node in graph.nodes:
+            value = self.value(node)
+            if value is not None:
+                self.found[node] = value
+
+    def value(self, node):
+        """What the trunk makes of this node, None for the head's."""
+        if node.op == "placeholder":
+            return None if self.found else Image()
+        if node.op in ("get_attr", "output"):
+            return None
+        name, function = self.operation(node)
+        method = getattr(self, name, None) if name else None
+        return method and method(node, function)
+
+    def operation(self, node):
+        """(the method below for this node, its module or bound arguments)."""
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            return MODULES.get(type(module)), module
+        return FUNCTIONS.get(node.target), None
+
+    def ref(self, node):
+        """The Ref behind a node, or None."""
+        value = self.found.get(node) if isinstance(node, fx.Node) else None
+        return value if isinstance(value, Ref) else None
+
+    def convolve(self, node, conv):
+        source, pad = self.source(node.args[0])
+        depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+        plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if source is None or not plain or (conv.groups > 1 and not depthwise):
+            return None
+        if isinstance(source, Image):
+            if depthwise or self.stages or conv.in_channels * conv.weight[0, 0].numel() > 2048:
+                return None
+            self.image = source
+            source = None
+        elif not self.stages:
+            return None
+        top, left = conv.padding
+        padding = tuple(p + q for p, q in zip(pad, (left, left, top, top), strict=True))
+        return self.add_stage(Stage(source, conv.out_channels, conv=conv, padding=padding))
+
+    def source(self, node):
+        """(what a convolution reads, the zeros around it)."""
+        value = self.found.get(node)
+        return value if isinstance(value, tuple) else (value, (0, 0, 0, 0))
+
+    def add_stage(self, stage):
+        self.stages.append(stage)
+        return Ref(stage, "out")
+
+    def normalise(self, node, norm):
+        ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
+        if ref is None or ref.side == "active" or not norm.track_running_stats:
+            return None
+        stage = ref.stage
+        fresh = stage.norm is None and stage.before is None and stage.activation is None
+        if single and fresh and stage.conv is not None:
+            stage.norm = norm
+            return ref
+        if stage.activation is not None:
+            return None
+        stage.affine, stage.activation = norm, "none"
+        return Ref(stage, "active")
+
+    def activate(self, node, _, activation="relu", cap=float("inf")):
+        ref = self.ref(node.args[0])
+        if ref is None:
+            return None
+        pending = ref.side == "active" and ref.stage.activation == "none"
+        if (pending and len(node.args[0].users) > 1) or not (
+            pending or (ref.side == "out" and ref.stage.activation is None)
+        ):
+            return None
+        ref.stage.activation, ref.stage.cap = activation, cap
+        return Ref(ref.stage, "active")
+
+    def relu6(self, node, _):
+        return self.activate(node, _, cap=6.0)
+
+    def silu(self, node, _):
+        return self.activate(node, _, activation="silu")
+
+    def same(self, node, module):
+        return self.found.get(node.args[0])
+
+    def add(self, node, _):
+        if len(node.args) != 2 or node.kwargs:
+            return self.image_step(node, "add")
+        refs = [self.ref(arg) for arg in node.args]
+        if None in refs:
+            return self.image_step(node, "add")
+        order = sorted(range(2), key=lambda i: self.stages.index(refs[i].stage))
+        into, other = refs[order[1]], refs[order[0]]
+        stage, single = into.stage, len(node.args[order[1]].users) == 1
+        free = into.side == "out" and stage.before is None and stage.activation is None
+        if not (free and single and stage is not other.stage and stage.conv is not None):
+            return None
+        if stage.channels != other.stage.channels:
+            return None
+        stage.before = other
+        return into
+
+    def sub(self, node, _):
+        return self.image_step(node, "sub")
+
+    def mul(self, node, _):
+        return self.image_step(node, "mul")
+
+    def div(self, node, _):
+        return self.image_step(node, "div")
+
+    def image_step(self, node, operation):
+        """A constant added to the image, or times it."""
+        value = self.found.get(node.args[0])
+        if not isinstance(value, Image) or len(node.args) != 2:
+            return None
+        constant = node.args[1]
+        if isinstance(constant, fx.Node):
+            if constant.op != "get_attr":
+                return None
+            constant = constant.target
+        elif not isinstance(constant, (int, float)):
+            return None
+        return Image((*value.steps, (operation, constant)))
+
+    def image_affine(self):
+        """(scale, shift) [C] of the image before the first convolution."""
+        channels = self.stages[0].conv.in_channels
+        scale, shift = torch.ones(channels), torch.zeros(channels)
+        for operation, constant in self.image.steps:
+            if isinstance(constant, str):
+                constant = operator.attrgetter(constant)(self.net).flatten()
+            if operation in ("mul", "div"):
+                scale, shift = (getattr(torch, operation)(v, constant) for v in (scale, shift))
+            else:
+                shift = getattr(torch, operation)(shift, constant)
+        return scale.contiguous(), shift.contiguous()
+
+    def pad(self, node, _):
+        (source, before), pad = self.source(node.args[0]), node.args[1]
+        zero = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+        if source is None or len(node.args) > 2 or not zero or len(pad) != 4 or min(pad) < 0:
+            return None
+        return source, tuple(p + q for p, q in zip(before, pad, strict=True))
+
+    def pool(self, node, module):
+        ref = self.ref(node.args[0])
+        size, stride = (
+            (module.kernel_size, module.stride)
+            if module
+            else (node.args[1], node.args[2] if len(node.args) > 2 else None)
+        )
+        if ref is None or len(node.args) > 3 or node.kwargs or (module and module.padding):
+            return None
+        size = size if isinstance(size, tuple) else (size, size)
+        stride = size if stride is None else stride
+        stride = stride if isinstance(stride, tuple) else (stride, stride)
+        return self.add_stage(Stage(ref, ref.stage.channels, window=(size, stride)))
+
+    def adaptive_pool(self, node, module):
+        ref, size = self.ref(node.args[0]), module.output_size if module else node.args[1]
+        if size in ((1, 1), [1, 1]):
+            size = 1
+        if ref is None or not isinstance(size, int):
+            return None
+        return self.add_stage(Stage(ref, ref.stage.channels, window=size))
+
+    def boundary(self):
+        """The one node of the trunk that the head reads."""
+        read = {
+            source
+            for node in self.graph.nodes
+            if node not in self.found and node.op != "get_attr"
+            for source in node.all_input_nodes
+            if source in self.found
+        }
+        beyond = [n for n in self.graph.nodes if n not in self.found and n.op != "get_attr"]
+        for node in beyond:
+            if node.op == "call_module" and isinstance(self.modules[node.target], nn.Conv2d):
+                first = next(n for n in beyond if n.op != "output")
+                raise Unsupported(f"{first.name} comes before a convolution")
+        if len(read) != 1 or self.ref(next(iter(read))) is None:
+            raise Unsupported("it does not end in one path of features")
+        return next(iter(read))
+
+    def finished(self, boundary):
+        """The stages up to the boundary, the last of which is read as `out` and has no more."""
+        ref = self.found[boundary]
+        if ref.side != "out" or ref.stage.conv is not None:
+            ref = self.add_stage(Stage(ref, ref.stage.channels, window=((1, 1), (1, 1))))
+        needed = {ref.stage}
+        for stage in reversed(self.stages):
+            if stage in needed:
+                needed |= {read.stage for read in (stage.source, stage.before) if read}
+        stages = [stage for stage in self.stages if stage in needed]
+        for stage in stages:
+            added = [other.before for other in stages]
+            convolved = [other.source for other in stages]
+            for read in (Ref(stage, "out"), Ref(stage, "active")):
+                alone = read.side == "active" and read in added and read not in convolved
+                if added.count(read) > 1 or alone:
+                    raise Unsupported("a residual branches in a way that is not known")
+        return stages
+
+
+MODULES = {
+    nn.Conv2d: "convolve",
+    nn.BatchNorm2d: "normalise",
+    nn.ReLU: "activate",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Identity: "same",
+    nn.Dropout: "same",
+    nn.Dropout2d: "same",
+    nn.AvgPool2d: "pool",
+    nn.AdaptiveAvgPool2d: "adaptive_pool",
+}
+FUNCTIONS = {
+    F.relu: "activate",
+    torch.relu: "activate",
+    "relu": "activate",
+    "relu_": "activate",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    "add": "add",
+    "add_": "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    F.pad: "pad",
+    F.avg_pool2d: "pool",
+    F.adaptive_avg_pool2d: "adaptive_pool",
+}
+
+
+def _head(net, graph, found, boundary):
+    """What follows the boundary, as a module of its input."""
+    head, copies = fx.Graph(), {}
+    copies[boundary] = head.placeholder("features")
+    for node in graph.nodes:
+        if node in found:
+            continue
+        if any(source not in copies for source in node.all_input_nodes):
+            raise Unsupported("it does not end in one path of features")
+        copies[node] = head.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(net, head)

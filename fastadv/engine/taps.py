@@ -1,0 +1,63 @@
+"""Index tables of convolutions over blocks: which source pixel each output pixel reads by which tap
+of the kernel, and the elements of an image by which patches read them."""
+
+import numpy as np
+import torch
+
+
+def output_size(size, kernel, stride, dilation, padding):
+    """(height, width) after a convolution; padding: left, right, top, bottom."""
+    left, right, top, bottom = padding
+    around = (top + bottom, left + right)
+    return tuple(
+        (n + p - d * (k - 1) - 1) // s + 1
+        for n, p, k, s, d in zip(size, around, kernel, stride, dilation, strict=True)
+    )
+
+
+def pairs(size, kernel, stride, dilation, padding):
+    """int64 arrays (output pixel, source pixel, tap), in order of output pixel and tap."""
+    height, width = output_size(size, kernel, stride, dilation, padding)
+    y, x, i, j = np.ogrid[:height, :width, : kernel[0], : kernel[1]]
+    sy = y * stride[0] - padding[2] + i * dilation[0]
+    sx = x * stride[1] - padding[0] + j * dilation[1]
+    inside = (sy >= 0) & (sy < size[0]) & (sx >= 0) & (sx < size[1])
+    columns = np.broadcast_arrays(y * width + x, sy * size[1] + sx, i * kernel[1] + j)
+    return tuple(column[inside] for column in columns)
+
+
+def lists(at, source, tap, count, kernel):
+    """The taps of `count` pixels as `_native.convolution` takes them; `at` is the pixel of each."""
+    order = np.lexsort((tap, at))
+    start = np.searchsorted(at[order], np.arange(count + 1)).astype(np.int32)
+    table = np.stack([source[order], tap[order]], 1).astype(np.int32)
+    return torch.from_numpy(start), torch.from_numpy(table), kernel
+
+
+def patch_offsets(strides, channels, size, kernel, *args):
+    """int32 [P, channels * taps, filled up to 32 n]: where patches read an image of these strides
+    (channel, row, column), -1 for the padding."""
+    out, source, tap = pairs(size, kernel, *args)
+    height, width = output_size(size, kernel, *args)
+    taps = kernel[0] * kernel[1]
+    offsets = np.full((height * width, -(-channels * taps // 32) * 32), -1, np.int32)
+    row, column = np.divmod(source, size[1])
+    for c in range(channels):
+        place = c * strides[0] + row * strides[1] + column * strides[2]
+        offsets[out, c * taps + tap] = place
+    return torch.from_numpy(offsets)
+
+
+def image_offsets(offsets, elements):
+    """int32 [terms, elements]: which elements of a group's patches read each element of an image,
+    -1 for none; the transpose of `patch_offsets`."""
+    pixel, k = np.nonzero(offsets.numpy() >= 0)
+    element = offsets.numpy()[pixel, k]
+    blocks = offsets.shape[1] // 32
+    place = (pixel * blocks + k // 32) * 512 + k % 32
+    order = np.argsort(element, kind="stable")
+    element, place = element[order], place[order]
+    term = np.arange(len(element)) - np.searchsorted(element, element)
+    table = np.full((term.max() + 1, elements), -1, np.int32)
+    table[term, element] = place
+    return torch.from_numpy(table)

@@ -1,0 +1,243 @@
+"""Runs the plan of a trunk: forward, and backward to the image."""
+
+import sys
+from collections import defaultdict
+
+import torch
+
+from .. import _native
+from .stage import CHANNELS, IMAGES, Ref, blocks_of
+from .taps import image_offsets, lists, output_size, pairs, patch_offsets
+
+
+class Trunk:
+    """fp32 images [B, C, H, W] on the CPU -> fp32 features [B, C', H', W'], differentiable once and
+    with respect to the images only.
+
+    stages: in order of computation, the last one's `out` being the result. image_affine: () ->
+    (scale, shift) [C], the normalisation before the first convolution. dtype: of the activations,
+    weights and gradients between stages, float32 or bfloat16; sums are fp32. Weights are those of
+    the last `refresh()`. An image's features do not depend on the others of its batch.
+    """
+
+    def __init__(self, stages, image_affine, dtype):
+        self.stages = stages
+        self.image_affine = image_affine
+        self.dtype = dtype
+        self.plans = {}  # per shape and layout of the images
+        self.memory = Memory()
+        self.refreshed = False
+        number = {stage: n for n, stage in enumerate(stages)}
+        for n, stage in enumerate(stages):
+            stage.number = n
+            for ref in {stage.source, stage.before} - {None}:
+                ref.stage.readers[ref.side].append(stage)
+        self.forward_ends = [[] for _ in stages]  # the blocks that nobody reads after stage n
+        self.backward_ends = [[] for _ in stages]  # the gradients that nobody reads after it
+        for stage in stages:
+            for side, readers in stage.readers.items():
+                if readers:
+                    last = max(number[reader] for reader in readers)
+                    self.forward_ends[last].append((stage, side))
+            read = [number[r.stage] for r in (stage.source, stage.before) if r is not None]
+            if read:
+                self.backward_ends[min(read)].append(stage)
+
+    def refresh(self):
+        """Folds and packs the weights anew."""
+        for stage in self.stages:
+            stage.fold(self.dtype)
+        scale, shift = self.image_affine()
+        taps = self.stages[0].conv.weight[0, 0].numel()
+        size = blocks_of(len(scale) * taps) * CHANNELS
+        self.scale, self.shift = (torch.zeros(size) for _ in range(2))
+        self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
+        self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
+        self.per_channel = scale
+        self.refreshed = True
+
+    def __call__(self, x):
+        if not self.refreshed:
+            self.refresh()
+        dense = x if _native.is_dense(x) else x.contiguous()
+        return _Run.apply(dense, self)
+
+    def plan(self, x):
+        """The index tables for images of the shape and strides of x."""
+        key = x.shape[1:], x.stride()[1:]
+        if key not in self.plans:
+            self.plans[key] = Plan(self.stages, x)
+        return self.plans[key]
+
+    def forward(self, x, plan, slopes):
+        """Features of x; fills `slopes`, stage by stage, unless it is None."""
+        groups = -(-len(x) // IMAGES)
+        found = {}
+        for stage, step in zip(self.stages, plan.steps, strict=True):
+            if stage.source is None:
+                blocks = self._blocks(groups, len(plan.offsets), plan.offsets.shape[1])
+                _native.patches(blocks, x, plan.offsets, self.scale, self.shift)
+            else:
+                blocks = found[stage.source.stage, stage.source.side]
+            finish = {"bias": stage.bias}
+            if stage.readers["out"] or stage is self.stages[-1]:
+                finish["out"] = self._blocks(groups, step.pixels, stage.channels)
+                found[stage, "out"] = finish["out"]
+            if stage.before is not None:
+                finish["before"] = found[stage.before.stage, stage.before.side]
+            if stage.readers["active"]:
+                finish["active"] = self._blocks(groups, step.pixels, stage.channels)
+                found[stage, "active"] = finish["active"]
+                finish |= {"activation": stage.activation, "cap": stage.cap}
+                finish |= {"scale": stage.scale, "shift": stage.shift}
+                if slopes is not None and stage.activation != "none":
+                    bits = stage.activation == "relu"
+                    shape = tuple(finish["active"].shape)
+                    slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
+                    finish["slope"] = slopes[stage] = self.memory.take(*slope)
+            self._convolve(blocks, stage, step, 0, blocks_of(stage.channels), finish)
+            for dead in self.forward_ends[stage.number]:
+                del found[dead]
+        blocks = found[self.stages[-1], "out"]
+        features = blocks.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
+        features = features[: len(x), : self.stages[-1].channels].unflatten(2, plan.size)
+        return features.to(torch.float32, copy=True)
+
+    def backward(self, grad, plan, slopes):
+        """The gradient of the images, laid out as they are, given that of the features."""
+        batch, channels, groups = len(grad), blocks_of(grad.shape[1]), -(-len(grad) // IMAGES)
+        blocks = grad.new_zeros(groups * IMAGES, channels * CHANNELS, grad.shape[2:].numel())
+        blocks[:batch, : grad.shape[1]] = grad.flatten(2)
+        blocks = blocks.view(groups, IMAGES, channels, CHANNELS, -1).permute(0, 4, 2, 1, 3)
+        grads = {self.stages[-1]: blocks.to(self.dtype).contiguous()}
+        for stage in reversed(self.stages[:-1]):
+            finish = {}
+            if stage.readers["active"]:
+                finish = {"activation": stage.activation, "scale": stage.scale}
+                finish["slope"] = slopes.get(stage)
+                if stage.readers["out"]:
+                    finish["after"] = self._collect(stage, "out", grads, plan, {})
+            side = "active" if stage.readers["active"] else "out"
+            grads[stage] = self._collect(stage, side, grads, plan, finish)
+            for dead in self.backward_ends[stage.number]:
+                del grads[dead]
+        first = self.stages[0]
+        patches = self._back(first, grads[first], plan, plan.offsets.shape[1], {})
+        shape = (batch, *plan.shape)
+        image = torch.empty_strided(shape, plan.strides)
+        flat = image.as_strided((batch, image[0].numel()), (image[0].numel(), 1))
+        _native.patches_backward(flat, patches, plan.image_offsets, self.image_scale(plan))
+        return image
+
+    def image_scale(self, plan):
+        """The normalisation's scale for each element of an image, in its order of memory."""
+        scale = self.per_channel[:, None, None].expand(plan.shape)
+        order = sorted(range(3), key=lambda d: -plan.strides[1 + d])
+        return scale.permute(order).contiguous()
+
+    def _collect(self, stage, side, grads, plan, finish):
+        """The sum of the gradients that the readers of this side of a stage send, finished."""
+        convolved = [r for r in stage.readers[side] if r.source == Ref(stage, side)]
+        added = [r for r in stage.readers[side] if r.before == Ref(stage, side)]
+        before = grads[added[0]] if added else None
+        for reader in convolved[:-1]:
+            before = self._back(reader, grads[reader], plan, stage.channels, {"before": before})
+        if not convolved:
+            return before
+        finish = finish | {"before": before}
+        return self._back(convolved[-1], grads[convolved[-1]], plan, stage.channels, finish)
+
+    def _back(self, reader, grad, plan, channels, finish):
+        """The gradient that a stage sends to what it convolves."""
+        step = plan.steps[reader.number]
+        out = self._blocks(len(grad), len(step.backward[0]) - 1, channels)
+        finish = finish | {"out": out, "backward": True}
+        self._convolve(grad, reader, step, 1, blocks_of(channels), finish)
+        return out
+
+    def _convolve(self, blocks, stage, step, direction, out_blocks, finish):
+        taps = (step.forward, step.backward)[direction]
+        weight = stage.weights[direction] if stage.weights else step.mean
+        _native.convolution(
+            blocks,
+            weight,
+            taps,
+            out_blocks,
+            depthwise=stage.depthwise,
+            dtype=self.dtype,
+            **finish,
+        )
+
+    def _blocks(self, groups, pixels, channels):
+        shape = groups, pixels, blocks_of(channels), IMAGES, CHANNELS
+        return self.memory.take(shape, self.dtype)
+
+
+class Memory:
+    """Tensors to write into, each taken again once nobody else refers to it: memory fresh from the
+    system would cost a page fault every 4 KB, a third of a pass."""
+
+    def __init__(self):
+        self.tensors, self.groups = defaultdict(list), None
+
+    def take(self, shape, dtype):
+        if shape[0] != self.groups:  # another size of batch
+            self.tensors.clear()
+            self.groups = shape[0]
+        for tensor in self.tensors[shape, dtype]:
+            if sys.getrefcount(tensor) == 3:  # the list, `tensor` and the argument of getrefcount
+                return tensor
+        tensor = torch.empty(shape, dtype=dtype)
+        self.tensors[shape, dtype].append(tensor)
+        return tensor
+
+
+class Plan:
+    """The index tables of a trunk for images of one shape and one dense layout."""
+
+    def __init__(self, stages, x):
+        self.shape, self.strides, sizes = x.shape[1:], x.stride(), {}
+        self.steps = []
+        for stage in stages:
+            if stage.source is None:
+                size = tuple(x.shape[2:])
+                geometry = stage.geometry(*size)
+                self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *geometry)
+                self.image_offsets = image_offsets(self.offsets, x[0].numel())
+                sizes[stage] = output_size(size, *geometry)
+                step = Step(stage, sizes[stage], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
+            else:
+                size = sizes[stage.source.stage]
+                geometry = stage.geometry(*size)
+                sizes[stage] = output_size(size, *geometry)
+                step = Step(stage, size, *geometry)
+            self.steps.append(step)
+        self.size = sizes[stages[-1]]
+
+
+class Step:
+    """The taps of one stage, forward and backward, and the weights of a mean."""
+
+    def __init__(self, stage, size, *geometry):
+        taps = geometry[0][0] * geometry[0][1]
+        out, source, tap = pairs(size, *geometry)
+        height, width = output_size(size, *geometry)
+        self.pixels = height * width
+        self.forward = lists(out, source, tap, self.pixels, taps)
+        self.backward = lists(source, out, tap, size[0] * size[1], taps)
+        self.mean = None
+        if stage.conv is None:
+            self.mean = torch.full((taps, blocks_of(stage.channels) * CHANNELS), 1 / taps)
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, trunk):
+        ctx.trunk, ctx.plan, ctx.slopes = trunk, trunk.plan(x), {}
+        slopes = ctx.slopes if ctx.needs_input_grad[0] else None
+        return trunk.forward(x.detach(), ctx.plan, slopes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.trunk.backward(grad, ctx.plan, ctx.slopes), None

@@ -1,0 +1,304 @@
+"""The engine against torch: every kind of network on every instruction set."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastadv import _native, attacks, freeze, models
+from fastadv.engine import Unsupported, lower
+from fastadv.engine import trunk as trunk_module
+from fastadv.features import forward_features
+
+pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+
+
+class Plain(nn.Module):
+    """What the networks of `models` do not have: bias, no BatchNorm, odd kernels and sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 33, (5, 2), stride=(2, 3), padding=(3, 1), dilation=(1, 2)),
+            nn.ReLU6(),
+            nn.Conv2d(33, 7, 3, padding=2, dilation=2, bias=False),
+            nn.Identity(),
+            nn.BatchNorm2d(7, affine=False),
+            nn.SiLU(),
+            nn.Conv2d(7, 7, 2, groups=7),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.AvgPool2d(2),
+        )
+        self.classifier = nn.Linear(7 * 2, 4)
+
+    def forward(self, x):
+        x = self.body(F.pad((x - 0.5) / 0.25 * 2, (1, 0, 2, 0)))
+        return self.classifier(torch.flatten(x, 1))
+
+
+class Sums(nn.Module):
+    """Residuals of every kind: of sums, of activations, of what was convolved before."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        a = self.stem(x)
+        b = F.relu(self.norms[0](a))
+        c = self.convs[1](b) + self.convs[0](b)  # the later operand takes the earlier one
+        d = self.norms[1](c)  # read without an activation
+        e = torch.relu(self.norms[2](self.convs[2](d)).add(c))
+        f = e + self.convs[3](e)
+        return self.fc(self.convs[4](f).mean((2, 3)))
+
+
+NETWORKS = {
+    "resnet18": lambda: models.get("resnet18", width=20),
+    "preact_resnet18": lambda: models.get("preact_resnet18", width=9),
+    "mobilenet_v2": lambda: models.get("mobilenet_v2", width=6),
+    "wrn": lambda: models.get("wrn10_2"),
+    "wrn_silu": lambda: models.get("wrn10_1_silu"),
+    "dm_wrn": lambda: models.get("dm_wrn10_1"),
+    "digits_net": lambda: models.get("digits_net", in_channels=3),
+    "normalized": lambda: models.Normalized(
+        models.get("digits_net", in_channels=3),
+        torch.tensor([0.4, 0.5, 0.6]),
+        torch.full((3,), 0.2),
+    ),
+    "plain": Plain,
+    "sums": Sums,
+}
+
+
+@pytest.fixture(params=_native.isas())
+def isa(request):
+    before = _native.isa()
+    _native.use_isa(request.param)
+    yield request.param
+    _native.use_isa(before)
+
+
+def network(name):
+    """A network whose BatchNorms have seen images and are not neutral."""
+    torch.manual_seed(0)
+    net = NETWORKS[name]()
+    for _ in range(2):
+        net.train()(torch.rand(16, 3, 8, 8))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return net.eval()
+
+
+def results(model, x, weight):
+    """(logits, gradient of their weighted sum)."""
+    x = x.detach().clone().requires_grad_()
+    logits = model(x)
+    (grad,) = torch.autograd.grad((logits * weight).sum(), x)
+    return logits.detach(), grad
+
+
+def twin(net, dtype=torch.float32):
+    """A Frozen whose trunk computes in `dtype` on any machine."""
+    frozen = freeze(net, dtype)
+    frozen.trunk, head = lower(frozen.net, dtype)
+    frozen._head = [head]
+    return frozen
+
+
+def error(found, expected):
+    return (found.double() - expected).norm() / expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_agrees_with_torch(name, dtype, isa):
+    """Logits and input gradient are no farther from float64 than twice torch's own."""
+    net = network(name)
+    x, weight = torch.rand(17, 3, 8, 8), torch.randn(17, 1)
+    exact = results(copy.deepcopy(net).double(), x.double(), weight.double())
+    low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with low:
+        plain = results(net, x, weight)
+    ours = results(twin(net, dtype), x, weight)
+    for found, theirs, expected in zip(ours, plain, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert error(found, expected) <= 2 * error(theirs, expected) + 1e-6
+    assert error(ours[0], exact[0]) > 0  # it is not the float64 network that ran
+
+
+@pytest.mark.parametrize("name", ["resnet18", "plain"])
+def test_an_image_does_not_depend_on_its_batch_layout_or_threads(name, isa):
+    net = twin(network(name), torch.bfloat16).trunk
+    x = torch.rand(35, 3, 8, 8)
+    weight = torch.randn(net(x).shape)
+    features, grad = results(net, x, weight)
+    for part in (slice(0, 1), slice(5, 21), slice(16, 35)):
+        some = results(net, x[part], weight[part])
+        assert torch.equal(some[0], features[part])
+        assert torch.equal(some[1], grad[part])
+    for other in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
+        same = results(net, other, weight)
+        assert torch.equal(same[0], features)
+        assert torch.equal(same[1], grad)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(results(net, x, weight)[1], grad)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_gradient_has_the_layout_of_the_images():
+    net, x = twin(network("resnet18")), torch.rand(4, 3, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert results(net, x, torch.ones(1))[1].stride() == x.stride()
+
+
+def test_writes_nothing_outside_and_reads_nothing_unwritten(monkeypatch, isa):
+    """Blocks between sentinels, filled with NaN before use."""
+    guarded = []
+
+    def take(self, shape, dtype):
+        size, guard = torch.Size(shape).numel(), 64
+        memory = torch.full((size + 2 * guard,), 77, dtype=dtype)
+        guarded.append((memory, size, guard))
+        inside = memory[guard : guard + size].view(shape)
+        return inside.fill_(float("nan") if dtype.is_floating_point else -1)
+
+    net, x, weight = network("sums"), torch.rand(18, 3, 8, 8), torch.randn(18, 4)
+    expected = results(twin(net), x, weight)
+    monkeypatch.setattr(trunk_module.Memory, "take", take)
+    found = results(twin(net), x, weight)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert guarded
+    for memory, size, guard in guarded:
+        assert (memory[:guard] == 77).all()
+        assert (memory[guard + size :] == 77).all()
+
+
+def test_nan_stays_with_its_image(isa):
+    net, x = twin(network("mobilenet_v2")), torch.rand(18, 3, 8, 8)
+    clean = net(x)
+    x[3, 1, 2, 2] = float("nan")
+    logits = net(x)
+    assert logits[3].isnan().all()
+    assert torch.equal(logits[4:], clean[4:])
+    assert torch.equal(logits[:3], clean[:3])
+
+
+def test_follows_the_model_at_each_refresh():
+    model = network("resnet18")
+    frozen, x = twin(model), torch.rand(4, 3, 8, 8)
+    assert error(frozen(x), model(x).detach().double()) < 1e-5
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    model.train()(x).square().mean().backward()
+    optimizer.step()  # moves weights and BatchNorm's statistics
+    model.eval()
+    assert error(frozen(x), model(x).detach().double()) > 1e-3
+    frozen.refresh()
+    assert error(frozen(x), model(x).detach().double()) < 1e-5
+    model.conv1.weight.data.mul_(0.5)
+    model.bn1.running_mean = model.bn1.running_mean + 1
+    pgd = attacks.PGD(steps=0, init="zero")
+    pgd(frozen, x, torch.zeros(4, dtype=torch.int64))  # an attack refreshes
+    assert error(frozen(x), model(x).detach().double()) < 1e-5
+
+
+def test_passes_that_overlap_keep_their_own_slopes():
+    """Two forward passes before two backward passes; one graph walked twice."""
+    net, weight = twin(network("wrn_silu")), torch.randn(2, 10)
+    one, two = torch.rand(2, 2, 3, 8, 8)
+    expected = [results(net, x, weight)[1] for x in (one, two)]
+    leaves = [x.clone().requires_grad_() for x in (one, two)]
+    sums = [(net(x) * weight).sum() for x in leaves]
+    for leaf, total, grad in zip(leaves, sums, expected, strict=True):
+        for _ in range(2):
+            assert torch.equal(torch.autograd.grad(total, leaf, retain_graph=True)[0], grad)
+
+
+def test_threads_share_a_twin():
+    net, weight = twin(network("resnet18")), torch.randn(4, 10)
+    inputs = torch.rand(6, 4, 3, 8, 8)
+    expected = [results(net, x, weight)[1] for x in inputs]
+    found = [None] * len(inputs)
+
+    def work(i):
+        for _ in range(5):
+            found[i] = results(net, inputs[i], weight)[1]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_features_by_name_and_other_types_come_from_the_modules():
+    model = network("resnet18")
+    frozen, x = twin(model), torch.rand(2, 3, 8, 8)
+    logits, features = forward_features(frozen, x, ("layer2", "penultimate"))
+    assert features["layer2"].shape == (2, 40, 4, 4)
+    assert torch.equal(logits, model(x))
+    assert frozen(torch.rand(0, 3, 8, 8)).shape == (0, 10)
+    double = copy.deepcopy(model).double()
+    frozen = freeze(double)
+    frozen.refresh()
+    assert torch.equal(frozen.net(x.double()), double(x.double()))
+
+
+class Branching(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.other = kind, nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.kind == "python" and x.sum() > 0:
+            return x
+        if self.kind == "between":
+            x = F.max_pool2d(x, 2)
+        if self.kind == "two paths":
+            return self.other(x).mean((2, 3)) + x.mean((2, 3))
+        return self.other(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("python", "cannot trace it"),
+        ("between", "max_pool2d.* comes before a convolution"),
+        ("two paths", "does not end in one path"),
+    ],
+)
+def test_what_it_cannot_express_runs_as_modules_and_is_said_once(kind, message, caplog):
+    model = Branching(kind).eval()
+    with pytest.raises(Unsupported, match=message):
+        lower(model, torch.float32)
+    with caplog.at_level(logging.INFO, "fastadv"):
+        frozen, x = freeze(model), torch.rand(2, 3, 9, 9)
+        assert frozen.trunk is None
+        assert torch.equal(frozen(x), model(x))
+        frozen(x)
+    assert len([r for r in caplog.records if "runs as plain torch" in r.message]) == 1
+
+
+def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
+    for name in ("resnet34", "resnet56_b", "wrn28_10", "dm_wrn28_10", "mobilenet_v2"):
+        with torch.device("meta"):
+            net = models.get(name)
+        trunk, _ = lower(net.eval(), torch.float32)
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
+        assert sum(stage.conv is not None for stage in trunk.stages) == convolutions
