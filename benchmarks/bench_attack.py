@@ -1,7 +1,7 @@
 """PGD-10 end to end; `--suite attack` of run.py.
 
-    pip install --no-deps --target peers torchattacks    # its dependencies are not needed
-    PYTHONPATH=peers python benchmarks/run.py --suite attack
+    pip install --no-deps --target build/peers torchattacks    # its dependencies are not needed
+    PYTHONPATH=build/peers python benchmarks/run.py --suite attack
 
 "published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model).
 "conv_fp32" and "conv_bf16" are floors: what torch's own convolutions take for the same passes,

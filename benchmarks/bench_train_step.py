@@ -173,8 +173,8 @@ class Engine:
 
 
 def check(name, student, teacher, x):
-    """One attack step and the loss in float32 are the published ones, from the same start. Where two
-    random networks make the gradient, rounding turns 0.1 % of the published float32 signs."""
+    """One attack step and the loss in float32 are the published ones, from the same start; but
+    rounding turns about 0.1 % of the signs where two random networks make the gradient."""
     start = x + 0.001 * torch.randn_like(x)
     wanted, loss = published.METHODS[name](copy.deepcopy(student), teacher, x, steps=1, start=start)
     method = methods.get(name, attack=PGD(EPS, STEP_SIZE, 1))
