@@ -1,10 +1,12 @@
 """Interleaved ratio benchmarks: correctness gate first, then one run over all providers.
 
     python benchmarks/run.py --suite ops [--only softmax_kl] [--seconds 3]
-    python benchmarks/run.py --suite cache --seconds 60      # training steps with a teacher cache
-    python benchmarks/run.py [--suite cache] --table         # rewrite README from the newest rows
+    python benchmarks/run.py --suite attack [--only resnet18]    # PGD-10 end to end
+    python benchmarks/run.py --suite train [--only adaad]        # whole training steps
+    python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
+    python benchmarks/run.py [--suite cache] --table             # README's table anew
 
-Rows are appended to benchmarks/results/<suite>.jsonl.
+Rows are appended to benchmarks/results/<suite>.jsonl, a table has the newest of each case.
 """
 
 import argparse
@@ -17,10 +19,15 @@ import torch
 from timing import RESULTS, interleave, machine, summary
 
 SUITES = {
-    "ops": [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))],
+    "attack": ["bench_attack"],
+    "train": ["bench_train_step"],
     "cache": ["bench_teacher_cache"],
 }
-SUITES["ops"].remove("bench_teacher_cache")
+END_TO_END = {module for modules in SUITES.values() for module in modules}
+MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+SUITES["ops"] = [module for module in MODULES if module not in END_TO_END]
+COLUMNS = ("GB/s", "images/s", "x floor", "peak MB", "equal signs", "cosine")
+COLUMNS += ("data", "teacher", "attack", "outer")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -28,32 +35,58 @@ def run(suite, only, seconds):
     where = machine()
     RESULTS.mkdir(exist_ok=True)
     print(where)
-    for module in SUITES[suite]:
-        if only and module != f"bench_{only}":
-            continue
+    ran = False
+    for case in chosen(suite, only):
+        ran = True
+        for row in measure(case, seconds):
+            print(line(row), flush=True)
+            with open(RESULTS / f"{suite}.jsonl", "a") as file:
+                file.write(json.dumps({"suite": suite} | row | where) + "\n")
+        torch.compiler.reset()
+    if not ran:
+        sys.exit(f"--only is {only!r}, which suite {suite} has no case of")
+
+
+def chosen(suite, only):
+    """The suite's cases, or those of one bench_<only>, or of one network or method."""
+    for module in [f"bench_{only}"] if f"bench_{only}" in SUITES[suite] else SUITES[suite]:
         for case in importlib.import_module(module).cases():
-            case.gate()
-            timed = {name: summary(s) for name, s in interleave(case.providers, seconds).items()}
-            base = timed[next(iter(timed))]["us"]
-            for provider, times in timed.items():
-                nbytes = case.nbytes_of(provider)
-                row = {
-                    "suite": suite,
-                    "op": case.op,
-                    "shape": case.shape,
-                    "provider": provider,
-                    **times,
-                    "speedup": round(base / times["us"], 2),
-                    "GB/s": round(nbytes / times["us"] / 1e3, 1) if nbytes else None,
-                }
-                spread = f"[{row['p20']:.1f}, {row['p80']:.1f}]"
-                print(
-                    f"{case.op:18} {case.shape:14} {provider:20} {row['us']:10.1f} us {spread:20} "
-                    f"{row['speedup']:6.2f}x  {row['GB/s'] or ''}"
-                )
-                with open(RESULTS / f"{suite}.jsonl", "a") as file:
-                    file.write(json.dumps(row | where) + "\n")
-            torch.compiler.reset()
+            names = module.removeprefix("bench_"), *case.op.lower().split(), *case.shape.split(", ")
+            if not only or only in names:
+                yield case
+
+
+def measure(case, seconds):
+    """One row per provider; speedup is against the first of them, x floor the time over that of
+    the provider's floor."""
+    case.gate()
+    times = {name: summary(samples) for name, samples in interleave(case, seconds).items()}
+    base, facts, rows = times[next(iter(times))]["us"], case.facts(), []
+    for provider, quantiles in times.items():
+        us, nbytes, floor = quantiles["us"], case.nbytes_of(provider), case.floors.get(provider)
+        row = {
+            "op": case.op,
+            "shape": case.shape,
+            "provider": provider,
+            **quantiles,
+            "speedup": round(base / us, 2),
+            "GB/s": round(nbytes / us / 1e3, 1) if nbytes else None,
+            "images/s": round(case.images / us * 1e6, 1) if case.images else None,
+            "x floor": round(us / times[floor]["us"], 2) if floor else None,
+            **facts.get(provider, {}),
+            "left out": case.left_out,
+        }
+        rows.append({key: value for key, value in row.items() if value is not None})
+    return rows
+
+
+def line(row):
+    spread = f"[{row['p20']:.1f}, {row['p80']:.1f}]"
+    rest = "  ".join(f"{key} {row[key]}" for key in (*COLUMNS, "left out") if key in row)
+    return (
+        f"{row['op']:18} {row['shape']:14} {row['provider']:24} {row['us']:10.1f} us {spread:24} "
+        f"{row['speedup']:6.2f}x  {rest}"
+    )
 
 
 def table(suite):
@@ -62,22 +95,30 @@ def table(suite):
     newest = {(row["op"], row["shape"]): row["time"] for row in rows}
     rows = [row for row in rows if row["time"] == newest[row["op"], row["shape"]]]
     rows.sort(key=lambda row: row["op"])
-    lines = [
-        "| op | shape | provider | median us | p20-p80 | speed-up | GB/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {row['provider']} | {row['us']:.1f} | "
-            f"{row['p20']:.1f}-{row['p80']:.1f} | {row['speedup']:.2f}x | {row['GB/s'] or ''} |"
-        )
     row = rows[-1]
     where = (
         f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
         f"fastadv {row['commit']}, {row['time'][:10]}."
     )
     marks = f"<!-- {suite} table: benchmarks/run.py -->", f"<!-- end of {suite} table -->"
-    replace_between(README, marks, [*lines, "", where])
+    replace_between(README, marks, [*markdown(rows), "", where])
+
+
+def markdown(rows):
+    """The rows as a table's lines: times in ms where they reach a second, and of the columns that
+    not every suite has those with a value."""
+    unit, size = ("ms", 1e3) if max(row["us"] for row in rows) > 1e6 else ("us", 1)
+    columns = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
+    head = ["op", "shape", "provider", f"median {unit}", "p20-p80", "speed-up", *columns]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        median, low, high = (f"{row[key] / size:.1f}" for key in ("us", "p20", "p80"))
+        cells = [row["op"], row["shape"], row["provider"], median, f"{low}-{high}"]
+        cells.append(f"{row['speedup']:.2f}x")
+        values = (row.get(column) for column in columns)
+        cells += ["" if value is None else str(value) for value in values]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def replace_between(path, marks, lines):
@@ -92,7 +133,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
-    parser.add_argument("--only", help="one op")
+    parser.add_argument("--only", help="one op, method or network")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case")
     parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")
     args = parser.parse_args()

@@ -24,6 +24,10 @@ class Case:
 
     gate: raises unless fastadv's result is right; runs before any timing.
     nbytes: memory traffic of one call when every operand is touched once; exceptions by provider.
+    images: of one call, where they are what is counted. floors: {provider: the one whose time it
+    cannot beat}. facts: {provider: {column: value}} of what is no time, asked after the timing.
+    left_out: the providers that are missing, and why. calls: how often each provider is called
+    before it is timed; with 0 the gate does that. samples: the least number of them.
     """
 
     op: str
@@ -32,27 +36,32 @@ class Case:
     gate: Callable
     nbytes: int = 0
     exceptions: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    floors: dict[str, str] = field(default_factory=dict)
+    facts: Callable = dict
+    left_out: str | None = None
+    calls: int = 4
+    samples: int = 5
 
     def nbytes_of(self, provider):
         return self.exceptions.get(provider, self.nbytes)
 
 
-def interleave(providers, seconds=2.0, warmup=3):
+def interleave(case, seconds=2.0):
     """Seconds per call, {name: [samples]}: one sample of each in turn until time is up.
 
     A sample repeats a short call until about a millisecond has passed.
     """
-    repeats = {}
-    for name, call in providers.items():
-        for _ in range(warmup):
+    repeats = dict.fromkeys(case.providers, 1)
+    for name, call in case.providers.items():
+        for _ in range(case.calls):
+            start = time.perf_counter()
             call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
-    samples = {name: [] for name in providers}
+            repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+    samples = {name: [] for name in case.providers}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[name]) < 5:
-        for name, call in providers.items():
+    while time.perf_counter() < end or len(samples[name]) < case.samples:
+        for name, call in case.providers.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

@@ -1,13 +1,166 @@
-"""The benchmarks that train, run as commands: minutes long."""
+"""The benchmarks: steps and attacks on tiny networks, and those that train, minutes long."""
 
+import importlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-METHODS = Path(__file__).parents[1] / "benchmarks/methods.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+METHODS = BENCHMARKS / "methods.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """name -> module of the benchmarks, where torch.compile takes no time."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    return importlib.import_module
+
+
+def test_the_attack_benchmark_on_a_tiny_network(bench):
+    case = bench("bench_attack").case("resnet18", batch=2, samples=1, width=4)
+    rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
+    names = ["published", "published_backward", "compiled", "fastadv_fp32", "fastadv_bf16"]
+    assert [*rows][:5] == names
+    assert [*rows][-2:] == ["conv_fp32", "conv_bf16"]
+    assert any("torchattacks" in name for name in rows) != ("left out" in rows["published"])
+    for row in rows.values():
+        assert row["images/s"] == pytest.approx(2e6 / row["us"], rel=0.05)
+        assert row["speedup"] == pytest.approx(rows["published"]["us"] / row["us"], abs=0.02)
+    bf16 = rows["fastadv_bf16"]
+    assert bf16["x floor"] == pytest.approx(bf16["us"] / rows["conv_bf16"]["us"], abs=0.01)
+    assert 0.5 < bf16["equal signs"] <= 1
+    assert bf16["peak MB"] >= 0
+    assert rows["published"]["peak MB"] > 0
+
+
+def test_the_attack_benchmark_refuses_a_wrong_attack(bench, monkeypatch):
+    module = bench("bench_attack")
+    monkeypatch.setattr(module, "STEP_SIZE", 1 / 255)
+    with pytest.raises(AssertionError):
+        module.case("resnet18", batch=2, width=4).gate()
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts them by operator, shapes, options and, backward, the gradients asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (
+            torch.ops.aten.convolution,
+            torch.ops.aten.convolution_backward,
+        ):
+            shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+            self.counts[f"{func} {shapes}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_the_floor_is_the_convolutions_of_an_attack(bench, name):
+    module = bench("bench_attack")
+    model, (x, y) = module.network(name, width=4), module.images(2)
+    calls = module.convolutions(model, x, torch.float32), module.attacks(model, x, y)["published"]
+    counts = []
+    for call in calls:
+        with Convolutions() as seen:
+            call()
+        counts.append(seen.counts)
+    assert counts[0] == counts[1]
+    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert counts[0].total() == 2 * 10 * convs
+
+
+@pytest.mark.parametrize("name", ["rslad", "adaad", "advfunmatch"])
+def test_the_train_step_benchmark_on_tiny_networks(bench, name):
+    module = bench("bench_train_step")
+    case = module.case(name, "resnet18", "wrn10_1", batch=4, samples=1, width=4)
+    rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
+    steps = [row for provider, row in rows.items() if provider.startswith("fastadv")]
+    assert len(steps) == (4 if name == "rslad" else 1)
+    for row in steps:
+        assert sum(row[section] for section in module.SECTIONS) == pytest.approx(1, abs=1e-3)
+        assert (row["teacher"] > 0) == ("no teacher" not in row["provider"])
+
+
+def test_the_train_step_benchmark_refuses_another_loss(bench, monkeypatch):
+    module, published = bench("bench_train_step"), bench("published")
+
+    def other(*nets, **options):
+        x_adv, loss = published.rslad(*nets, **options)
+        return x_adv, 1.01 * loss
+
+    monkeypatch.setitem(published.METHODS, "rslad", other)
+    with pytest.raises(AssertionError):
+        module.case("rslad", "resnet18", "wrn10_1", batch=4, width=4).gate()
+
+
+class Slow(torch.autograd.Function):
+    """x; moves the hands of a clock by `seconds` on the way forward, twice that on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, seconds, hands):
+        ctx.seconds, ctx.hands = seconds, hands
+        hands.append(hands[-1] + seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.hands.append(ctx.hands[-1] + 2 * ctx.seconds)
+        return gradient, None, None
+
+
+class SlowTeacher(nn.Module):
+    def __init__(self, hands):
+        super().__init__()
+        self.hands = hands
+
+    def forward(self, x):
+        return Slow.apply(x, 10, self.hands)
+
+
+def test_the_clock_tells_the_teacher_from_the_attack_around_it(bench, monkeypatch):
+    module, hands = bench("bench_train_step"), [0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: hands[-1]))
+    clock, teacher, x = module.Clock(), SlowTeacher(hands), torch.zeros(1, requires_grad=True)
+    with clock.teacher(teacher), clock.section("attack"):
+        torch.autograd.grad((Slow.apply(x, 1, hands) + teacher(x)).sum(), x)
+    assert clock.seconds == {"attack": 3, "teacher": 30}
+    assert clock.shares() == {"data": 0, "teacher": 0.9091, "attack": 0.0909, "outer": 0}
+    assert not clock.running
+    assert "forward" not in vars(teacher)
+
+
+def test_a_table_has_the_columns_with_values(bench):
+    row = {"op": "o", "shape": "s", "provider": "p", "us": 2e6, "p20": 1e6, "p80": 3e6}
+    rows = [row | {"speedup": 1.0, "GB/s": None}, row | {"speedup": 2.0, "images/s": 5.5}]
+    assert bench("run").markdown(rows) == [
+        "| op | shape | provider | median ms | p20-p80 | speed-up | images/s |",
+        "|---|---|---|---|---|---|---|",
+        "| o | s | p | 2000.0 | 1000.0-3000.0 | 1.00x |  |",
+        "| o | s | p | 2000.0 | 1000.0-3000.0 | 2.00x | 5.5 |",
+    ]
+
+
+def test_only_names_a_module_or_a_network(bench, monkeypatch):
+    run, attack = bench("run"), bench("bench_attack")
+    cases = [attack.Case("PGD-10", f"{name}, 2x3x32x32", {}, None) for name in ("a", "b")]
+    monkeypatch.setattr(attack, "cases", lambda: cases)
+    assert [*run.chosen("attack", None)] == [*run.chosen("attack", "attack")] == cases
+    assert [*run.chosen("attack", "b")] == cases[1:]
+    assert [*run.chosen("attack", "pgd-10")] == cases
+    with pytest.raises(SystemExit, match="zz"):
+        run.run("attack", "zz", 0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,218 @@
+"""PGD-10 end to end; `--suite attack` of run.py.
+
+    pip install --no-deps --target build/peers torchattacks    # its dependencies are not needed
+    PYTHONPATH=build/peers python benchmarks/run.py --suite attack
+
+"published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model).
+"conv_fp32" and "conv_bf16" are floors: what torch's own convolutions take for the same passes,
+forward and input gradient, and nothing else; x floor is the time over them. Peak memory is what one
+attack adds to a fresh process. Of WideResNet the rivals are left out that would take minutes more.
+
+The networks have random weights, and BatchNorm statistics on the way from the default ones to those
+of random images. What "equal signs" and "cosine" say of bfloat16 holds for these networks: with the
+full statistics of such images they amplify all rounding, and a trained network is another matter.
+
+Not a pytest-benchmark module: a call takes seconds.
+"""
+
+import copy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import published
+import torch
+import torch.nn.functional as F
+from published import EPS, STEP_SIZE, STEPS
+from timing import Case
+from torch import nn
+
+from fastadv import freeze, models
+from fastadv.attacks import PGD
+from fastadv.attacks.pgd import OBJECTIVES, input_gradient
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEASURED = ("published", "fastadv_bf16")  # in memory
+
+
+def network(name, **size):
+    """A network in eval mode whose BatchNorm statistics have seen five batches of random images."""
+    model = models.get(name, **size)
+    with torch.no_grad():
+        for _ in range(5):
+            model(torch.rand(8, 3, 32, 32))
+    return model.eval()
+
+
+def images(batch):
+    return torch.rand(batch, 3, 32, 32), torch.arange(batch) % 10
+
+
+def attacks(model, x, y):
+    """{provider: attack(steps, start) -> x_adv}, those of this file's own making."""
+    compiled = torch.compile(model)
+    losses = {net: lambda v, net=net: F.cross_entropy(net(v), y) for net in (model, compiled)}
+    return {
+        "published": partial(published.pgd, losses[model], x),
+        "published_backward": partial(published.pgd, losses[model], x, backward=True),
+        "compiled": partial(published.pgd, losses[compiled], x),
+        **{f"fastadv_{name}": fastadv(model, x, y, dtype) for name, dtype in DTYPES.items()},
+    }
+
+
+def frozen(model, dtype):
+    """The twin of a copy in channels_last, which the trainer's student has too."""
+    return freeze(copy.deepcopy(model).to(memory_format=torch.channels_last), dtype)
+
+
+def fastadv(model, x, y, dtype):
+    twin = frozen(model, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def attack(steps=STEPS, start=None):
+        return PGD(EPS, STEP_SIZE, steps, "gaussian")(twin, x, y, start=start)
+
+    return attack
+
+
+def torchattacks_pgd(model, x, y):
+    """(provider, attack, None), or (None, None, why it is missing); its start is uniform."""
+    try:
+        import torchattacks
+    except ImportError as error:
+        return None, None, f"torchattacks: {error}"
+
+    def attack(steps=STEPS, start=None):
+        return torchattacks.PGD(model, EPS, STEP_SIZE, steps)(x, y)
+
+    return f"torchattacks {torchattacks.__version__}", attack, None
+
+
+def convolutions(model, x, dtype):
+    """A call that runs every nn.Conv2d of the model, forward and to the input, STEPS times on
+    channels_last tensors of its shapes in dtype. Layers of one shape share their input."""
+    layers, blank = [], {}
+
+    def tensor(shape):
+        if shape not in blank:
+            blank[shape] = torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+        return blank[shape]
+
+    def record(conv, args, out):
+        weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+        options = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+        layers.append((tensor(args[0].shape), weight, tensor(out.shape), options))
+
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [conv.register_forward_hook(record) for conv in convs]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+
+    @torch.no_grad()
+    def call():
+        for _ in range(STEPS):
+            for v, weight, _, options in layers:
+                torch.ops.aten.convolution(v, weight, None, *options)
+            for v, weight, gradient, options in reversed(layers):
+                torch.ops.aten.convolution_backward(
+                    gradient, v, weight, [0], *options, [True, False, False]
+                )
+
+    return call
+
+
+def agreement(model, x, y):
+    """{provider: what fastadv's input gradient has in common with the published one, the share of
+    equal signs and the cosine, mean over images}."""
+    theirs = input_gradient(lambda v: F.cross_entropy(model(v), y, reduction="none"), x)
+    found = {}
+    for name, dtype in DTYPES.items():
+        twin = frozen(model, dtype)
+        ours = input_gradient(lambda v, twin=twin: OBJECTIVES["ce"](twin(v), y), x)
+        signs = (ours.sign() == theirs.sign()).float().mean()
+        cosine = F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).mean()
+        found[f"fastadv_{name}"] = {
+            "equal signs": round(float(signs), 5),
+            "cosine": round(float(cosine), 5),
+        }
+    return found
+
+
+def peak(name, provider, **options):
+    """What one attack of two steps adds to the memory of a fresh process, in MB; Linux only."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    command = [sys.executable, __file__, name, provider]
+    command += [f"{key}={value}" for key, value in options.items()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"peak MB": int(done.stdout)}
+
+
+def growth(name, provider, batch=64, **size):
+    """The child of `peak`; the network's memory and its BatchNorm statistics are not in it."""
+    attack = attacks(models.get(name, **size).eval(), *images(batch))[provider]
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident()["VmRSS"]
+    attack(steps=2)
+    return round((resident()["VmHWM"] - before) / 1024)
+
+
+def resident():
+    """{field: kB} of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+
+
+def case(name, batch=64, rivals=True, samples=5, **size):
+    torch.manual_seed(0)
+    model, (x, y) = network(name, **size), images(batch)
+    peer, torchattacks, left_out = torchattacks_pgd(model, x, y)
+    providers = attacks(model, x, y)
+    if peer:
+        providers[peer] = torchattacks
+    if not rivals:
+        slow = [key for key in providers if key != "published" and "fastadv" not in key]
+        for key in slow:
+            del providers[key]
+        left_out = f"{', '.join(slow)}: too slow"
+    floors = {f"conv_{key}": convolutions(model, x, dtype) for key, dtype in DTYPES.items()}
+    agreed = agreement(model, x, y)
+
+    def gate():
+        start = x + 0.001 * torch.randn_like(x)
+        first = {key: attack(steps=1, start=start) for key, attack in providers.items()}
+        assert (first["fastadv_fp32"] == first["published"]).float().mean() >= 0.999
+        assert agreed["fastadv_bf16"]["cosine"] > 0.9, agreed
+        for floor in floors.values():
+            floor()
+
+    def facts():
+        measured = {provider: peak(name, provider, batch=batch, **size) for provider in MEASURED}
+        return {key: agreed.get(key, {}) | measured.get(key, {}) for key in agreed | measured}
+
+    return Case(
+        "PGD-10",
+        f"{name}, {batch}x3x32x32",
+        providers | floors,
+        gate,
+        images=batch,
+        floors={f"fastadv_{key}": f"conv_{key}" for key in DTYPES},
+        facts=facts,
+        left_out=left_out,
+        calls=0,
+        samples=samples,
+    )
+
+
+def cases():
+    yield case("resnet18")
+    yield case("mobilenet_v2")
+    yield case("wrn28_10", rivals=False, samples=3)
+
+
+if __name__ == "__main__":
+    name, provider, *options = sys.argv[1:]
+    print(growth(name, provider, **{key: int(v) for key, v in (o.split("=") for o in options)}))

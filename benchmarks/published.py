@@ -1,0 +1,72 @@
+"""Attacks and training steps as their authors' codes have them: float32, eager, no layout chosen,
+parameters that require gradients also where none is wanted, and the teacher asked every time."""
+
+import torch
+import torch.nn.functional as F
+
+EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
+
+
+def pgd(objective, x, steps=STEPS, start=None, backward=False):
+    """The loop of TRADES and RSLAD: x_adv that maximises objective(x_adv), a scalar.
+
+    backward: `loss.backward()` in it, as in robust_overfitting, foolbox and RSLAD's own evaluation:
+    gradients of all weights are computed and added up in `.grad`.
+    """
+    x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        loss = objective(x_adv)
+        if backward:
+            loss.backward()
+            gradient = x_adv.grad
+        else:
+            (gradient,) = torch.autograd.grad(loss, [x_adv])
+        x_adv = x_adv.detach() + STEP_SIZE * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
+    return x_adv
+
+
+def kl(logits, soft, reduction):
+    return F.kl_div(logits.log_softmax(1), soft, reduction=reduction)
+
+
+def rslad(student, teacher, x, **options):
+    """(x_adv, loss) of one step; options are those of `pgd`."""
+    with torch.no_grad():
+        soft = teacher(x).softmax(1)
+    student.eval()
+    x_adv = pgd(lambda v: kl(student(v), soft, "sum"), x, **options)
+    student.train()
+    adv, clean = (kl(student(v), soft, "batchmean") for v in (x_adv, x))
+    return x_adv, (5 / 6 * adv + 1 / 6 * clean) / 10
+
+
+def mismatch(student, teacher, x, **options):
+    """x_adv of largest KL(t(x_adv) || s(x_adv)), the gradient through both networks."""
+    student.eval()
+    x_adv = pgd(lambda v: kl(student(v), teacher(v).softmax(1), "sum"), x, **options)
+    student.train()
+    return x_adv
+
+
+def adaad(student, teacher, x, **options):
+    """(x_adv, loss); the clean passes of both networks are made though their weight is zero."""
+    x_adv = mismatch(student, teacher, x, **options)
+    clean, adv = student(x), student(x_adv)
+    with torch.no_grad():
+        soft, soft_adv = (teacher(v).softmax(1) for v in (x, x_adv))
+    loss, loss_clean = (kl(z, p, "none").mean() for z, p in ((adv, soft_adv), (clean, soft)))
+    return x_adv, 1.0 * loss + 0.0 * loss_clean
+
+
+def advfunmatch(student, teacher, x, **options):
+    """(x_adv, loss); no code of the authors' was available, so this is the paper's min-max problem
+    written like the others."""
+    x_adv = mismatch(student, teacher, x, **options)
+    with torch.no_grad():
+        soft = teacher(x_adv).softmax(1)
+    return x_adv, kl(student(x_adv), soft, "batchmean")
+
+
+METHODS = {"rslad": rslad, "adaad": adaad, "advfunmatch": advfunmatch}
