@@ -53,14 +53,14 @@ def every_view(loader):
     return loader.view_batch(rows, torch.arange(loader.views).repeat(len(loader.images)))
 
 
-def alone(teacher, x, name="logits"):
-    """What the teacher says of each image in an otherwise blank block."""
+def alone(teacher, x, name="logits", names=("logits",)):
+    """What the teacher, asked for `names`, says of each image in an otherwise blank block."""
     rows = []
     with torch.no_grad():
         for image in x:
             block = torch.zeros(BLOCK, *x.shape[1:]).contiguous(memory_format=torch.channels_last)
             block[7] = image
-            rows.append(forward_features(teacher, block, [name])[1][name][7])
+            rows.append(forward_features(teacher, block, names)[1][name][7])
     return torch.stack(rows)
 
 
@@ -144,7 +144,7 @@ def test_features_keep_their_names_and_shapes(tmp_path):
         "penultimate": (128,), "conv4": (8, 4, 4), "logits": (10,)
     }  # fmt: skip
     for name, value in found.items():
-        assert torch.equal(value, alone(teacher, x, name)), name
+        assert torch.equal(value, alone(teacher, x, name, names)), name
         assert value.is_contiguous()
 
 

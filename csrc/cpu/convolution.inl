@@ -6,23 +6,32 @@
 // in one order whatever the threads. The gradient to the input is the same sum over transposed
 // taps and weights.
 
-constexpr int64_t chunk_pixels = 32;  // keeps a chunk's inputs and one block of weights in L2
+constexpr int64_t chunk_pixels = 32;   // keeps a chunk's inputs and one block of weights in L2
+constexpr int64_t resident = 1 << 20;  // bytes of weights that stay in L2 as a whole
 
 // Calls body(first group, output pixel, output block) for all, two groups at a time. A task is a
-// chunk of pixels of two groups, for all output blocks or, where tasks are few, a part of them.
+// chunk of pixels of two groups, for all output blocks or, where tasks are few, a part of them:
+// pixel by pixel where L2 holds the weights, else block by block.
 template <typename Body>
-static void for_outputs(const Convolution& c, int threads, const Body& body) {
+static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads, const Body& body) {
   const int64_t pairs = (c.groups + 1) / 2;
   const int64_t chunks = (c.out_pixels + chunk_pixels - 1) / chunk_pixels;
   const int64_t wanted = (4 * threads + pairs * chunks - 1) / (pairs * chunks);
   const int64_t parts = wanted < c.out_blocks ? wanted : c.out_blocks;
   parallel_for(parts * pairs * chunks, threads, [&](int64_t task) {
     const int64_t chunk = task % chunks, pair = task / chunks % pairs, part = task / chunks / pairs;
-    const int64_t first = chunk * chunk_pixels, end = first + chunk_pixels;
-    const int64_t last = end < c.out_pixels ? end : c.out_pixels;
+    const int64_t p0 = chunk * chunk_pixels, end = p0 + chunk_pixels;
+    const int64_t p1 = end < c.out_pixels ? end : c.out_pixels;
+    const int64_t o0 = part * c.out_blocks / parts, o1 = (part + 1) * c.out_blocks / parts;
     body.task([&](const auto& one) {
-      for (int64_t o = part * c.out_blocks / parts; o < (part + 1) * c.out_blocks / parts; ++o) {
-        for (int64_t p = first; p < last; ++p) one(2 * pair, p, o);
+      if (weight_bytes <= resident) {
+        for (int64_t p = p0; p < p1; ++p) {
+          for (int64_t o = o0; o < o1; ++o) one(2 * pair, p, o);
+        }
+      } else {
+        for (int64_t o = o0; o < o1; ++o) {
+          for (int64_t p = p0; p < p1; ++p) one(2 * pair, p, o);
+        }
       }
     });
   });
@@ -204,11 +213,12 @@ struct Depthwise {
 };
 
 static void convolution(const Convolution& c, int threads) noexcept {
-  if (c.dtype == DType::bf16) return for_outputs(c, threads, Dense<BF16>{c});
-  for_outputs(c, threads, Dense<float>{c});
+  const int64_t weights = c.out_blocks * c.kernel * c.in_blocks * 2 * block_size;
+  if (c.dtype == DType::bf16) return for_outputs(c, 2 * weights, threads, Dense<BF16>{c});
+  for_outputs(c, 4 * weights, threads, Dense<float>{c});
 }
 
 static void depthwise(const Convolution& c, int threads) noexcept {
-  if (c.dtype == DType::bf16) return for_outputs(c, threads, Depthwise<BF16>{c});
-  for_outputs(c, threads, Depthwise<float>{c});
+  if (c.dtype == DType::bf16) return for_outputs(c, 0, threads, Depthwise<BF16>{c});
+  for_outputs(c, 0, threads, Depthwise<float>{c});
 }

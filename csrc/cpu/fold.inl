@@ -4,26 +4,38 @@
 //   backward [in blocks, taps, out blocks, 32 / n, 32 in, n out]
 // weight: fp32 [out_channels, in_channels, taps], strides in elements; scale: fp32 [out_channels]
 // or null; n = 2 for bf16, 1 for fp32; zeros fill the blocks up.
+
+// Rows of 32 values as `convolution` reads them: for bf16 each element of an even row next to that
+// of the odd row after it.
+static inline void interleave(float* to, const float (*rows)[columns_of_block]) {
+  std::memcpy(to, rows, sizeof(float) * columns_of_block * columns_of_block);
+}
+
+static inline void interleave(BF16* to, const float (*rows)[columns_of_block]) {
+  for (int k = 0; k < columns_of_block; k += 2) {
+    for (int c = 0; c < columns_of_block; c += W, to += 2 * W) {
+      const U even = __builtin_convertvector(encode(load(rows[k] + c), BF16{}), U);
+      const U odd = __builtin_convertvector(encode(load(rows[k + 1] + c), BF16{}), U);
+      const U pairs = even | odd << 16;
+      std::memcpy(to, &pairs, sizeof pairs);
+    }
+  }
+}
+
 template <typename T>
 static void fold_block(T* forward, T* backward, const float* weight, const float* scale,
                        int64_t outs, int64_t ins, int64_t out_stride, int64_t in_stride) {
-  constexpr int n = sizeof(T) == 2 ? 2 : 1, side = columns_of_block;
-  alignas(64) float block[side][side] = {};  // [in, out]
+  constexpr int side = columns_of_block;
+  alignas(64) float by_out[side][side] = {}, by_in[side][side];
   for (int64_t o = 0; o < outs; ++o) {
     const float by = scale ? scale[o] : 1.0f;
-    for (int64_t i = 0; i < ins; ++i) block[i][o] = weight[o * out_stride + i * in_stride] * by;
+    for (int64_t i = 0; i < ins; ++i) by_out[o][i] = weight[o * out_stride + i * in_stride] * by;
   }
-  const auto write = [&](T* to, const auto& at) {
-    alignas(64) float line[n * side];
-    for (int k = 0; k < side; k += n) {
-      for (int c = 0; c < side; ++c) {
-        for (int j = 0; j < n; ++j) line[n * c + j] = at(k + j, c);
-      }
-      for (int c = 0; c < n * side; c += W) put(to + k * side + c, load(line + c));
-    }
-  };
-  write(forward, [&](int i, int o) { return block[i][o]; });
-  write(backward, [&](int o, int i) { return block[i][o]; });
+  for (int o = 0; o < side; ++o) {
+    for (int i = 0; i < side; ++i) by_in[i][o] = by_out[o][i];
+  }
+  interleave(forward, by_in);
+  interleave(backward, by_out);
 }
 
 template <typename T>

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .stage import Ref, Stage
+from .stage import Ref, Stage, pair
 from .trunk import Trunk
 
 
@@ -86,7 +86,7 @@ class Lowering:
             source = None
         elif not self.stages:
             return None
-        top, left = conv.padding
+        top, left = pair(conv.padding)
         padding = tuple(p + q for p, q in zip(pad, (left, left, top, top), strict=True))
         return self.add_stage(Stage(source, conv.out_channels, conv=conv, padding=padding))
 
@@ -201,20 +201,17 @@ class Lowering:
             if module
             else (node.args[1], node.args[2] if len(node.args) > 2 else None)
         )
-        if ref is None or len(node.args) > 3 or node.kwargs or (module and module.padding):
+        odd = module and (module.padding or module.ceil_mode or module.divisor_override)
+        if ref is None or len(node.args) > 3 or node.kwargs or odd:
             return None
-        size = size if isinstance(size, tuple) else (size, size)
-        stride = size if stride is None else stride
-        stride = stride if isinstance(stride, tuple) else (stride, stride)
-        return self.add_stage(Stage(ref, ref.stage.channels, window=(size, stride)))
+        window = pair(size), pair(size if stride is None else stride)
+        return self.add_stage(Stage(ref, ref.stage.channels, window=window))
 
     def adaptive_pool(self, node, module):
         ref, size = self.ref(node.args[0]), module.output_size if module else node.args[1]
-        if size in ((1, 1), [1, 1]):
-            size = 1
-        if ref is None or not isinstance(size, int):
+        if ref is None or None in pair(size):
             return None
-        return self.add_stage(Stage(ref, ref.stage.channels, window=size))
+        return self.add_stage(Stage(ref, ref.stage.channels, adaptive=pair(size)))
 
     def boundary(self):
         """The one node of the trunk that the head reads."""
@@ -297,4 +294,4 @@ def _head(net, graph, found, boundary):
         if any(source not in copies for source in node.all_input_nodes):
             raise Unsupported("it does not end in one path of features")
         copies[node] = head.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(net, head)
+    return fx.GraphModule(net, head).eval()

@@ -11,6 +11,11 @@ from .. import _native
 IMAGES, CHANNELS = 16, 32  # of a block, see csrc/table.h
 
 
+def pair(size):
+    """(height, width) of what torch takes as one number or two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def blocks_of(channels):
     """How many blocks of channels these are."""
     return -(-channels // CHANNELS)
@@ -22,22 +27,23 @@ class Stage:
 
         out = conv(source) + before;  active = activation(affine(out))
 
-    source: the Ref it reads, None for the image. conv: the nn.Conv2d, None for pooling, whose
-    `window` is (size, stride), or the output's side for an adaptive one. padding: zeros to the
-    left, right, top and bottom. norm: the BatchNorm folded into the weights. before: the Ref of the
-    residual. affine: a BatchNorm between out and activation. activation: "none", "relu" (up to
-    `cap`) or "silu".
+    source: the Ref it reads, None for the image. conv: the nn.Conv2d, None for average pooling,
+    whose `window` is (size, stride), a pair each, or which is `adaptive` to an output of this
+    size. padding: zeros to the left, right, top and bottom. norm: the BatchNorm folded into the
+    weights. before: the Ref of the residual. affine: a BatchNorm between out and activation.
+    activation: "none", "relu" (up to `cap`) or "silu"; None where nothing reads `active`.
     """
 
     source: "Ref | None"
     channels: int
     conv: nn.Conv2d | None = None
-    window: tuple | int | None = None
+    window: tuple | None = None
+    adaptive: tuple | None = None
     padding: tuple = (0, 0, 0, 0)
     norm: nn.BatchNorm2d | None = None
     before: "Ref | None" = None
     affine: nn.BatchNorm2d | None = None
-    activation: str | None = None  # None: nothing reads `active`
+    activation: str | None = None
     cap: float = float("inf")
     weights: tuple = ()  # (forward, backward), see `fold`
     bias: torch.Tensor | None = None
@@ -49,19 +55,13 @@ class Stage:
     def depthwise(self):
         return self.conv is None or self.conv.groups > 1
 
-    def geometry(self, height, width):
-        """(kernel, stride, dilation, padding) for an input of this size, a pair each."""
-        if self.conv is not None:
-            return self.conv.kernel_size, self.conv.stride, self.conv.dilation, self.padding
-        if isinstance(self.window, int):  # adaptive
-            if height % self.window or width % self.window:
-                raise ValueError(
-                    f"x is {height} x {width} where it is pooled to {self.window} x {self.window},"
-                    " must be a multiple of it"
-                )
-            kernel = height // self.window, width // self.window
-            return kernel, kernel, (1, 1), self.padding
-        return *self.window, (1, 1), self.padding
+    @property
+    def geometry(self):
+        """(kernel, stride, dilation, padding) of a convolution or a pooling by windows."""
+        if self.conv is None:
+            return *self.window, (1, 1), self.padding
+        conv = self.conv
+        return *map(pair, (conv.kernel_size, conv.stride, conv.dilation)), self.padding
 
     def fold(self, dtype):
         """Makes weights, bias, scale and shift from the present parameters."""

@@ -26,6 +26,23 @@ def pairs(size, kernel, stride, dilation, padding):
     return tuple(column[inside] for column in columns)
 
 
+def adaptive_pairs(size, output):
+    """(output pixel, source pixel) of adaptive pooling: output i of n takes floor(i m / n) up to
+    ceil((i + 1) m / n) of m pixels."""
+    y, x, sy, sx = np.ogrid[: output[0], : output[1], : size[0], : size[1]]
+    rows = (sy >= y * size[0] // output[0]) & (sy < -(-(y + 1) * size[0] // output[0]))
+    columns = (sx >= x * size[1] // output[1]) & (sx < -(-(x + 1) * size[1] // output[1]))
+    out, source = np.broadcast_arrays(y * output[1] + x, sy * size[1] + sx)
+    return out[rows & columns], source[rows & columns]
+
+
+def means(out):
+    """(tap of each pair, fp32 [taps] weights) that make a sum over each output pixel's pairs their
+    mean."""
+    sizes, tap = np.unique(np.bincount(out)[out], return_inverse=True)
+    return tap, torch.from_numpy(1 / sizes).float()
+
+
 def lists(at, source, tap, count, kernel):
     """The taps of `count` pixels as `_native.convolution` takes them; `at` is the pixel of each."""
     order = np.lexsort((tap, at))

@@ -3,11 +3,20 @@
 import sys
 from collections import defaultdict
 
+import numpy as np
 import torch
 
 from .. import _native
 from .stage import CHANNELS, IMAGES, Ref, blocks_of
-from .taps import image_offsets, lists, output_size, pairs, patch_offsets
+from .taps import (
+    adaptive_pairs,
+    image_offsets,
+    lists,
+    means,
+    output_size,
+    pairs,
+    patch_offsets,
+)
 
 
 class Trunk:
@@ -199,35 +208,38 @@ class Plan:
         self.shape, self.strides, sizes = x.shape[1:], x.stride(), {}
         self.steps = []
         for stage in stages:
+            size = sizes[stage.source.stage] if stage.source else tuple(x.shape[2:])
+            sizes[stage] = stage.adaptive or output_size(size, *stage.geometry)
             if stage.source is None:
-                size = tuple(x.shape[2:])
-                geometry = stage.geometry(*size)
-                self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *geometry)
+                self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *stage.geometry)
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
-                sizes[stage] = output_size(size, *geometry)
-                step = Step(stage, sizes[stage], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
-            else:
-                size = sizes[stage.source.stage]
-                geometry = stage.geometry(*size)
-                sizes[stage] = output_size(size, *geometry)
-                step = Step(stage, size, *geometry)
-            self.steps.append(step)
+            self.steps.append(Step(stage, size, sizes[stage]))
         self.size = sizes[stages[-1]]
 
 
 class Step:
     """The taps of one stage, forward and backward, and the weights of a mean."""
 
-    def __init__(self, stage, size, *geometry):
-        taps = geometry[0][0] * geometry[0][1]
-        out, source, tap = pairs(size, *geometry)
-        height, width = output_size(size, *geometry)
-        self.pixels = height * width
+    def __init__(self, stage, size, output):
+        self.pixels, self.mean = output[0] * output[1], None
+        if stage.source is None:  # a product with patches
+            out = source = np.arange(self.pixels)
+            size, tap, taps = output, np.zeros_like(out), 1
+        elif stage.conv is not None:
+            out, source, tap = pairs(size, *stage.geometry)
+            taps = stage.conv.weight[0, 0].numel()
+        else:
+            out, source = (
+                adaptive_pairs(size, stage.adaptive)
+                if stage.adaptive
+                else pairs(size, *stage.geometry)[:2]
+            )
+            tap, weights = means(out)
+            taps = len(weights)
+            channels = blocks_of(stage.channels) * CHANNELS
+            self.mean = weights[:, None].expand(-1, channels).contiguous()
         self.forward = lists(out, source, tap, self.pixels, taps)
         self.backward = lists(source, out, tap, size[0] * size[1], taps)
-        self.mean = None
-        if stage.conv is None:
-            self.mean = torch.full((taps, blocks_of(stage.channels) * CHANNELS), 1 / taps)
 
 
 class _Run(torch.autograd.Function):

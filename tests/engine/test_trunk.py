@@ -32,9 +32,10 @@ class Plain(nn.Module):
             nn.Conv2d(7, 7, 2, groups=7),
             nn.ReLU(),
             nn.Dropout(),
-            nn.AvgPool2d(2),
+            nn.AvgPool2d((2, 1), stride=1),
+            nn.AdaptiveAvgPool2d((3, 2)),
         )
-        self.classifier = nn.Linear(7 * 2, 4)
+        self.classifier = nn.Linear(7 * 6, 4)
 
     def forward(self, x):
         x = self.body(F.pad((x - 0.5) / 0.25 * 2, (1, 0, 2, 0)))
