@@ -15,8 +15,9 @@ from fastadv.config import Config
 from fastadv.evaluate import accuracies
 from fastadv.train import train
 
-TINY = {"data": "npz", "student": "digits_net", "student_width": 4, "epochs": 1, "eps": 0.1}
-STUDENT = {"method": "rslad", "lr": 1.0, "batch_size": 32, "steps": 2, "ema": 0.5}
+TINY = {"data": "npz", "student": "digits_net", "student_width": 4, "eps": 0.1}
+TINY |= {"batch_size": 16, "epochs": 3, "milestones": (2,), "eval_every": 3}
+STUDENT = {"method": "rslad", "lr": 1.0, "steps": 2, "ema": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def gap(a, b):
     return max(float((u.double() - v.double()).abs().max()) for u, v in tensors)
 
 
-@pytest.mark.parametrize(("steps", "rounding"), [(0, 1e-6), (2, 1e-3)])
+@pytest.mark.parametrize(("steps", "rounding"), [(0, 1e-5), (2, 1e-3)])
 def test_the_arms_differ_in_precision_alone(fields, tmp_path, steps, rounding):
     """In fp32 and without the cache's half precision the engine repeats the plain loop: without
     steps from the same starts, with them up to a few flipped signs."""
     dataset = data.load(fields["data"], fields["data_dir"])
-    fields = fields | {"steps": steps}
+    fields = fields | {"steps": steps, "epochs": 1}
     ours = {"teacher_cache": "off", "out": str(tmp_path / "engine")}
     twin = equivalence.engine(Config(**fields | ours, seed=3), dataset)
     same, other = (equivalence.plain(Config(**fields, seed=seed), dataset) for seed in (3, 4))
@@ -48,7 +49,7 @@ def test_the_arms_differ_in_precision_alone(fields, tmp_path, steps, rounding):
 
 
 def test_the_judge_is_the_evaluation(fields):
-    """Plain PGD-20 against fastadv.evaluate's on the same network."""
+    """Plain PGD-20 against fastadv.evaluate's on the same network; the starts are others."""
     config = Config(**fields)
     dataset = data.load(config.data, config.data_dir)
     split = equivalence.held_out(dataset)
@@ -57,7 +58,8 @@ def test_the_judge_is_the_evaluation(fields):
     theirs = accuracies(model, split, equivalence.ATTACKS, eps=config.eps)
     for attack, steps in equivalence.ATTACKS.items():
         ours = equivalence.accuracy(model, split, config, steps)
-        assert ours == pytest.approx(theirs[attack], abs=0.02), attack
+        assert ours == pytest.approx(theirs[attack], abs=0.05 if steps else 0), attack
+    assert theirs["pgd20"] < theirs["clean"] - 0.1
 
 
 def test_pairs_and_their_table(fields, tmp_path):
