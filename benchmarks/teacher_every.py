@@ -4,8 +4,8 @@
     python benchmarks/teacher_every.py --seeds '' --out DIR        # times alone; rows go to DIR
 
 The approximation is `--set teacher_every=m` of fastadv.train; m = 1 is the method. Networks,
-teacher and settings are those of benchmarks/methods.py. Seconds per epoch are those of its training
-steps, timed in turn. Rows are appended to benchmarks/results/teacher_every.jsonl.
+teacher and settings are those of benchmarks/methods.py. epoch_s are the seconds of an epoch's
+training steps, timed in turn. Rows are appended to benchmarks/results/teacher_every.jsonl.
 """
 
 import argparse
@@ -54,8 +54,10 @@ def times(name, checkpoints, seconds):
 
 
 def table(rows):
-    """Markdown: means over seeds; accuracies in percent, with their standard deviation."""
-    lines = ["| method | teacher_every | clean | PGD-20 | s per epoch |", "|---|---|---|---|---|"]
+    """Markdown: means over seeds, in percent, with their standard deviation; the time of an epoch's
+    steps as a share of the exact method's."""
+    lines = ["| method | teacher_every | clean | PGD-20 | time |", "|---|---|---|---|---|"]
+    seconds = {(r["method"], r["teacher_every"]): r["epoch_s"] for r in rows if "epoch_s" in r}
     for name, every in dict.fromkeys((row["method"], row["teacher_every"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["teacher_every"]) == (name, every)]
         cells = []
@@ -63,7 +65,7 @@ def table(rows):
             values = [100 * row[attack] for row in mine if "seed" in row]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells.append(next(f"{row['epoch_s']:.2f}" for row in mine if "epoch_s" in row))
+        cells.append(f"{seconds[name, every] / seconds[name, 1]:.2f}")
         lines.append(f"| {name} | {every} | {' | '.join(cells)} |")
     return lines
 
