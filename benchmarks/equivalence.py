@@ -4,12 +4,12 @@
     python benchmarks/equivalence.py --data-dir DIR                 # and CIFAR-10, about an hour
     python benchmarks/equivalence.py --only digits --seeds 0 --out DIR      # rows go to DIR
 
-Both arms train one RSLAD student by the same settings from the same robust teacher. A pair shares
-a seed, and with it the initial weights, batches and attack starts. "plain" is the loop as
-published, in eager fp32 torch, which stands in this file; "engine" is `fastadv.train` with
---precision bf16: attack, student and teacher. Both are judged by one plain fp32 PGD-20 on the
-average of their weights after the last step. Nothing is selected, so that images of validation and
-test count alike.
+Both arms train one student by the same settings: on the digits by RSLAD from the same robust
+teacher, on a part of CIFAR-10 a narrow ResNet-18 by PGD-AT. A pair shares a seed, and with it the
+initial weights, batches and attack starts. "plain" is the loop as published, in eager fp32 torch,
+which stands in this file; "engine" is `fastadv.train` with --precision bf16: attack, student and
+teacher. Both are judged by one plain fp32 PGD-20 on the average of their weights after the last
+step. Nothing is selected, so that images of validation and test count alike.
 
 The verdict is of the mean paired difference: the arms are equivalent where its 95 % confidence
 interval (Student's t over pairs) lies within +-1.5 points. The seeds were fixed beforehand: 20 on
@@ -40,24 +40,23 @@ from fastadv.train import train
 MARGIN = 1.5  # points
 ATTACKS = {"clean": 0, "pgd20": 20}  # steps
 BF16 = {f"precision_{part}": "bf16" for part in ("attack", "outer", "teacher")}
+DIGITS = settings("rslad") | {"milestones": (24, 34), "eval_every": 40, "ema": 0.99}
 CIFAR = {
+    "method": "at",
     "data": "npz",
     "student": "resnet18",
+    "student_width": 8,
     "batch_size": 64,
+    "lr": 0.05,
     "epochs": 5,
     "milestones": (3, 4),
     "eval_every": 5,
+    "ema": 0.98,
 }
-CIFAR_TEACHER = CIFAR | {"method": "at", "student_width": 16, "lr": 0.05}
-CIFAR_STUDENT = CIFAR | {"method": "rslad", "student_width": 8, "lr": 0.5, "weight_decay": 5e-5}
-DIGITS_STUDENT = settings("rslad") | {"milestones": (24, 34), "eval_every": 40}
-# By data set: seeds, and the fields of Config of the teacher and of the student. Averages and a
-# rate that ends at a hundredth keep the noise of the last steps out of the differences.
-PLANS = {
-    "digits": (range(20), TEACHERS["teacher"], DIGITS_STUDENT | {"ema": 0.99}),
-    "cifar10": (range(5), CIFAR_TEACHER, CIFAR_STUDENT | {"ema": 0.99}),
-}
-IMAGES = {"train": 6_000, "test": 5_000}  # of CIFAR-10; a tenth of train is held out
+# By data set: seeds, and the fields of Config of the teacher (or None) and of the student. Averages
+# and a rate that ends at a hundredth keep the noise of the last steps out of the differences.
+PLANS = {"digits": (range(20), TEACHERS["teacher"], DIGITS), "cifar10": (range(5), None, CIFAR)}
+IMAGES = {"train": 5_000, "test": 5_000}  # of CIFAR-10; a tenth of train is held out
 
 
 def kl(logits, target):
@@ -76,29 +75,37 @@ def ascend(objective, x, x_adv, config, steps):
 
 
 def plain(config, dataset):
-    """RSLAD as its authors train it: the student's averaged model.
+    """PGD-AT or RSLAD as published: the student's averaged model.
 
     Loader, attack starts and averages are those of the other arm: they make the pair.
     """
     torch.manual_seed(config.seed)
     channels = dataset.train.images.shape[1]
     student = models.get(config.student, dataset.num_classes, channels, config.student_width)
-    teacher = from_run(config.teacher_checkpoint)[0].eval()
+    distilled, objective = config.method == "rslad", F.cross_entropy
+    noise = {"init": "uniform", "lo": 0, "hi": 1}
+    if distilled:
+        teacher = from_run(config.teacher_checkpoint)[0].eval()
+        objective, noise = kl, {"init": "gaussian"}
     optimizer = torch.optim.SGD(
         student.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )
     average, loader = build_average(config, student), build_loader(config, dataset)
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = config.lr_at(epoch)
-        for x, _, index, _ in loader.epoch(epoch):
+        for x, target, index, _ in loader.epoch(epoch):
             x = x.contiguous()
-            start = ops.random_start(x, config.eps, "gaussian", index=index)
-            with torch.no_grad():
-                z = teacher(x)
+            if distilled:
+                with torch.no_grad():
+                    target = teacher(x)
+            start = ops.random_start(x, config.eps, index=index, **noise)
             student.eval()
-            x_adv = ascend(lambda v, z=z: kl(student(v), z), x, start, config, config.steps)
+            inner = lambda v, target=target: objective(student(v), target)  # noqa: E731
+            x_adv = ascend(inner, x, start, config, config.steps)
             student.train()
-            loss = (5 / 6 * kl(student(x_adv), z) + 1 / 6 * kl(student(x), z)) / 10
+            loss = objective(student(x_adv), target)
+            if distilled:
+                loss = (5 * loss + objective(student(x), target)) / 60
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -148,15 +155,16 @@ def subset(data_dir, path):
 
 def pairs(teacher, student, seeds, folder):
     """Rows {"arm", "seed", "seconds" of training, "clean", "pgd20"}, accuracies in [0, 1]; the
-    teacher is trained first, where `folder` has none."""
-    out = folder / "teacher"
-    train(Config(**teacher, out=str(out)), resume=(out / "config.json").exists())
+    teacher, if any, is trained first, where `folder` has none."""
+    if teacher:
+        out = folder / "teacher"
+        train(Config(**teacher, out=str(out)), resume=(out / "config.json").exists())
+        student = student | {"teacher_checkpoint": str(out / "best.safetensors")}
     for seed in seeds:
-        shared = {"teacher_checkpoint": str(out / "best.safetensors"), "seed": seed}
         cache = {"teacher_cache": str(folder / "cache"), "out": str(folder / f"engine-{seed}")}
         configs = {
-            "plain": Config(**student | shared),
-            "engine": Config(**student | shared | BF16 | cache),
+            "plain": Config(**student, seed=seed),
+            "engine": Config(**student | BF16 | cache, seed=seed),
         }
         for arm, config in configs.items():
             dataset = data.load(config.data, config.data_dir)
@@ -236,7 +244,7 @@ def main():
         if name == "cifar10":
             files["data_dir"] = str(folder / "cifar10.npz")
             subset(args.data_dir, files["data_dir"])
-        for row in pairs(teacher | files, student | files, seeds, folder / name):
+        for row in pairs(teacher, student | files, seeds, folder / name):
             with open(results, "a") as file:
                 file.write(json.dumps({"data": name} | row | where) + "\n")
         print("\n".join(table(name, newest(results)[name])), flush=True)

@@ -35,12 +35,15 @@ def gap(a, b):
     return max(float((u.double() - v.double()).abs().max()) for u, v in tensors)
 
 
+@pytest.mark.parametrize("method", ["rslad", "at"])
 @pytest.mark.parametrize(("steps", "rounding"), [(0, 1e-5), (2, 1e-3)])
-def test_the_arms_differ_in_precision_alone(fields, tmp_path, steps, rounding):
+def test_the_arms_differ_in_precision_alone(fields, tmp_path, steps, rounding, method):
     """In fp32 and without the cache's half precision the engine repeats the plain loop: without
     steps from the same starts, with them up to a few flipped signs."""
     dataset = data.load(fields["data"], fields["data_dir"])
     fields = fields | {"steps": steps, "epochs": 1}
+    if method == "at":
+        fields |= {"method": "at", "lr": 0.1, "teacher_checkpoint": None}
     ours = {"teacher_cache": "off", "out": str(tmp_path / "engine")}
     twin = equivalence.engine(Config(**fields | ours, seed=3), dataset)
     same, other = (equivalence.plain(Config(**fields, seed=seed), dataset) for seed in (3, 4))
