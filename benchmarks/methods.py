@@ -38,13 +38,16 @@ def teachers(folder):
     return {f"{which}_checkpoint": str(folder / which / "best.safetensors") for which in TEACHERS}
 
 
-def measure(name, seed, folder, checkpoints):
-    """{attack: test accuracy} of the run's best checkpoint by validation."""
+def measure(name, seed, folder, checkpoints, **options):
+    """{attack: test accuracy} of the run's best checkpoint by validation; `options` of the method
+    besides its settings'. The run folder is `folder`/NAME-SEED."""
     needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
     given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"
     common = {"seed": seed, "out": str(out), "teacher_cache": str(folder / "teacher-cache")}
-    train(Config(**settings(name) | given | common))
+    fields = settings(name)
+    fields["method_options"] |= options
+    train(Config(**fields | given | common))
     model, _ = from_run(out / "best.safetensors")
     return accuracies(model, data.load("digits").test, ATTACKS, eps=EPS)
 

@@ -1,16 +1,16 @@
 """AdaAD, adaptive adversarial distillation (Huang et al. 2023)."""
 
 from .. import losses
-from .base import Method, update_statistics
+from .base import MismatchAttack, update_statistics
 
 
-class AdaAD(Method):
+class AdaAD(MismatchAttack):
     """max KL(t(x_adv) || s(x_adv)), the gradient through both networks;
     min alpha KL(t(x_adv) || s(x_adv)) + (1 - alpha) KL(t(x) || s(x)).
 
     reduction: "mean" over batch and classes is the authors' code on CIFAR-10, "batchmean" on
     CIFAR-100. parity: s(x) is computed, before s(x_adv), also when alpha is 1 and its term
-    vanishes.
+    vanishes. teacher_every: an approximation, see MismatchAttack.
     """
 
     teachers = ("teacher",)
@@ -21,9 +21,6 @@ class AdaAD(Method):
 
     def cacheable(self):
         return {"teacher": ("logits",)} if self.alpha < 1 else {}
-
-    def inner(self, nets, x_adv):
-        return losses.kl(nets.student(x_adv), nets.teacher(x_adv), reduction="none")
 
     def outer(self, nets, batch, state):
         loss = 0.0

@@ -1,10 +1,10 @@
 """AdvFunMatch, adversarial function matching (Wu et al. 2023, arXiv 2305.14700)."""
 
 from .. import losses
-from .base import Method
+from .base import MismatchAttack
 
 
-class AdvFunMatch(Method):
+class AdvFunMatch(MismatchAttack):
     """max KL(t(x_adv) || s(x_adv); T), the gradient through both networks;
     min T^2 [(1 - clean_weight) KL(t(x_adv) || s(x_adv); T) + clean_weight KL(t(x) || s(x); T)].
 
@@ -12,7 +12,7 @@ class AdvFunMatch(Method):
     and student mismatch most in KL; the outer one matches them there, on identical input; strong
     augmentation helps. This project's choice, as the full text and code were not available: the
     teacher as KL's first argument, the temperature with its T^2, the optional clean term, the batch
-    mean, and PGD's start and sizes.
+    mean, and PGD's start and sizes. teacher_every: an approximation, see MismatchAttack.
     """
 
     teachers = ("teacher",)
@@ -23,9 +23,6 @@ class AdvFunMatch(Method):
 
     def cacheable(self):
         return {"teacher": ("logits",)} if self.clean_weight > 0 else {}
-
-    def inner(self, nets, x_adv):
-        return losses.kl(nets.student(x_adv), nets.teacher(x_adv), self.temperature, "none")
 
     def outer(self, nets, batch, state):
         t, share = self.temperature, self.clean_weight

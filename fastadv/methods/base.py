@@ -122,13 +122,17 @@ class Method(nn.Module):
         """The objective that the attack maximises, [B]."""
         raise NotImplementedError
 
+    def attacked(self, nets):
+        """The networks as `inner` queries them in one attack."""
+        return nets.attacked(self.attack_bn)
+
     def outer(self, nets, batch, state):
         """(loss, new state): the loss that the student minimises on batch.x and batch.x_adv."""
         raise NotImplementedError
 
     def perturb(self, nets, batch, state, start=None):
         """x_adv [B, ...] for this batch."""
-        nets = nets.attacked(self.attack_bn)
+        nets = self.attacked(nets)
         targets = self.targets(nets, batch, state)
         inner = partial(self.inner, nets)
         return self.attack.ascend(inner, batch.x, *targets, start=start, index=batch.index)
@@ -150,6 +154,52 @@ class LabelAttack(Method):
 
     def inner(self, nets, x_adv, y):
         return losses.cross_entropy(nets.student(x_adv), y, reduction="none")
+
+
+class MismatchAttack(Method):
+    """A method whose adversary maximises KL(t(x_adv) || s(x_adv); T), the gradient through both.
+
+    teacher_every: 1, or m for an approximation of the method that no paper has: the teacher is
+    asked at the first of every m steps of an attack, and in the m - 1 after it its logits of that
+    step are a constant target. A whole number; ValueError for others.
+    """
+
+    temperature = 1.0
+
+    def __init__(self, teacher_every=1, **options):
+        super().__init__(**options)
+        if teacher_every < 1 or teacher_every % 1:
+            raise ValueError(
+                f"teacher_every is {teacher_every}, must be a whole number of at least 1"
+            )
+        self.teacher_every = teacher_every
+
+    def attacked(self, nets):
+        nets = super().attacked(nets)
+        if self.teacher_every == 1:
+            return nets
+        return replace(nets, teacher=StaleTeacher(nets.teacher, self.teacher_every))
+
+    def inner(self, nets, x_adv):
+        return losses.kl(nets.student(x_adv), nets.teacher(x_adv), self.temperature, "none")
+
+
+class StaleTeacher:
+    """A teacher for the steps of one attack, asked in the first of every `every` calls; its last
+    logits, as a constant, in the others."""
+
+    training = False
+
+    def __init__(self, teacher, every):
+        self.teacher, self.every, self.calls, self.logits = teacher, every, 0, None
+
+    def __call__(self, x):
+        self.calls += 1
+        if (self.calls - 1) % self.every:
+            return self.logits
+        logits = self.teacher(x)
+        self.logits = logits.detach()
+        return logits
 
 
 def first_epoch():
