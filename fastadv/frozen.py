@@ -47,7 +47,7 @@ class Frozen(InPrecision):
             self.trunk, head = lower(self.net, dtype if _native.isa() == "amx" else torch.float32)
             self._head.append(head)
         except Unsupported as reason:
-            _log.info("freeze: %s runs as plain torch: %s", type(self.net).__name__, reason)
+            self._go_without(reason)
 
     def train(self, mode=True):
         """Stays in eval mode whatever is asked."""
@@ -61,20 +61,32 @@ class Frozen(InPrecision):
         for mine, its in zip(self.net.buffers(), model.buffers(), strict=True):
             if mine is not its:
                 mine.data = its
-        if self.trunk is not None and self._trunk_takes(self.trunk.stages[0].conv.weight):
+        if self._has_trunk_for():
             self.trunk.refresh()
 
     def forward(self, x):
-        if self.trunk is None or not len(x) or not self._trunk_takes(x):
+        if not self._has_trunk_for(x) or not len(x):
             return super().forward(x)
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.net.modules()):
             return super().forward(x)  # a hook waits for what only the modules compute
+        try:
+            features = self.trunk(x)
+        except Unsupported as reason:
+            self._go_without(reason)
+            return super().forward(x)
         (head,) = self._head
-        return head(self.trunk(x))
+        return head(features)
 
-    @staticmethod
-    def _trunk_takes(tensor):
-        return tensor.is_cpu and tensor.dtype == torch.float32
+    def _has_trunk_for(self, *inputs):
+        """Whether the trunk takes these inputs and the weights, all float32 on the CPU."""
+        if self.trunk is None:
+            return False
+        tensors = (*inputs, self.trunk.stages[0].conv.weight)
+        return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+
+    def _go_without(self, reason):
+        self.trunk = None
+        _log.info("freeze: %s runs as plain torch: %s", type(self.net).__name__, reason)
 
 
 def freeze(model, dtype=torch.float32):

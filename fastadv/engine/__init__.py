@@ -4,7 +4,8 @@
 with all that follows it up to the next one; `Trunk` runs the plan forward and backward.
 """
 
-from .lower import Unsupported, lower
+from .lower import lower
+from .stage import Unsupported
 from .trunk import Trunk
 
 __all__ = ["Trunk", "Unsupported", "lower"]

@@ -6,12 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .stage import Ref, Stage, pair
+from .stage import Ref, Stage, Unsupported, pair
 from .trunk import Trunk
-
-
-class Unsupported(Exception):
-    """The network has something that no trunk can express; the message says what."""
 
 
 def lower(net, dtype):
@@ -57,16 +53,11 @@ class Lowering:
             return None if self.found else Image()
         if node.op in ("get_attr", "output"):
             return None
-        name, function = self.operation(node)
-        method = getattr(self, name, None) if name else None
-        return method and method(node, function)
-
-    def operation(self, node):
-        """(the method below for this node, its module or bound arguments)."""
-        if node.op == "call_module":
-            module = self.modules[node.target]
-            return MODULES.get(type(module)), module
-        return FUNCTIONS.get(node.target), None
+        module = self.modules[node.target] if node.op == "call_module" else None
+        name = FUNCTIONS.get(node.target) if module is None else MODULES.get(type(module))
+        if name is None or not node.args or not set(node.kwargs) <= KEYWORDS:
+            return None
+        return getattr(self, name)(node, module)
 
     def ref(self, node):
         """The Ref behind a node, or None."""
@@ -80,7 +71,7 @@ class Lowering:
         if source is None or not plain or (conv.groups > 1 and not depthwise):
             return None
         if isinstance(source, Image):
-            if depthwise or self.stages or conv.in_channels * conv.weight[0, 0].numel() > 2048:
+            if depthwise or self.stages:
                 return None
             self.image = source
             source = None
@@ -113,33 +104,35 @@ class Lowering:
         stage.affine, stage.activation = norm, "none"
         return Ref(stage, "active")
 
-    def activate(self, node, _, activation="relu", cap=float("inf")):
-        ref = self.ref(node.args[0])
-        if ref is None:
+    def activate(self, node, module, activation="relu", cap=float("inf")):
+        ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
+        inplace = module.inplace if module else node.target == "relu_" or any(node.kwargs.values())
+        if ref is None or (inplace and not single):
             return None
-        pending = ref.side == "active" and ref.stage.activation == "none"
-        if (pending and len(node.args[0].users) > 1) or not (
-            pending or (ref.side == "out" and ref.stage.activation is None)
-        ):
+        pending = ref.side == "active" and ref.stage.activation == "none" and single
+        if not pending and (ref.side == "active" or ref.stage.activation is not None):
             return None
         ref.stage.activation, ref.stage.cap = activation, cap
         return Ref(ref.stage, "active")
 
-    def relu6(self, node, _):
-        return self.activate(node, _, cap=6.0)
+    def relu6(self, node, module):
+        return self.activate(node, module, cap=6.0)
 
-    def silu(self, node, _):
-        return self.activate(node, _, activation="silu")
+    def silu(self, node, module):
+        return self.activate(node, module, activation="silu")
 
     def same(self, node, module):
         return self.found.get(node.args[0])
 
+    def dropout(self, node, _):
+        return self.same(node, _) if node.kwargs.get("training") is False else None
+
     def add(self, node, _):
-        if len(node.args) != 2 or node.kwargs:
-            return self.image_step(node, "add")
         refs = [self.ref(arg) for arg in node.args]
-        if None in refs:
+        if len(refs) != 2 or None in refs:
             return self.image_step(node, "add")
+        if node.target in (operator.iadd, "add_") and len(node.args[0].users) > 1:
+            return None
         order = sorted(range(2), key=lambda i: self.stages.index(refs[i].stage))
         into, other = refs[order[1]], refs[order[0]]
         stage, single = into.stage, len(node.args[order[1]].users) == 1
@@ -161,18 +154,21 @@ class Lowering:
         return self.image_step(node, "div")
 
     def image_step(self, node, operation):
-        """A constant added to the image, or times it."""
-        value = self.found.get(node.args[0])
-        if not isinstance(value, Image) or len(node.args) != 2:
+        """A constant added to the image, or times it: a number, or a buffer per channel."""
+        image = self.found.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if not isinstance(image, Image) or len(node.args) != 2:
             return None
         constant = node.args[1]
         if isinstance(constant, fx.Node):
             if constant.op != "get_attr":
                 return None
             constant = constant.target
+            shape = operator.attrgetter(constant)(self.net).shape
+            if shape.numel() > 1 and (len(shape) < 3 or shape[-3] != shape.numel()):
+                return None
         elif not isinstance(constant, (int, float)):
             return None
-        return Image((*value.steps, (operation, constant)))
+        return Image((*image.steps, (operation, constant)))
 
     def image_affine(self):
         """(scale, shift) [C] of the image before the first convolution."""
@@ -189,8 +185,9 @@ class Lowering:
 
     def pad(self, node, _):
         (source, before), pad = self.source(node.args[0]), node.args[1]
-        zero = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
-        if source is None or len(node.args) > 2 or not zero or len(pad) != 4 or min(pad) < 0:
+        zeros = node.kwargs.get("mode") == "constant" and not node.kwargs.get("value")
+        known = zeros and len(node.args) == 2 and len(node.all_input_nodes) == 1  # fixed widths
+        if source is None or not known or len(pad) != 4 or min(pad) < 0:
             return None
         return source, tuple(p + q for p, q in zip(before, pad, strict=True))
 
@@ -202,14 +199,14 @@ class Lowering:
             else (node.args[1], node.args[2] if len(node.args) > 2 else None)
         )
         odd = module and (module.padding or module.ceil_mode or module.divisor_override)
-        if ref is None or len(node.args) > 3 or node.kwargs or odd:
+        if ref is None or odd or len(node.args) > 3 or len(node.all_input_nodes) > 1:
             return None
         window = pair(size), pair(size if stride is None else stride)
         return self.add_stage(Stage(ref, ref.stage.channels, window=window))
 
     def adaptive_pool(self, node, module):
         ref, size = self.ref(node.args[0]), module.output_size if module else node.args[1]
-        if ref is None or None in pair(size):
+        if ref is None or len(node.all_input_nodes) > 1 or None in pair(size):
             return None
         return self.add_stage(Stage(ref, ref.stage.channels, adaptive=pair(size)))
 
@@ -251,6 +248,7 @@ class Lowering:
         return stages
 
 
+KEYWORDS = {"inplace", "mode", "value", "p", "training"}  # fx spells out those of F
 MODULES = {
     nn.Conv2d: "convolve",
     nn.BatchNorm2d: "normalise",
@@ -278,6 +276,7 @@ FUNCTIONS = {
     operator.sub: "sub",
     operator.mul: "mul",
     operator.truediv: "div",
+    F.dropout: "dropout",
     F.pad: "pad",
     F.avg_pool2d: "pool",
     F.adaptive_avg_pool2d: "adaptive_pool",

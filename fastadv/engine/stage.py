@@ -11,6 +11,10 @@ from .. import _native
 IMAGES, CHANNELS = 16, 32  # of a block, see csrc/table.h
 
 
+class Unsupported(Exception):
+    """The network has something that no trunk can express; the message says what."""
+
+
 def pair(size):
     """(height, width) of what torch takes as one number or two."""
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .. import _native
-from .stage import CHANNELS, IMAGES, Ref, blocks_of
+from .stage import CHANNELS, IMAGES, Ref, Unsupported, blocks_of
 from .taps import (
     adaptive_pairs,
     image_offsets,
@@ -52,6 +52,7 @@ class Trunk:
             if read:
                 self.backward_ends[min(read)].append(stage)
 
+    @torch.no_grad()
     def refresh(self):
         """Folds and packs the weights anew."""
         for stage in self.stages:
@@ -65,7 +66,11 @@ class Trunk:
         self.per_channel = scale
         self.refreshed = True
 
+    @torch.compiler.disable
     def __call__(self, x):
+        channels = self.stages[0].conv.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]")
         if not self.refreshed:
             self.refresh()
         dense = x if _native.is_dense(x) else x.contiguous()
@@ -193,12 +198,26 @@ class Memory:
         if shape[0] != self.groups:  # another size of batch
             self.tensors.clear()
             self.groups = shape[0]
-        for tensor in self.tensors[shape, dtype]:
-            if sys.getrefcount(tensor) == 3:  # the list, `tensor` and the argument of getrefcount
-                return tensor
-        tensor = torch.empty(shape, dtype=dtype)
-        self.tensors[shape, dtype].append(tensor)
+        tensor = _unreferenced(self.tensors[shape, dtype], ALONE)
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype)
+            self.tensors[shape, dtype].append(tensor)
         return tensor
+
+
+def _unreferenced(items, count=None):
+    """The first that nobody but `items` refers to. Without `count`, what getrefcount says of such a
+    one here, which is a matter of the Python version."""
+    for item in items:
+        references = sys.getrefcount(item)
+        if count is None:
+            return references
+        if references == count:
+            return item
+    return None
+
+
+ALONE = _unreferenced([object()])
 
 
 class Plan:
@@ -210,6 +229,10 @@ class Plan:
         for stage in stages:
             size = sizes[stage.source.stage] if stage.source else tuple(x.shape[2:])
             sizes[stage] = stage.adaptive or output_size(size, *stage.geometry)
+            if min(sizes[stage]) < 1:
+                raise ValueError(f"x is {x.shape[2]} x {x.shape[3]}, too small for this network")
+            if stage.before is not None and sizes[stage.before.stage] != sizes[stage]:
+                raise Unsupported("it adds features of different sizes")
             if stage.source is None:
                 self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *stage.geometry)
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
