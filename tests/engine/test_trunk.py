@@ -303,3 +303,85 @@ def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
         trunk, _ = lower(net.eval(), torch.float32)
         convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
         assert sum(stage.conv is not None for stage in trunk.stages) == convolutions
+
+
+class Tricky(nn.Module):
+    """A convolution, something easily misread, another convolution."""
+
+    def __init__(self, between, before=None, **conv):
+        super().__init__()
+        self.between, self.before = between, before
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, **({"padding": 1} | conv))
+        self.norm = nn.BatchNorm2d(4)
+        self.batch_norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.inplace = nn.ReLU(inplace=True)
+        self.register_buffer("image", torch.rand(3, 8, 8))
+        self.register_buffer("row", torch.rand(8))
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+
+    def forward(self, x):
+        x = self.first(x if self.before is None else self.before(self, x))
+        x = self.between(self, x)
+        return self.second(x).mean((2, 3))
+
+
+def added_in_place(net, x):
+    y = net.second(x)
+    kept = y
+    y += x
+    return F.relu(kept) + net.second(y)
+
+
+def activated_in_place(net, x):
+    y = net.norm(x)
+    return net.second(net.inplace(y)) + y
+
+
+TRICKY = {
+    "added in place": Tricky(added_in_place),
+    "activated in place": Tricky(activated_in_place),
+    "times two": Tricky(lambda net, x: net.second(x).add(x, alpha=2)),
+    "of one mean": Tricky(lambda net, x: net.second(x) + F.adaptive_avg_pool2d(x, 1)),
+    "subtracted": Tricky(lambda net, x: net.second(x) - x),
+    "a third": Tricky(lambda net, x: net.second(x) + x + net.norm(x)),
+    "twice": Tricky(lambda net, x: F.relu(F.silu(x)) + x),
+    "itself": Tricky(lambda net, x: x + x),
+    "shared": Tricky(lambda net, x: net.norm(net.second(net.norm(net.second(x))))),
+    "pooled by keyword": Tricky(lambda net, x: F.avg_pool2d(x, kernel_size=2)),
+    "pooled with a border": Tricky(lambda net, x: F.avg_pool2d(x, 3, 1, 1)),
+    "pooled by size": Tricky(lambda net, x: F.avg_pool2d(x, x.shape[-1] // 4)),
+    "called by keyword": Tricky(lambda net, x: net.second(input=x)),
+    "statistics of the batch": Tricky(lambda net, x: net.batch_norm(x)),
+    "padded with ones": Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), value=1.0)),
+    "reflected": Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
+    "cropped": Tricky(lambda net, x: F.pad(x, (-1, 0, 0, 0))),
+    "dropped out": Tricky(lambda net, x: F.dropout(x, 0.5, net.training)),
+    "circular": Tricky(lambda net, x: x, padding_mode="circular"),
+    "same": Tricky(lambda net, x: x, padding="same"),
+    "two groups": Tricky(lambda net, x: x, groups=2),
+    "minus an image": Tricky(lambda net, x: x, lambda net, x: x - net.image),
+    "minus a row": Tricky(lambda net, x: x, lambda net, x: x - net.row),
+    "minus a mean": Tricky(lambda net, x: x, lambda net, x: 2 * (x - net.mean) + 1),
+    "the other way": Tricky(lambda net, x: x, lambda net, x: 1 - x),
+    "image twice": Tricky(lambda net, x: x, lambda net, x: x + x),
+}
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_nothing_is_lowered_wrongly(name):
+    """With a trunk or without, the numbers are the model's."""
+    net = TRICKY[name].eval()
+    nn.init.uniform_(net.norm.running_mean, -1, 1)
+    x, weight = torch.rand(3, 3, 8, 8), torch.randn(3, 4)
+    expected = results(net, x.clone(), weight)
+    for found, wanted in zip(results(freeze(net), x, weight), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_errors_name_the_images():
+    net = twin(network("resnet18"))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 1, 8, 8\), must be \[B, 3, H, W\]"):
+        net(torch.rand(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="x is 1 x 8, too small"):
+        freeze(Branching("").eval())(torch.rand(2, 3, 1, 8))
