@@ -8,8 +8,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import data, methods, models, parallel
 from .attacks import PGD
 from .config import PRECISIONS
+from .convolution import Trained
 from .evaluate import check_fits, from_run
-from .frozen import InPrecision, freeze
+from .frozen import freeze
 
 
 def build_method(config):
@@ -55,7 +56,7 @@ def build_nets(config, dataset, method):
             if getattr(config, field) and which not in method.teachers:
                 raise ValueError(f"{field} is given, but method {config.method} has no {which}")
     nets = methods.Nets(
-        student=InPrecision(student, PRECISIONS[config.precision_outer]),
+        student=Trained(student, PRECISIONS[config.precision_outer]),
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
         **teachers,
     )

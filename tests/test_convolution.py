@@ -1,0 +1,137 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastadv import data, models
+from fastadv.build import build_method, build_nets
+from fastadv.config import Config
+from fastadv.convolution import FastConvolutions, Trained, conv2d
+from fastadv.frozen import InPrecision
+
+NHWC = {"memory_format": torch.channels_last}
+
+
+class Convolutions(TorchDispatchMode):
+    """Collects the shape of the input and the stride of every convolution that is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append((tuple(args[0].shape), args[3][0]))
+        return func(*args, **(kwargs or {}))
+
+
+def make(batch, channels, out, size, kernel, groups=1, dtype=torch.bfloat16):
+    """x, weight and bias, leaves in channels_last."""
+    torch.manual_seed(0)
+    shapes = (batch, channels, *size), (out, channels // groups, kernel, kernel), (out,)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in shapes)
+    return [t.requires_grad_() for t in (x.contiguous(**NHWC), weight.contiguous(**NHWC), bias)]
+
+
+def results(function, inputs, options, grad):
+    """Output and gradients to x, weight and bias."""
+    out = function(*inputs, *options)
+    return out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+# batch, in, out, (H, W), kernel, stride, groups; what the library gets: x's shape and the stride
+FORMS = [
+    ((32, 128, 24, (4, 4), 3, 1, 1), [((2, 128, 4, 80), 1)]),
+    ((32, 128, 24, (8, 8), 3, 2, 1), [((2, 128, 8, 160), 2)]),
+    ((12, 128, 24, (5, 7), 3, 2, 1), [((3, 128, 5, 32), 2)]),
+    ((16, 128, 24, (6, 3), 3, 1, 1), [((1, 128, 6, 64), 1)]),
+    ((3, 128, 24, (5, 6), 3, 1, 1), [((3, 128, 5, 7), 1)]),
+    ((4, 24, 40, (5, 7), 1, 1, 1), []),
+    ((4, 24, 40, (9, 7), 1, 2, 1), []),
+    ((4, 40, 40, (9, 7), 3, 2, 40), [((4, 40, 9, 7), 1)]),
+]
+
+
+@pytest.mark.parametrize(("shape", "seen"), FORMS)
+def test_forms_are_convolutions(shape, seen):
+    *shape, stride, groups = shape
+    kernel = shape[-1]
+    options = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
+    inputs = make(*shape, groups)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    grad = torch.randn(F.conv2d(*inputs, *options).shape).bfloat16()
+    with Convolutions() as run:
+        out = conv2d(*inputs, *options)
+    assert run.seen == seen
+    assert out.is_contiguous(**NHWC)
+    truth = results(F.conv2d, exact, options, grad)
+    theirs = results(F.conv2d, inputs, options, grad)
+    ours = results(conv2d, inputs, options, grad)
+    for want, usual, got in zip(truth, theirs, ours, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert got.shape == want.shape
+        limit = 2 * (usual - want).abs().max() + 1e-6 * want.abs().max()
+        assert (got - want).abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "options"),
+    [
+        (torch.float32, torch.channels_last, ((1, 1), (1, 1), (1, 1), 1)),
+        (torch.bfloat16, torch.contiguous_format, ((1, 1), (1, 1), (1, 1), 1)),
+        (torch.bfloat16, torch.channels_last, ((1, 1), (0, 0), (1, 1), 1)),
+        (torch.bfloat16, torch.channels_last, ((1, 1), (2, 2), (2, 2), 1)),
+        (torch.bfloat16, torch.channels_last, ((2, 1), (1, 1), (1, 1), 1)),
+        (torch.bfloat16, torch.channels_last, ((3, 3), (1, 1), (1, 1), 1)),
+        (torch.bfloat16, torch.channels_last, ((1, 1), "same", (1, 1), 1)),
+        (torch.bfloat16, torch.channels_last, (1, 1)),
+        (torch.bfloat16, torch.channels_last, ((1, 1), (1, 1), (1, 1), 2)),
+    ],
+)
+def test_others_are_left_alone(dtype, layout, options):
+    groups = options[3] if len(options) == 4 else 1
+    x, weight, bias = make(4, 128, 24, (8, 8), 3, groups, dtype)
+    x = x.detach().contiguous(memory_format=layout)
+    with Convolutions() as run:
+        got = conv2d(x, weight, bias, *options)
+        want = F.conv2d(x, weight, bias, *options)
+    assert torch.equal(got, want)
+    assert run.seen[0] == run.seen[1]
+
+
+@pytest.mark.parametrize(("name", "width", "size"), [("resnet18", 64, 16), ("mobilenet_v2", 8, 32)])
+def test_a_student_learns_the_same(name, width, size):
+    torch.manual_seed(0)
+    net = models.get(name, width=width).to(**NHWC).train()
+    x, grad = torch.rand(8, 3, size, size).contiguous(**NHWC), torch.randn(8, 10)
+    gradients = {}
+    low = torch.bfloat16
+    for kind, dtype in itertools.product((InPrecision, Trained), (torch.float32, low)):
+        logits = kind(net, dtype)(x)
+        parts = torch.autograd.grad(logits, list(net.parameters()), grad)
+        gradients[kind, dtype] = torch.cat([logits.flatten(), *(p.flatten() for p in parts)])
+    exact = gradients[InPrecision, torch.float32]
+    assert torch.equal(gradients[Trained, torch.float32], exact)
+    usual, ours = ((gradients[k, low] - exact).norm() for k in (InPrecision, Trained))
+    assert 0 < ours <= 1.5 * usual
+    assert not torch.equal(gradients[InPrecision, low], gradients[Trained, low])
+
+
+def test_the_mode_ends_with_the_forward_pass():
+    x, weight, _ = make(4, 24, 40, (5, 7), 1)
+    with Convolutions() as run:
+        with FastConvolutions():
+            F.conv2d(x, weight, None, (1, 1), (0, 0), (1, 1), 1)
+        assert run.seen == []
+        F.conv2d(x, weight, None, (1, 1), (0, 0), (1, 1), 1)
+    assert len(run.seen) == 1
+
+
+def test_training_uses_it():
+    config = Config(method="natural", data="digits", student="digits_net", precision_outer="bf16")
+    nets, student = build_nets(config, data.load("digits"), build_method(config))
+    assert isinstance(nets.student, Trained)
+    assert nets.student.net is student
+    assert nets.student.dtype == torch.bfloat16
