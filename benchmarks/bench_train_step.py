@@ -28,8 +28,8 @@ from timing import Case
 from fastadv import data, freeze, methods
 from fastadv.attacks import PGD
 from fastadv.data.dataset import image_set
-from fastadv.frozen import InPrecision
 from fastadv.teacher_cache import TeacherCache
+from fastadv.trained import Trained
 
 SECTIONS = ("data", "teacher", "attack", "outer")
 
@@ -119,7 +119,7 @@ class Engine:
         student = copy.deepcopy(student).to(memory_format=torch.channels_last)
         self.teacher = freeze(copy.deepcopy(teacher).to(memory_format=torch.channels_last), low)
         twin = freeze(student, low)
-        self.nets = methods.Nets(InPrecision(student, low), self.teacher, student_twin=twin)
+        self.nets = methods.Nets(Trained(student, low), self.teacher, student_twin=twin)
         self.method = methods.get(name, attack=PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
         self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9)
         self.loader, self.rows = loader, torch.arange(len(loader.images))

@@ -8,9 +8,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import data, methods, models, parallel
 from .attacks import PGD
 from .config import PRECISIONS
-from .convolution import Trained
 from .evaluate import check_fits, from_run
 from .frozen import freeze
+from .trained import Trained
 
 
 def build_method(config):

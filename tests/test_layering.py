@@ -11,7 +11,7 @@ LEVELS = (
     {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint", "parallel"},
     {"ops", "engine"},
     {"losses"},
-    {"attacks", "awp", "frozen", "convolution", "features", "models", "data"},
+    {"attacks", "awp", "frozen", "trained", "features", "models", "data"},
     {"methods"},
     {"graphs", "compat"},
     {"testing", "info", "run", "digits"},

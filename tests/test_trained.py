@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastadv import data, models
 from fastadv.build import build_method, build_nets
 from fastadv.config import Config
-from fastadv.convolution import FastConvolutions, Trained, conv2d
 from fastadv.frozen import InPrecision
+from fastadv.trained import FastConvolutions, Trained, conv2d
 
 NHWC = {"memory_format": torch.channels_last}
 
