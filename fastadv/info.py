@@ -14,6 +14,15 @@ def isa():
     return None if _native.missing else _native.isa()
 
 
+def engine():
+    """What the twins of `freeze` compute with on this CPU."""
+    if _native.missing or _library.backend() not in ("auto", "native"):
+        return "none, twins run as plain torch"
+    return (
+        "bfloat16 by AMX, or float32" if _native.isa() == "amx" else "float32 only: no AMX in use"
+    )
+
+
 def report():
     """The text that `python -m fastadv.info` prints."""
     compiled = _native.missing or f"{_native.isa()} in use; can run {', '.join(_native.isas())}"
@@ -21,6 +30,7 @@ def report():
     lines = [
         f"fastadv {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"CPU kernels:    {compiled}; {torch.get_num_threads()} threads",
+        f"attack engine:  {engine()}",
         f"Triton kernels: {_library.triton_missing() or 'can run'}",
         f"CUDA:           {cuda}",
         "",

@@ -14,7 +14,8 @@ from fastadv import _native
 
 ROOT = Path(__file__).parents[1]
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
-ISAS = ("scalar", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("scalar",)
+X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = ("scalar", "avx2", "avx512", "amx") if X86 else ("scalar",)
 COMPILER = shutil.which("g++")
 STEP = "import torch; from fastadv import info, ops; x = torch.full((2, 3), 0.5); "
 STEP += "print(ops.pgd_step(x, -torch.ones(2, 3), x, 8 / 255, 2 / 255)[1, 2].item()); "
@@ -24,6 +25,7 @@ def flags(isa):
     """The compile flags of one instruction set, as CMakeLists.txt has them."""
     common = re.search(r"target_compile_options\(fastadv_\$\{isa\} PRIVATE (-O3[^$]*)", CMAKE)[1]
     own = re.search(rf"set\(flags_{isa} ([^)]*)\)", CMAKE)[1]
+    own = re.sub(r"\${flags_(\w+)}", lambda other: " ".join(flags(other[1])), own)
     return [*common.split(), *own.replace('"', "").split(), "-fopenmp", "-std=gnu++17", "-fPIC"]
 
 

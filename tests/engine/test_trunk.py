@@ -13,6 +13,7 @@ from fastadv import _native, attacks, freeze, models
 from fastadv.engine import Unsupported, lower
 from fastadv.engine import trunk as trunk_module
 from fastadv.features import forward_features
+from fastadv.testing import using_isa
 
 pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
 
@@ -82,10 +83,8 @@ NETWORKS = {
 
 @pytest.fixture(params=_native.isas())
 def isa(request):
-    before = _native.isa()
-    _native.use_isa(request.param)
-    yield request.param
-    _native.use_isa(before)
+    with using_isa(request.param):
+        yield
 
 
 def network(name):
