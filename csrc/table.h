@@ -33,9 +33,9 @@ using Labelled = void (*)(float* loss, void* grad, const void* logits, const int
                           int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
 
 // The engine's activations and gradients lie in blocks of 16 images x 32 channels of one pixel:
-// [groups of 16 images, pixels, blocks of 32 channels, 16, 32], fp32 or bf16, the last group and
-// block filled up with zeros. A block is one AMX tile, and no pixel needs a neighbour of its own
-// image in memory: convolutions go by lists of taps, without padding.
+// [groups of 16 images, pixels, blocks of 32 channels, 16, 32], fp32 or bf16, the last
+// block of channels filled up with zeros. A block is one AMX tile, and no pixel needs a neighbour
+// of its own image in memory: convolutions go by lists of taps, without padding.
 constexpr int images_per_block = 16, channels_per_block = 32, block_size = 512;
 
 // What becomes of a convolution's sums; what is null is left out.

@@ -6,9 +6,10 @@ import logging
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _library, _native
-from .engine import Unsupported, lower
+from .engine import Unsupported, hooked, lower
 
 _log = logging.getLogger("fastadv")
 
@@ -46,6 +47,7 @@ class Frozen(InPrecision):
             # Without tiles bfloat16 would gain nothing over float32.
             self.trunk, head = lower(self.net, dtype if _native.isa() == "amx" else torch.float32)
             self._head.append(head)
+            self.refresh()
         except Unsupported as reason:
             self._go_without(reason)
 
@@ -61,28 +63,38 @@ class Frozen(InPrecision):
         for mine, its in zip(self.net.buffers(), model.buffers(), strict=True):
             if mine is not its:
                 mine.data = its
-        if self._has_trunk_for():
+        if self._has_trunk():
             self.trunk.refresh()
 
     def forward(self, x):
-        if not self._has_trunk_for(x) or not len(x):
+        if not (self._has_trunk() and self._suits(x)):
             return super().forward(x)
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self.net.modules()):
-            return super().forward(x)  # a hook waits for what only the modules compute
         try:
             features = self.trunk(x)
         except Unsupported as reason:
             self._go_without(reason)
             return super().forward(x)
         (head,) = self._head
-        return head(features)
+        with torch.autocast("cpu", enabled=False):
+            return head(features).float()
 
-    def _has_trunk_for(self, *inputs):
-        """Whether the trunk takes these inputs and the weights, all float32 on the CPU."""
+    def _has_trunk(self):
+        """Whether there is a trunk, and the weights are still as it takes them."""
         if self.trunk is None:
             return False
-        tensors = (*inputs, self.trunk.stages[0].conv.weight)
-        return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+        weight = self.trunk.stages[0].conv.weight
+        return weight.is_cpu and weight.dtype == torch.float32
+
+    def _suits(self, x):
+        """Whether the trunk takes this input, and nothing waits for what only modules compute."""
+        channels = self.trunk.stages[0].conv.in_channels
+        return (
+            type(x) in (torch.Tensor, nn.Parameter)
+            and (x.is_cpu and x.dtype == torch.float32)
+            and (x.dim() == 4 and x.shape[1] == channels and len(x) > 0)
+            and _get_current_dispatch_mode() is None
+            and not any(map(hooked, self.net.modules()))
+        )
 
     def _go_without(self, reason):
         self.trunk = None
@@ -95,8 +107,8 @@ def freeze(model, dtype=torch.float32):
     On a CPU the twin's convolutions run in kernels of our own (`fastadv.engine`), in float32 or, on
     processors with AMX, in bfloat16 where that is the dtype; BatchNorm is folded into packed copies
     of the weights, which each attack call makes anew by `refresh()`: a change of the model in
-    between shows after the next one. Logits agree with the model's to float32 rounding. What the
-    engine does not know (see `engine.lower`; said once in the log), and other devices, run the
+    between shows after the next one. In float32, logits agree with the model's to rounding. What
+    the engine does not know (see `engine.lower`; said once in the log), and other devices, run the
     model's own modules on its own memory, under autocast for bfloat16.
     Only the input gets a gradient, once; the model's mode and `.grad` stay as they are. Raises
     ValueError for other dtypes.

@@ -21,7 +21,11 @@ FEW_CHANNELS = 128  # below, copying the images costs more than it saves
 
 
 class Trained(InPrecision):
-    """`InPrecision` with `FastConvolutions`."""
+    """`InPrecision` with `FastConvolutions`.
+
+    Not for networks that recompute activations by torch.utils.checkpoint without reentry, whose
+    second forward pass happens outside this one.
+    """
 
     def forward(self, x):
         with FastConvolutions():
@@ -46,7 +50,8 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     usual = (x, weight, bias, stride, padding, dilation, groups)
     nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     low = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if not (nhwc and low and stride in ((1, 1), (2, 2)) and dilation == (1, 1)):
+    pairs = isinstance(padding, tuple) and stride in ((1, 1), (2, 2)) and dilation == (1, 1)
+    if not (nhwc and low and pairs):
         return torch.conv2d(*usual)
     step, shape = stride[0], (*weight.shape[2:], *padding)
     small = groups == 1 and math.ceil(x.shape[3] / step) < TILE
@@ -54,7 +59,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return _pointwise(x, weight, bias, step)
     if small and shape == (3, 3, 1, 1) and x.shape[1] >= FEW_CHANNELS:
         return _side_by_side(x, weight, bias, step)
-    if groups == x.shape[1] and step > 1:
+    if groups == x.shape[1] > 1 and step > 1:
         full = torch.conv2d(x, weight, bias, 1, padding, 1, groups)
         return full[:, :, ::step, ::step].contiguous(memory_format=torch.channels_last)
     return torch.conv2d(*usual)

@@ -4,8 +4,8 @@
 with all that follows it up to the next one; `Trunk` runs the plan forward and backward.
 """
 
-from .lower import lower
+from .lower import hooked, lower
 from .stage import Unsupported
 from .trunk import Trunk
 
-__all__ = ["Trunk", "Unsupported", "lower"]
+__all__ = ["Trunk", "Unsupported", "hooked", "lower"]

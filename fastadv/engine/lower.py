@@ -18,14 +18,50 @@ def lower(net, dtype):
     input's normalisation; the head, what follows them, runs in torch. Raises Unsupported when the
     network cannot be traced, has a convolution after something else, or branches otherwise.
     """
+    for name, module in net.named_modules():
+        if "forward" in vars(module):
+            raise Unsupported(f"the forward of {name} was replaced")
+        if hooked(module):
+            raise Unsupported(f"{name} has hooks")
     try:
-        graph = fx.Tracer().trace(net)
+        graph = Tracer().trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
+    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise Unsupported("it makes tensors of its own, which a trace would fix")
     lowering = Lowering(net, graph)
     boundary = lowering.boundary()
     head = _head(net, graph, lowering.found, boundary)
     return Trunk(lowering.finished(boundary), lowering.image_affine, dtype), head
+
+
+def hooked(module):
+    """Whether something waits for this very module to run."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for kind in kinds)
+
+
+class Tracer(fx.Tracer):
+    """Keeps buffers symbolic, and sums in place apart from others."""
+
+    proxy_buffer_attributes = True
+
+    def proxy(self, node):
+        return Proxy(node, self)
+
+
+class Proxy(fx.Proxy):
+    def __iadd__(self, other):
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other):
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other):
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other):
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 class Image:
@@ -121,8 +157,8 @@ class Lowering:
     def silu(self, node, module):
         return self.activate(node, module, activation="silu")
 
-    def same(self, node, module):
-        return self.found.get(node.args[0])
+    def same(self, node, _):
+        return self.found.get(node.args[0]) if len(node.args[0].users) == 1 else None
 
     def dropout(self, node, _):
         return self.same(node, _) if node.kwargs.get("training") is False else None
@@ -156,7 +192,8 @@ class Lowering:
     def image_step(self, node, operation):
         """A constant added to the image, or times it: a number, or a buffer per channel."""
         image = self.found.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        if not isinstance(image, Image) or len(node.args) != 2:
+        in_place = node.target in (operator.iadd, "add_")
+        if not isinstance(image, Image) or len(node.args) != 2 or in_place:
             return None
         constant = node.args[1]
         if isinstance(constant, fx.Node):
@@ -173,10 +210,11 @@ class Lowering:
     def image_affine(self):
         """(scale, shift) [C] of the image before the first convolution."""
         channels = self.stages[0].conv.in_channels
-        scale, shift = torch.ones(channels), torch.zeros(channels)
+        exact = {"dtype": torch.float32, "device": "cpu"}
+        scale, shift = torch.ones(channels, **exact), torch.zeros(channels, **exact)
         for operation, constant in self.image.steps:
             if isinstance(constant, str):
-                constant = operator.attrgetter(constant)(self.net).flatten()
+                constant = operator.attrgetter(constant)(self.net).flatten().float()
             if operation in ("mul", "div"):
                 scale, shift = (getattr(torch, operation)(v, constant) for v in (scale, shift))
             else:

@@ -17,7 +17,8 @@ class Unsupported(Exception):
 
 def pair(size):
     """(height, width) of what torch takes as one number or two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    size = (size,) if isinstance(size, int) else tuple(size)
+    return size * 2 if len(size) == 1 else size
 
 
 def blocks_of(channels):
@@ -94,7 +95,7 @@ class Stage:
             ins = blocks_of(weight.shape[1])
         if not self.weights or self.weights[0].dtype != dtype:
             count = outs * ins * weight.shape[2] * CHANNELS**2
-            self.weights = tuple(torch.empty(count, dtype=dtype) for _ in range(2))
+            self.weights = tuple(torch.empty(count, dtype=dtype, device="cpu") for _ in range(2))
         _native.fold(*self.weights, weight, scale)
 
 

@@ -4,6 +4,8 @@ of the kernel, and the elements of an image by which patches read them."""
 import numpy as np
 import torch
 
+from .stage import Unsupported
+
 
 def output_size(size, kernel, stride, dilation, padding):
     """(height, width) after a convolution; padding: left, right, top, bottom."""
@@ -72,9 +74,11 @@ def image_offsets(offsets, elements):
     element = offsets.numpy()[pixel, k]
     blocks = offsets.shape[1] // 32
     place = (pixel * blocks + k // 32) * 512 + k % 32
+    if place.max(initial=0) >= 2**31:
+        raise Unsupported("its images are too large for 32-bit offsets")
     order = np.argsort(element, kind="stable")
     element, place = element[order], place[order]
     term = np.arange(len(element)) - np.searchsorted(element, element)
-    table = np.full((term.max() + 1, elements), -1, np.int32)
+    table = np.full((term.max(initial=-1) + 1, elements), -1, np.int32)
     table[term, element] = place
     return torch.from_numpy(table)

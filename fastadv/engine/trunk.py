@@ -33,12 +33,10 @@ class Trunk:
         self.stages = stages
         self.image_affine = image_affine
         self.dtype = dtype
-        self.plans = {}  # per shape and layout of the images
-        self.memory = Memory()
-        self.refreshed = False
-        number = {stage: n for n, stage in enumerate(stages)}
-        for n, stage in enumerate(stages):
-            stage.number = n
+        self.plan = None  # for the latest shape and layout of images
+        self.refreshes = 0
+        self.number = number = {stage: n for n, stage in enumerate(stages)}
+        for stage in stages:
             for ref in {stage.source, stage.before} - {None}:
                 ref.stage.readers[ref.side].append(stage)
         self.forward_ends = [[] for _ in stages]  # the blocks that nobody reads after stage n
@@ -60,28 +58,28 @@ class Trunk:
         scale, shift = self.image_affine()
         taps = self.stages[0].conv.weight[0, 0].numel()
         size = blocks_of(len(scale) * taps) * CHANNELS
-        self.scale, self.shift = (torch.zeros(size) for _ in range(2))
+        self.scale, self.shift = scale.new_zeros(2, size)
         self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
         self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
         self.per_channel = scale
-        self.refreshed = True
+        self.refreshes += 1
 
     @torch.compiler.disable
     def __call__(self, x):
         channels = self.stages[0].conv.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]")
-        if not self.refreshed:
+        if not self.refreshes:
             self.refresh()
-        dense = x if _native.is_dense(x) else x.contiguous()
-        return _Run.apply(dense, self)
+        x = x.resolve_neg()
+        x = x if _native.is_dense(x) else x.contiguous()
+        key, plan = (x.shape[1:], x.stride()[1:]), self.plan
+        if plan is None or plan.key != key:
+            plan = self.plan = Plan(self.stages, x, key)
+        return _Run.apply(x, self, plan)
 
-    def plan(self, x):
-        """The index tables for images of the shape and strides of x."""
-        key = x.shape[1:], x.stride()[1:]
-        if key not in self.plans:
-            self.plans[key] = Plan(self.stages, x)
-        return self.plans[key]
+    def __getstate__(self):
+        return self.__dict__ | {"plan": None}
 
     def forward(self, x, plan, slopes):
         """Features of x; fills `slopes`, stage by stage, unless it is None."""
@@ -89,18 +87,18 @@ class Trunk:
         found = {}
         for stage, step in zip(self.stages, plan.steps, strict=True):
             if stage.source is None:
-                blocks = self._blocks(groups, len(plan.offsets), plan.offsets.shape[1])
+                blocks = plan.blocks(groups, len(plan.offsets), plan.offsets.shape[1], self.dtype)
                 _native.patches(blocks, x, plan.offsets, self.scale, self.shift)
             else:
                 blocks = found[stage.source.stage, stage.source.side]
             finish = {"bias": stage.bias}
             if stage.readers["out"] or stage is self.stages[-1]:
-                finish["out"] = self._blocks(groups, step.pixels, stage.channels)
+                finish["out"] = plan.blocks(groups, step.pixels, stage.channels, self.dtype)
                 found[stage, "out"] = finish["out"]
             if stage.before is not None:
                 finish["before"] = found[stage.before.stage, stage.before.side]
             if stage.readers["active"]:
-                finish["active"] = self._blocks(groups, step.pixels, stage.channels)
+                finish["active"] = plan.blocks(groups, step.pixels, stage.channels, self.dtype)
                 found[stage, "active"] = finish["active"]
                 finish |= {"activation": stage.activation, "cap": stage.cap}
                 finish |= {"scale": stage.scale, "shift": stage.shift}
@@ -108,14 +106,14 @@ class Trunk:
                     bits = stage.activation == "relu"
                     shape = tuple(finish["active"].shape)
                     slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
-                    finish["slope"] = slopes[stage] = self.memory.take(*slope)
+                    finish["slope"] = slopes[stage] = plan.memory.take(*slope)
             self._convolve(blocks, stage, step, 0, blocks_of(stage.channels), finish)
-            for dead in self.forward_ends[stage.number]:
+            for dead in self.forward_ends[self.number[stage]]:
                 del found[dead]
         blocks = found[self.stages[-1], "out"]
         features = blocks.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
         features = features[: len(x), : self.stages[-1].channels].unflatten(2, plan.size)
-        return features.to(torch.float32, copy=True)
+        return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def backward(self, grad, plan, slopes):
         """The gradient of the images, laid out as they are, given that of the features."""
@@ -133,20 +131,20 @@ class Trunk:
                     finish["after"] = self._collect(stage, "out", grads, plan, {})
             side = "active" if stage.readers["active"] else "out"
             grads[stage] = self._collect(stage, side, grads, plan, finish)
-            for dead in self.backward_ends[stage.number]:
+            for dead in self.backward_ends[self.number[stage]]:
                 del grads[dead]
         first = self.stages[0]
         patches = self._back(first, grads[first], plan, plan.offsets.shape[1], {})
-        shape = (batch, *plan.shape)
-        image = torch.empty_strided(shape, plan.strides)
-        flat = image.as_strided((batch, image[0].numel()), (image[0].numel(), 1))
+        shape, size = (batch, *plan.shape), plan.shape.numel()
+        image = grad.new_empty_strided(shape, (size, *plan.strides))
+        flat = image.as_strided((batch, size), (size, 1))
         _native.patches_backward(flat, patches, plan.image_offsets, self.image_scale(plan))
         return image
 
     def image_scale(self, plan):
         """The normalisation's scale for each element of an image, in its order of memory."""
         scale = self.per_channel[:, None, None].expand(plan.shape)
-        order = sorted(range(3), key=lambda d: -plan.strides[1 + d])
+        order = sorted(range(3), key=lambda d: -plan.strides[d])
         return scale.permute(order).contiguous()
 
     def _collect(self, stage, side, grads, plan, finish):
@@ -163,8 +161,8 @@ class Trunk:
 
     def _back(self, reader, grad, plan, channels, finish):
         """The gradient that a stage sends to what it convolves."""
-        step = plan.steps[reader.number]
-        out = self._blocks(len(grad), len(step.backward[0]) - 1, channels)
+        step = plan.steps[self.number[reader]]
+        out = plan.blocks(len(grad), len(step.backward[0]) - 1, channels, self.dtype)
         finish = finish | {"out": out, "backward": True}
         self._convolve(grad, reader, step, 1, blocks_of(channels), finish)
         return out
@@ -182,10 +180,6 @@ class Trunk:
             **finish,
         )
 
-    def _blocks(self, groups, pixels, channels):
-        shape = groups, pixels, blocks_of(channels), IMAGES, CHANNELS
-        return self.memory.take(shape, self.dtype)
-
 
 class Memory:
     """Tensors to write into, each taken again once nobody else refers to it: memory fresh from the
@@ -200,7 +194,7 @@ class Memory:
             self.groups = shape[0]
         tensor = _unreferenced(self.tensors[shape, dtype], ALONE)
         if tensor is None:
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             self.tensors[shape, dtype].append(tensor)
         return tensor
 
@@ -221,11 +215,11 @@ ALONE = _unreferenced([object()])
 
 
 class Plan:
-    """The index tables of a trunk for images of one shape and one dense layout."""
+    """What a trunk needs for images of one shape and one dense layout: index tables and memory."""
 
-    def __init__(self, stages, x):
-        self.shape, self.strides, sizes = x.shape[1:], x.stride(), {}
-        self.steps = []
+    def __init__(self, stages, x, key):
+        self.key = self.shape, self.strides = key
+        self.steps, self.memory, sizes = [], Memory(), {}
         for stage in stages:
             size = sizes[stage.source.stage] if stage.source else tuple(x.shape[2:])
             sizes[stage] = stage.adaptive or output_size(size, *stage.geometry)
@@ -238,6 +232,10 @@ class Plan:
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
             self.steps.append(Step(stage, size, sizes[stage]))
         self.size = sizes[stages[-1]]
+
+    def blocks(self, groups, pixels, channels, dtype):
+        """Memory for as many blocks."""
+        return self.memory.take((groups, pixels, blocks_of(channels), IMAGES, CHANNELS), dtype)
 
 
 class Step:
@@ -267,12 +265,13 @@ class Step:
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, trunk):
-        ctx.trunk, ctx.plan, ctx.slopes = trunk, trunk.plan(x), {}
-        slopes = ctx.slopes if ctx.needs_input_grad[0] else None
-        return trunk.forward(x.detach(), ctx.plan, slopes)
+    def forward(ctx, x, trunk, plan):
+        ctx.trunk, ctx.plan, ctx.slopes, ctx.weights = trunk, plan, {}, trunk.refreshes
+        return trunk.forward(x.detach(), plan, ctx.slopes if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return ctx.trunk.backward(grad, ctx.plan, ctx.slopes), None
+        if ctx.weights != ctx.trunk.refreshes:
+            raise RuntimeError("the twin was refreshed between this forward pass and its backward")
+        return ctx.trunk.backward(grad, ctx.plan, ctx.slopes), None, None

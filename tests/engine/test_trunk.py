@@ -307,22 +307,25 @@ def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
 class Tricky(nn.Module):
     """A convolution, something easily misread, another convolution."""
 
-    def __init__(self, between, before=None, **conv):
+    def __init__(self, between, before=None, after=None, **conv):
         super().__init__()
-        self.between, self.before = between, before
+        self.between, self.before, self.after = between, before, after
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.second = nn.Conv2d(4, 4, 3, **({"padding": 1} | conv))
         self.norm = nn.BatchNorm2d(4)
         self.batch_norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.identity, self.dropout = nn.Identity(), nn.Dropout()
         self.inplace = nn.ReLU(inplace=True)
         self.register_buffer("image", torch.rand(3, 8, 8))
         self.register_buffer("row", torch.rand(8))
         self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("variance", torch.rand(3, 1, 1))
+        self.register_buffer("factor", torch.tensor(1.5, dtype=torch.float64))
 
     def forward(self, x):
         x = self.first(x if self.before is None else self.before(self, x))
-        x = self.between(self, x)
-        return self.second(x).mean((2, 3))
+        x = self.second(self.between(self, x))
+        return x.mean((2, 3)) if self.after is None else self.after(self, x)
 
 
 def added_in_place(net, x):
@@ -332,55 +335,168 @@ def added_in_place(net, x):
     return F.relu(kept) + net.second(y)
 
 
+def image_in_place(net, x):
+    y = x * 1.0
+    kept = y
+    y += 0.5
+    return kept
+
+
+def statement_in_place(net, x):
+    x = x * 1.0
+    x.add_(0.5)
+    return x
+
+
 def activated_in_place(net, x):
     y = net.norm(x)
     return net.second(net.inplace(y)) + y
 
 
+def same(net, x):
+    return x
+
+
+def own_tensor(net, x):
+    return x + torch.ones(8)
+
+
+# (network, whether the engine takes it)
 TRICKY = {
-    "added in place": Tricky(added_in_place),
-    "activated in place": Tricky(activated_in_place),
-    "times two": Tricky(lambda net, x: net.second(x).add(x, alpha=2)),
-    "of one mean": Tricky(lambda net, x: net.second(x) + F.adaptive_avg_pool2d(x, 1)),
-    "subtracted": Tricky(lambda net, x: net.second(x) - x),
-    "a third": Tricky(lambda net, x: net.second(x) + x + net.norm(x)),
-    "twice": Tricky(lambda net, x: F.relu(F.silu(x)) + x),
-    "itself": Tricky(lambda net, x: x + x),
-    "shared": Tricky(lambda net, x: net.norm(net.second(net.norm(net.second(x))))),
-    "pooled by keyword": Tricky(lambda net, x: F.avg_pool2d(x, kernel_size=2)),
-    "pooled with a border": Tricky(lambda net, x: F.avg_pool2d(x, 3, 1, 1)),
-    "pooled by size": Tricky(lambda net, x: F.avg_pool2d(x, x.shape[-1] // 4)),
-    "called by keyword": Tricky(lambda net, x: net.second(input=x)),
-    "statistics of the batch": Tricky(lambda net, x: net.batch_norm(x)),
-    "padded with ones": Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), value=1.0)),
-    "reflected": Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
-    "cropped": Tricky(lambda net, x: F.pad(x, (-1, 0, 0, 0))),
-    "dropped out": Tricky(lambda net, x: F.dropout(x, 0.5, net.training)),
-    "circular": Tricky(lambda net, x: x, padding_mode="circular"),
-    "same": Tricky(lambda net, x: x, padding="same"),
-    "two groups": Tricky(lambda net, x: x, groups=2),
-    "minus an image": Tricky(lambda net, x: x, lambda net, x: x - net.image),
-    "minus a row": Tricky(lambda net, x: x, lambda net, x: x - net.row),
-    "minus a mean": Tricky(lambda net, x: x, lambda net, x: 2 * (x - net.mean) + 1),
-    "the other way": Tricky(lambda net, x: x, lambda net, x: 1 - x),
-    "image twice": Tricky(lambda net, x: x, lambda net, x: x + x),
+    "added in place": (Tricky(added_in_place), False),
+    "activated in place": (Tricky(activated_in_place), False),
+    "image in place": (Tricky(same, image_in_place), False),
+    "statement in place": (Tricky(same, statement_in_place), False),
+    "dropout before the norm": (
+        Tricky(lambda net, x: net.second(F.relu(net.norm(net.dropout(x)))) + x),
+        False,
+    ),
+    "dropout as a function": (
+        Tricky(lambda net, x: net.second(F.relu(net.norm(F.dropout(x, training=False)))) + x),
+        False,
+    ),
+    "identity before ReLU": (Tricky(lambda net, x: net.second(F.relu(net.identity(x))) + x), False),
+    "residual by its identity": (
+        Tricky(lambda net, x: (lambda y: net.second(y) + y)(net.identity(net.norm(x)))),
+        True,
+    ),
+    "times two": (Tricky(lambda net, x: net.second(x).add(x, alpha=2)), False),
+    "with a mean": (Tricky(lambda net, x: net.second(x) + F.adaptive_avg_pool2d(x, 1)), False),
+    "of two sizes": (
+        Tricky(lambda net, x: net.second(x) + net.second(F.adaptive_avg_pool2d(x, 1))),
+        True,
+    ),
+    "subtracted": (Tricky(lambda net, x: net.second(x) - x), False),
+    "a third": (Tricky(lambda net, x: net.second(x) + x + net.norm(x)), False),
+    "activated twice": (Tricky(lambda net, x: F.relu(F.silu(x)) + x), False),
+    "itself": (Tricky(lambda net, x: x + x), False),
+    "shared": (Tricky(lambda net, x: net.norm(net.second(net.norm(net.second(x))))), True),
+    "pooled by keyword": (Tricky(lambda net, x: F.avg_pool2d(x, kernel_size=2)), False),
+    "pooled with a border": (Tricky(lambda net, x: F.avg_pool2d(x, 3, 1, 1)), False),
+    "pooled by a list": (Tricky(lambda net, x: F.avg_pool2d(x, [2])), True),
+    "pooled by size": (Tricky(lambda net, x: F.avg_pool2d(x, x.shape[-1] // 4)), False),
+    "called by keyword": (Tricky(lambda net, x: net.second(input=x)), False),
+    "statistics of the batch": (Tricky(lambda net, x: net.batch_norm(x)), False),
+    "padded with zeros": (Tricky(lambda net, x: F.pad(x, (1, 0, 2, 1))), True),
+    "padded with ones": (Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), value=1.0)), False),
+    "reflected": (Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), mode="reflect")), False),
+    "cropped": (Tricky(lambda net, x: F.pad(x, (-1, 0, 0, 0))), False),
+    "dropped out": (Tricky(lambda net, x: F.dropout(x, 0.5, net.training)), True),
+    "circular": (Tricky(same, padding_mode="circular"), False),
+    "same": (Tricky(same, padding="same"), False),
+    "two groups": (Tricky(same, groups=2), False),
+    "minus an image": (Tricky(same, lambda net, x: x - net.image), False),
+    "minus a row": (Tricky(same, lambda net, x: x - net.row), False),
+    "minus a mean": (Tricky(same, lambda net, x: (x - net.mean) / net.variance + 0.1), True),
+    "by a double": (Tricky(same, lambda net, x: x * net.factor), True),
+    "by an expression": (Tricky(same, lambda net, x: x / (net.variance + 0.1).sqrt()), False),
+    "a tensor of its own": (Tricky(same, own_tensor), False),
+    "the other way": (Tricky(same, lambda net, x: 1 - x), False),
+    "image twice": (Tricky(same, lambda net, x: x + x), False),
+    "viewed": (Tricky(same, None, lambda net, x: x.view(x.size(0), -1)), True),
+    "centred": (Tricky(same, None, lambda net, x: x.flatten(1) - net.factor.float()), True),
 }
 
 
 @pytest.mark.parametrize("name", TRICKY)
 def test_nothing_is_lowered_wrongly(name):
-    """With a trunk or without, the numbers are the model's."""
-    net = TRICKY[name].eval()
-    nn.init.uniform_(net.norm.running_mean, -1, 1)
-    x, weight = torch.rand(3, 3, 8, 8), torch.randn(3, 4)
-    expected = results(net, x.clone(), weight)
-    for found, wanted in zip(results(freeze(net), x, weight), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    """With a trunk or without, the numbers are the model's, also after its buffers changed."""
+    net, taken = TRICKY[name]
+    net = copy.deepcopy(net).eval()
+    for value in (net.norm.running_mean, net.norm.running_var, net.norm.weight, net.norm.bias):
+        nn.init.uniform_(value, 0.3, 2)
+    frozen = freeze(net)
+    assert (frozen.trunk is not None) == taken
+    for batch in (3, 17):
+        x = torch.rand(batch, 3, 8, 8)
+        weight = torch.randn(1)
+        expected = results(net, x.clone(), weight)
+        for found, wanted in zip(results(frozen, x, weight), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(0.7)
+        frozen.refresh()
+    assert frozen.trunk is None or name != "of two sizes"  # which only shows in use
+
+
+def test_what_waits_for_a_module_gets_it():
+    frozen, x = freeze(network("resnet18")), torch.rand(2, 3, 8, 8)
+    calls = []
+    hook = frozen.net.layer1.register_full_backward_hook(lambda *_: calls.append(1))
+    results(frozen, x, torch.ones(1))
+    assert calls == [1]
+    hook.remove()
+    assert freeze(network("resnet18")).trunk is not None
+    patched = network("resnet18")
+    patched.conv1.forward = lambda v: nn.functional.conv2d(v, patched.conv1.weight, padding=1) + 1
+    assert freeze(patched).trunk is None
+
+
+def test_inputs_of_every_kind():
+    net = network("resnet18")
+    frozen, x, weight = freeze(net), torch.rand(32, 3, 8, 8), torch.randn(1)
+    expected = results(frozen, x[::16].clone(), weight)[1]
+    assert torch.equal(results(frozen, x[::16], weight)[1], expected)
+    wide = torch.rand(1, 1, 8, 8).expand(4, 3, 8, 8)
+    assert same_numbers(results(frozen, wide, weight), results(net, wide, weight))
+    results(frozen, x[:1].as_strided((1, 3, 8, 8), (9999, 64, 8, 1)), weight)
+    assert same_numbers(results(frozen, x, weight), results(net, x, weight))
+    negative = torch._neg_view(x)
+    assert same_numbers(results(frozen, negative, weight), results(net, -x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(x).dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.equal(frozen(x), frozen(x))
+    assert torch.equal(copy.deepcopy(frozen)(x), frozen(x))
+    with pytest.raises(RuntimeError, match=r"\[2, 1, 8, 8\] to have 3 channels"):
+        frozen(torch.rand(2, 1, 8, 8))
+
+
+def same_numbers(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+
+
+def test_a_backward_pass_needs_the_weights_of_its_forward_pass():
+    frozen, x = freeze(network("resnet18")), torch.rand(2, 3, 8, 8, requires_grad=True)
+    logits = frozen(x)
+    frozen.refresh()
+    with pytest.raises(RuntimeError, match="refreshed between this forward pass and its backward"):
+        logits.sum().backward()
+
+
+def test_memory_is_that_of_the_latest_images():
+    frozen = freeze(network("resnet18"))
+    for size in (8, 12, 16):
+        results(frozen, torch.rand(16, 3, size, size), torch.ones(1))
+    held = frozen.trunk.plan.memory.tensors
+    assert {shape[1] for shape, _ in held} == {256, 64, 16, 4, 1}
 
 
 def test_errors_name_the_images():
-    net = twin(network("resnet18"))
+    trunk = twin(network("resnet18")).trunk
     with pytest.raises(ValueError, match=r"x has shape \(2, 1, 8, 8\), must be \[B, 3, H, W\]"):
-        net(torch.rand(2, 1, 8, 8))
+        trunk(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="x is 1 x 8, too small"):
         freeze(Branching("").eval())(torch.rand(2, 3, 1, 8))
