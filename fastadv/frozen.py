@@ -2,6 +2,7 @@
 input."""
 
 import copy
+import functools
 import logging
 
 import torch
@@ -98,7 +99,13 @@ class Frozen(InPrecision):
 
     def _go_without(self, reason):
         self.trunk = None
-        _log.info("freeze: %s runs as plain torch: %s", type(self.net).__name__, reason)
+        _say(f"freeze: {type(self.net).__name__} runs as plain torch, slower: {reason}")
+
+
+@functools.cache
+def _say(message):
+    """Warns once."""
+    _log.warning(message)
 
 
 def freeze(model, dtype=torch.float32):
@@ -107,10 +114,12 @@ def freeze(model, dtype=torch.float32):
     On a CPU the twin's convolutions run in kernels of our own (`fastadv.engine`), in float32 or, on
     processors with AMX, in bfloat16 where that is the dtype; BatchNorm is folded into packed copies
     of the weights, which each attack call makes anew by `refresh()`: a change of the model in
-    between shows after the next one. In float32, logits agree with the model's to rounding. What
-    the engine does not know (see `engine.lower`; said once in the log), and other devices, run the
-    model's own modules on its own memory, under autocast for bfloat16.
-    Only the input gets a gradient, once; the model's mode and `.grad` stay as they are. Raises
-    ValueError for other dtypes.
+    between shows in full after the next one. In float32, logits agree with the model's to rounding.
+    What the engine does not know (see `engine.lower`; a warning says what, once, and `trunk` is then
+    None) and other devices run the model's own modules on its own memory, under autocast for
+    bfloat16. Only the input gets a gradient, once; the model's mode and `.grad` stay as they are.
+    Raises ValueError for other dtypes.
     """
+    if isinstance(model, Frozen):
+        (model,) = model._source
     return Frozen(model, dtype)

@@ -75,7 +75,8 @@ class PGD:
     @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
-        and constant. The building block of training methods: no checks, modes are the caller's."""
+        and constant. The building block of training methods: no checks; modes and the refresh of
+        twins are the caller's."""
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if start is not None and start.shape != x.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")

@@ -20,9 +20,9 @@ def lower(net, dtype):
     """
     for name, module in net.named_modules():
         if "forward" in vars(module):
-            raise Unsupported(f"the forward of {name} was replaced")
+            raise Unsupported(f"the forward of {name or type(net).__name__} was replaced")
         if hooked(module):
-            raise Unsupported(f"{name} has hooks")
+            raise Unsupported(f"{name or type(net).__name__} has hooks")
     try:
         graph = Tracer().trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
@@ -260,11 +260,16 @@ class Lowering:
         beyond = [n for n in self.graph.nodes if n not in self.found and n.op != "get_attr"]
         for node in beyond:
             if node.op == "call_module" and isinstance(self.modules[node.target], nn.Conv2d):
-                first = next(n for n in beyond if n.op != "output")
-                raise Unsupported(f"{first.name} comes before a convolution")
+                raise Unsupported(f"{self.describe(beyond[0])} is not known to the engine")
         if len(read) != 1 or self.ref(next(iter(read))) is None:
             raise Unsupported("it does not end in one path of features")
         return next(iter(read))
+
+    def describe(self, node):
+        """A module by path and class, anything else by its name."""
+        if node.op != "call_module":
+            return node.name
+        return f"{node.target} ({type(self.modules[node.target]).__name__}, as it is set)"
 
     def finished(self, boundary):
         """The stages up to the boundary, the last of which is read as `out` and has no more."""
