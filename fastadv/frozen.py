@@ -115,8 +115,8 @@ def freeze(model, dtype=torch.float32):
     processors with AMX, in bfloat16 where that is the dtype; BatchNorm is folded into packed copies
     of the weights, which each attack call makes anew by `refresh()`: a change of the model in
     between shows in full after the next one. In float32, logits agree with the model's to rounding.
-    What the engine does not know (see `engine.lower`; a warning says what, once, and `trunk` is then
-    None) and other devices run the model's own modules on its own memory, under autocast for
+    What the engine does not know (see `engine.lower`; a warning says what, once, and `trunk` is
+    then None) and other devices run the model's own modules on its own memory, under autocast for
     bfloat16. Only the input gets a gradient, once; the model's mode and `.grad` stay as they are.
     Raises ValueError for other dtypes.
     """
