@@ -100,8 +100,13 @@ def plain(config, dataset):
                     target = teacher(x)
             start = ops.random_start(x, config.eps, index=index, **noise)
             student.eval()
-            inner = lambda v, target=target: objective(student(v), target)  # noqa: E731
-            x_adv = ascend(inner, x, start, config, config.steps)
+            x_adv = ascend(
+                lambda v, target=target: objective(student(v), target),
+                x,
+                start,
+                config,
+                config.steps,
+            )
             student.train()
             loss = objective(student(x_adv), target)
             if distilled:

@@ -50,18 +50,18 @@ class Tracer(fx.Tracer):
         return Proxy(node, self)
 
 
+def _recorded(function):
+    def record(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
 class Proxy(fx.Proxy):
-    def __iadd__(self, other):
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other):
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other):
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other):
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+    __iadd__ = _recorded(operator.iadd)
+    __isub__ = _recorded(operator.isub)
+    __imul__ = _recorded(operator.imul)
+    __itruediv__ = _recorded(operator.itruediv)
 
 
 class Image:
@@ -166,7 +166,7 @@ class Lowering:
     def add(self, node, _):
         refs = [self.ref(arg) for arg in node.args]
         if len(refs) != 2 or None in refs:
-            return self.image_step(node, "add")
+            return self.image_step(node, _)
         if node.target in (operator.iadd, "add_") and len(node.args[0].users) > 1:
             return None
         order = sorted(range(2), key=lambda i: self.stages.index(refs[i].stage))
@@ -180,20 +180,11 @@ class Lowering:
         stage.before = other
         return into
 
-    def sub(self, node, _):
-        return self.image_step(node, "sub")
-
-    def mul(self, node, _):
-        return self.image_step(node, "mul")
-
-    def div(self, node, _):
-        return self.image_step(node, "div")
-
-    def image_step(self, node, operation):
+    def image_step(self, node, _):
         """A constant added to the image, or times it: a number, or a buffer per channel."""
         image = self.found.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        in_place = node.target in (operator.iadd, "add_")
-        if not isinstance(image, Image) or len(node.args) != 2 or in_place:
+        operation = STEPS.get(node.target)
+        if operation is None or not isinstance(image, Image) or len(node.args) != 2:
             return None
         constant = node.args[1]
         if isinstance(constant, fx.Node):
@@ -215,10 +206,9 @@ class Lowering:
         for operation, constant in self.image.steps:
             if isinstance(constant, str):
                 constant = operator.attrgetter(constant)(self.net).flatten().float()
-            if operation in ("mul", "div"):
-                scale, shift = (getattr(torch, operation)(v, constant) for v in (scale, shift))
-            else:
-                shift = getattr(torch, operation)(shift, constant)
+            if operation in (torch.mul, torch.div):
+                scale = operation(scale, constant)
+            shift = operation(shift, constant)
         return scale.contiguous(), shift.contiguous()
 
     def pad(self, node, _):
@@ -250,14 +240,8 @@ class Lowering:
 
     def boundary(self):
         """The one node of the trunk that the head reads."""
-        read = {
-            source
-            for node in self.graph.nodes
-            if node not in self.found and node.op != "get_attr"
-            for source in node.all_input_nodes
-            if source in self.found
-        }
         beyond = [n for n in self.graph.nodes if n not in self.found and n.op != "get_attr"]
+        read = {source for node in beyond for source in node.all_input_nodes} & self.found.keys()
         for node in beyond:
             if node.op == "call_module" and isinstance(self.modules[node.target], nn.Conv2d):
                 raise Unsupported(f"{self.describe(beyond[0])} is not known to the engine")
@@ -304,6 +288,14 @@ MODULES = {
     nn.AvgPool2d: "pool",
     nn.AdaptiveAvgPool2d: "adaptive_pool",
 }
+STEPS = {
+    operator.add: torch.add,
+    torch.add: torch.add,
+    "add": torch.add,
+    operator.sub: torch.sub,
+    operator.mul: torch.mul,
+    operator.truediv: torch.div,
+}  # of an image, none of them in place
 FUNCTIONS = {
     F.relu: "activate",
     torch.relu: "activate",
@@ -316,9 +308,9 @@ FUNCTIONS = {
     torch.add: "add",
     "add": "add",
     "add_": "add",
-    operator.sub: "sub",
-    operator.mul: "mul",
-    operator.truediv: "div",
+    operator.sub: "image_step",
+    operator.mul: "image_step",
+    operator.truediv: "image_step",
     F.dropout: "dropout",
     F.pad: "pad",
     F.avg_pool2d: "pool",
