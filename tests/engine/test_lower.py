@@ -1,0 +1,195 @@
+"""What the engine takes of a network, what it leaves to torch, and that neither is misread."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Branching, network, results
+from torch import nn
+
+from fastadv import _native, freeze, models
+from fastadv import frozen as frozen_module
+from fastadv.engine import Unsupported, lower
+
+pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("python", "cannot trace it"),
+        ("between", "max_pool2d is not known to the engine"),
+        ("two paths", "does not end in one path"),
+    ],
+)
+def test_what_it_cannot_express_runs_as_modules_and_is_said_once(kind, message, caplog):
+    frozen_module._say.cache_clear()
+    model = Branching(kind).eval()
+    with pytest.raises(Unsupported, match=message):
+        lower(model, torch.float32)
+    with caplog.at_level(logging.WARNING, "fastadv"):
+        frozen, x = freeze(freeze(model)), torch.rand(2, 3, 9, 9)
+        assert frozen.trunk is None
+        assert torch.equal(frozen(x), model(x))
+        frozen(x)
+    assert len([r for r in caplog.records if "runs as plain torch" in r.message]) == 1
+
+
+def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
+    for name in ("resnet34", "resnet56_b", "wrn28_10", "dm_wrn28_10", "mobilenet_v2"):
+        with torch.device("meta"):
+            net = models.get(name)
+        trunk, _ = lower(net.eval(), torch.float32)
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
+        assert sum(stage.conv is not None for stage in trunk.stages) == convolutions
+
+
+class Tricky(nn.Module):
+    """A convolution, something easily misread, another convolution."""
+
+    def __init__(self, between, before=None, after=None, **conv):
+        super().__init__()
+        self.between, self.before, self.after = between, before, after
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, **({"padding": 1} | conv))
+        self.norm = nn.BatchNorm2d(4)
+        self.batch_norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.identity, self.dropout = nn.Identity(), nn.Dropout()
+        self.inplace = nn.ReLU(inplace=True)
+        self.register_buffer("image", torch.rand(3, 8, 8))
+        self.register_buffer("row", torch.rand(8))
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("variance", torch.rand(3, 1, 1))
+        self.register_buffer("factor", torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        x = self.first(x if self.before is None else self.before(self, x))
+        x = self.second(self.between(self, x))
+        return x.mean((2, 3)) if self.after is None else self.after(self, x)
+
+
+def added_in_place(net, x):
+    y = net.second(x)
+    kept = y
+    y += x
+    return F.relu(kept) + net.second(y)
+
+
+def image_in_place(net, x):
+    y = x * 1.0
+    kept = y
+    y += 0.5
+    return kept
+
+
+def statement_in_place(net, x):
+    x = x * 1.0
+    x.add_(0.5)
+    return x
+
+
+def activated_in_place(net, x):
+    y = net.norm(x)
+    return net.second(net.inplace(y)) + y
+
+
+def same(net, x):
+    return x
+
+
+def own_tensor(net, x):
+    return x + torch.ones(8)
+
+
+# (network, whether the engine takes it)
+TRICKY = {
+    "added in place": (Tricky(added_in_place), False),
+    "activated in place": (Tricky(activated_in_place), False),
+    "image in place": (Tricky(same, image_in_place), False),
+    "statement in place": (Tricky(same, statement_in_place), False),
+    "dropout before the norm": (
+        Tricky(lambda net, x: net.second(F.relu(net.norm(net.dropout(x)))) + x),
+        False,
+    ),
+    "dropout as a function": (
+        Tricky(lambda net, x: net.second(F.relu(net.norm(F.dropout(x, training=False)))) + x),
+        False,
+    ),
+    "identity before ReLU": (Tricky(lambda net, x: net.second(F.relu(net.identity(x))) + x), False),
+    "residual by its identity": (
+        Tricky(lambda net, x: (lambda y: net.second(y) + y)(net.identity(net.norm(x)))),
+        True,
+    ),
+    "times two": (Tricky(lambda net, x: net.second(x).add(x, alpha=2)), False),
+    "with a mean": (Tricky(lambda net, x: net.second(x) + F.adaptive_avg_pool2d(x, 1)), False),
+    "of two sizes": (
+        Tricky(lambda net, x: net.second(x) + net.second(F.adaptive_avg_pool2d(x, 1))),
+        True,
+    ),
+    "subtracted": (Tricky(lambda net, x: net.second(x) - x), False),
+    "a third": (Tricky(lambda net, x: net.second(x) + x + net.norm(x)), False),
+    "activated twice": (Tricky(lambda net, x: F.relu(F.silu(x)) + x), False),
+    "itself": (Tricky(lambda net, x: x + x), False),
+    "shared": (Tricky(lambda net, x: net.norm(net.second(net.norm(net.second(x))))), True),
+    "pooled by keyword": (Tricky(lambda net, x: F.avg_pool2d(x, kernel_size=2)), False),
+    "pooled with a border": (Tricky(lambda net, x: F.avg_pool2d(x, 3, 1, 1)), False),
+    "pooled by a list": (Tricky(lambda net, x: F.avg_pool2d(x, [2])), True),
+    "pooled by size": (Tricky(lambda net, x: F.avg_pool2d(x, x.shape[-1] // 4)), False),
+    "called by keyword": (Tricky(lambda net, x: net.second(input=x)), False),
+    "statistics of the batch": (Tricky(lambda net, x: net.batch_norm(x)), False),
+    "padded with zeros": (Tricky(lambda net, x: F.pad(x, (1, 0, 2, 1))), True),
+    "padded with ones": (Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), value=1.0)), False),
+    "reflected": (Tricky(lambda net, x: F.pad(x, (1, 1, 1, 1), mode="reflect")), False),
+    "cropped": (Tricky(lambda net, x: F.pad(x, (-1, 0, 0, 0))), False),
+    "dropped out": (Tricky(lambda net, x: F.dropout(x, 0.5, net.training)), True),
+    "circular": (Tricky(same, padding_mode="circular"), False),
+    "same": (Tricky(same, padding="same"), False),
+    "two groups": (Tricky(same, groups=2), False),
+    "minus an image": (Tricky(same, lambda net, x: x - net.image), False),
+    "minus a row": (Tricky(same, lambda net, x: x - net.row), False),
+    "minus a mean": (Tricky(same, lambda net, x: (x - net.mean) / net.variance + 0.1), True),
+    "by a double": (Tricky(same, lambda net, x: x * net.factor), True),
+    "by an expression": (Tricky(same, lambda net, x: x / (net.variance + 0.1).sqrt()), False),
+    "a tensor of its own": (Tricky(same, own_tensor), False),
+    "the other way": (Tricky(same, lambda net, x: 1 - x), False),
+    "image twice": (Tricky(same, lambda net, x: x + x), False),
+    "viewed": (Tricky(same, None, lambda net, x: x.view(x.size(0), -1)), True),
+    "centred": (Tricky(same, None, lambda net, x: x.flatten(1) - net.factor.float()), True),
+}
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_nothing_is_lowered_wrongly(name):
+    """With a trunk or without, the numbers are the model's, also after its buffers changed."""
+    net, taken = TRICKY[name]
+    net = copy.deepcopy(net).eval()
+    for value in (net.norm.running_mean, net.norm.running_var, net.norm.weight, net.norm.bias):
+        nn.init.uniform_(value, 0.3, 2)
+    frozen = freeze(net)
+    assert (frozen.trunk is not None) == taken
+    for batch in (3, 17):
+        x = torch.rand(batch, 3, 8, 8)
+        weight = torch.randn(1)
+        expected = results(net, x.clone(), weight)
+        for found, wanted in zip(results(frozen, x, weight), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(0.7)
+        frozen.refresh()
+    assert frozen.trunk is None or name != "of two sizes"  # which only shows in use
+
+
+def test_what_waits_for_a_module_gets_it():
+    frozen, x = freeze(network("resnet18")), torch.rand(2, 3, 8, 8)
+    calls = []
+    hook = frozen.net.layer1.register_full_backward_hook(lambda *_: calls.append(1))
+    results(frozen, x, torch.ones(1))
+    assert calls == [1]
+    hook.remove()
+    assert freeze(network("resnet18")).trunk is not None
+    patched = network("resnet18")
+    patched.conv1.forward = lambda v: nn.functional.conv2d(v, patched.conv1.weight, padding=1) + 1
+    assert freeze(patched).trunk is None
