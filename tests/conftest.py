@@ -24,3 +24,15 @@ def npz(tmp_path_factory):
         test_labels=labels[160:],
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def teacher(npz, tmp_path_factory):
+    """The best checkpoint of a robust network's run; that of a natural one lies in ../natural."""
+    from fastadv.train import train
+    from runs import config  # they load torch
+
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train(config(npz, out, student_width=8))
+    train(config(npz, out.with_name("natural"), method="natural", student_width=6))
+    return out / "best.safetensors"

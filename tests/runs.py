@@ -1,0 +1,38 @@
+"""Short runs on a few images, for the tests of the trainer and of evaluation."""
+
+from safetensors import safe_open
+
+from fastadv import methods
+from fastadv.config import Config
+
+
+def config(npz, out, **changed):
+    settings = {
+        "method": "at",
+        "data": "npz",
+        "data_dir": str(npz),
+        "student": "digits_net",
+        "student_width": 4,
+        "eps": 0.1,
+        "steps": 2,
+        "epochs": 3,
+        "batch_size": 32,
+        "lr": 0.05,
+        "milestones": (2,),
+        "out": str(out),
+        "teacher_cache": "memory",
+    }
+    return Config(**(settings | changed))
+
+
+def tensors(path):
+    with safe_open(path, "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def with_teachers(settings, teacher):
+    """The settings, with `teacher` in every role that their method has."""
+    needed = methods.get(settings["method"]).teachers
+    clean = teacher.parents[1] / "natural/best.safetensors"
+    paths = {"teacher": teacher, "clean_teacher": clean}
+    return settings | {f"{which}_checkpoint": str(paths[which]) for which in needed}
