@@ -29,8 +29,9 @@ def npz(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher(npz, tmp_path_factory):
     """The best checkpoint of a robust network's run; that of a natural one lies in ../natural."""
+    from small_runs import config  # they load torch
+
     from fastadv.train import train
-    from runs import config  # they load torch
 
     out = tmp_path_factory.mktemp("teacher") / "run"
     train(config(npz, out, student_width=8))

@@ -3,13 +3,13 @@ import json
 
 import pytest
 import torch
+from small_runs import config, tensors, with_teachers
 
 from fastadv import checkpoint, evaluate, log, methods
 from fastadv.cli import parse
 from fastadv.run import Run
 from fastadv.teacher_cache import TeacherCache
 from fastadv.train import train
-from runs import config, tensors, with_teachers
 
 
 def test_a_run_leaves_its_whole_record(npz, tmp_path):
