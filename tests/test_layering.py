@@ -13,11 +13,11 @@ LEVELS = (
     {"losses"},
     {"attacks", "awp", "frozen", "trained", "features", "models", "data"},
     {"methods"},
-    {"graphs", "compat"},
+    {"graphs"},
     {"testing", "info", "run", "digits"},
     {"cli"},
     {"evaluate"},
-    {"build", "teacher_cache"},
+    {"build", "teacher_cache", "compat"},
     {"train", "demo", "export", "recipes"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -54,9 +54,14 @@ def check_logits(logits, batch):
     values = logits.detach()
     if not values.isfinite().all():
         raise ValueError("model returned NaN or infinite logits")
-    sums_to_one = (values.float().sum(1) - 1).abs().max() < 1e-3
-    if logits.shape[1] > 1 and sums_to_one and values.min() >= 0:
+    if probabilities(values):
         raise ValueError("model returned probabilities, must return logits: remove its softmax")
+
+
+def probabilities(logits):
+    """Whether [B, C] of two classes or more look like the outcome of a softmax."""
+    sums_to_one = (logits.float().sum(1) - 1).abs().max() < 1e-3
+    return bool(logits.shape[1] > 1 and sums_to_one and logits.min() >= 0)
 
 
 @contextlib.contextmanager

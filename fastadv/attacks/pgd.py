@@ -1,11 +1,13 @@
 """Projected gradient descent (Madry et al. 2018); FGSM (Goodfellow et al. 2015) is a preset."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 
 from .. import losses, ops
 from ..frozen import Frozen
+from ..reference import per_sample
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
 
 
@@ -16,7 +18,8 @@ class PGD:
     eps, step_size: in units of x (8/255, not 8). init: "uniform" in the ball, clipped to the box
     (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
     clip_start: whether the start is clipped to the box, where other than that (ARD's is not).
-    norm: "linf" or "l2". lo, hi: the box of valid images.
+    norm: "linf" or "l2". lo, hi: the box of valid images. restarts: starts per sample, all in one
+    batch. keep: which iterate of a start is returned, "last" (as published) or "best".
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
     gradient with NaN or infinity in it; NaN elements do not move.
     Raises ValueError on a radius in the wrong unit; warns when step_size > eps.
@@ -31,6 +34,8 @@ class PGD:
     lo: float = 0.0
     hi: float = 1.0
     clip_start: bool | None = None
+    restarts: int = 1
+    keep: str = "last"
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -39,6 +44,10 @@ class PGD:
             raise ValueError(f"init is {self.init!r}, must be 'uniform', 'gaussian' or 'zero'")
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}, must be at least 0")
+        if self.restarts < 1:
+            raise ValueError(f"restarts is {self.restarts}, must be at least 1")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep is {self.keep!r}, must be 'last' or 'best'")
 
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
         """x_adv for `model`; the objective is "ce", "margin", "cw" (the margin up to kappa = 50, as
@@ -48,7 +57,9 @@ class PGD:
         x: float32 [B, ...] in [lo, hi]; y: int64 [B]; target_logits: [B, C], constant. start: x_adv
         to begin from instead of `init`. index: int64 [B] dataset ids that decide each sample's
         random start. The model maps x to logits; it runs in eval mode, its modes are put back and
-        its parameters' `.grad` stays untouched. Raises ValueError or TypeError naming the argument.
+        its parameters' `.grad` stays untouched. With `restarts` or keep="best": per sample the
+        misclassified point of highest objective, else the point of highest objective, which takes
+        one more forward pass. Raises ValueError or TypeError naming the argument.
         """
         if loss not in OBJECTIVES:
             raise ValueError(f"loss is {loss!r}, must be one of {', '.join(OBJECTIVES)}")
@@ -56,21 +67,37 @@ class PGD:
         if target is None:
             raise ValueError(f"{name} is missing, which loss={loss!r} needs")
         check_images(x, self.lo, self.hi)
-        checked = []
+        if self.restarts > 1 and start is not None:
+            raise ValueError(f"start is given, must be None with restarts={self.restarts}")
+        target, checked, found = target.detach(), [], []
 
-        def inner(x_adv, target):
+        def inner(x_adv, target, label, last=False):
             logits = model(x_adv)
             if not checked:  # the first forward pass vouches for the rest
                 check_logits(logits, len(x_adv))
                 if loss != "kl":
                     check_labels(target, logits)
                 checked.append(True)
-            return OBJECTIVES[loss](logits, target)
+            value = OBJECTIVES[loss](logits, target)
+            if self.keep == "best" or last:
+                new = x_adv.detach(), value.detach(), logits.argmax(1) != label
+                found[:] = better(new, found) if found else new
+            return value
 
         if isinstance(model, Frozen):
             model.refresh()
         with evaluating(model):
-            return self.ascend(inner, x, target.detach(), start=start, index=index)
+            if self.restarts > 1:
+                start = self._starts(x, index)
+                x, target = (torch.cat([v] * self.restarts) for v in (x, target))
+            label = target.argmax(1) if loss == "kl" else target
+            x_adv = self.ascend(inner, x, target, label, start=start, index=index)
+            if not len(x) or (self.restarts == 1 and self.keep == "last"):
+                return x_adv
+            with torch.no_grad():
+                inner(x_adv, target, label, last=True)
+        first, *others = zip(*(v.chunk(self.restarts) for v in found), strict=True)
+        return functools.reduce(better, others, first)[0]
 
     @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):
@@ -88,15 +115,29 @@ class PGD:
                 ops.pgd_step_(x_adv, grad, x, self.eps, self.step_size, self.norm, self.lo, self.hi)
         return x_adv
 
-    def _start(self, x, index):
+    def _start(self, x, index, **counter):
         clip = self.init == "uniform" if self.clip_start is None else self.clip_start
-        box = {"lo": self.lo, "hi": self.hi} if clip else {}
-        return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, index=index, **box)
+        keys = {"index": index} | ({"lo": self.lo, "hi": self.hi} if clip else {}) | counter
+        return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, **keys)
+
+    def _starts(self, x, index):
+        """[restarts * B, ...]: of one seed, so that a sample's starts are its own in any batch."""
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        return torch.cat(
+            [self._start(x, index, seed=seed, restart=count) for count in range(self.restarts)]
+        )
 
 
-def FGSM(eps=8 / 255):
+def FGSM(eps=8 / 255, norm="linf"):
     """One step of full length from x itself."""
-    return PGD(eps=eps, step_size=eps, steps=1, init="zero")
+    return PGD(eps=eps, step_size=eps, steps=1, init="zero", norm=norm)
+
+
+def better(new, old):
+    """The better of two (x_adv [B, ...], loss [B], wrong [B] bool), sample by sample: misclassified
+    first, then of higher loss."""
+    higher = (new[2] & ~old[2]) | ((new[2] == old[2]) & (new[1] > old[1]))
+    return [torch.where(per_sample(higher, a), a, b) for a, b in zip(new, old, strict=True)]
 
 
 def input_gradient(inner, x_adv, *targets):

@@ -1,0 +1,121 @@
+"""The attacks of an evaluation by name, and the suites that the field reports."""
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+
+from .apgd import APGD
+from .pgd import FGSM, PGD
+
+# By name, (attack, loss of a PGD) from (eps, norm). Steps are given for eps = 8/255 and scale with
+# it. PGD-20 at 2/255 is what papers call PGD_SAT, at 0.003 PGD_TRADES; cw is the CW objective
+# (kappa 50) under 30 steps from x itself. APGD, FAB and Square are as AutoAttack's standard version
+# has them, and in "quick" APGD is shorter.
+ATTACKS = {
+    "clean": lambda eps, norm: (PGD(eps, eps / 4, 0, "zero", norm=norm), "ce"),
+    "fgsm": lambda eps, norm: (FGSM(eps, norm), "ce"),
+    "pgd20": lambda eps, norm: (PGD(eps, eps / 4, 20, norm=norm), "ce"),
+    "pgd20_003": lambda eps, norm: (PGD(eps, eps * 0.003 * 255 / 8, 20, norm=norm), "ce"),
+    "cw": lambda eps, norm: (PGD(eps, eps / 4, 30, "zero", norm=norm), "cw"),
+    "apgd-ce": lambda eps, norm: (APGD(eps, norm=norm), None),
+    "apgd-dlr": lambda eps, norm: (APGD(eps, loss="dlr", norm=norm), None),
+    "apgd-t": lambda eps, norm: (APGD(eps, loss="targeted", norm=norm), None),
+    "apgd-ce-20": lambda eps, norm: (APGD(eps, 20, norm=norm), None),
+    "apgd-t-20": lambda eps, norm: (
+        APGD(eps, 20, loss="targeted", target_classes=3, norm=norm),
+        None,
+    ),
+}
+PGD_NAME = re.compile(r"pgd(?:-(ce|margin|dlr|kl))?-(\d+)(?:-(\d+))?")
+TRANSFER = "transfer-"
+PAPER = ("clean", "fgsm", "pgd20", "pgd20_003", "cw")
+# Suites whose attacks go one after the other, each on what the ones before left robust.
+CASCADES = {
+    "aa": ("apgd-ce", "apgd-t"),
+    "quick": ("apgd-ce-20", "apgd-t-20"),
+}
+ALIASES = {"autoattack-standard": "aa"}
+CLASSES = {"dlr": 3, "targeted": 4}  # that the losses need
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of an evaluation.
+
+    loss: the objective of a PGD, None for the others. after: names of the stages whose survivors it
+    attacks; none: all images. transferred: its gradients are those of another model.
+    """
+
+    name: str
+    attack: object
+    loss: str | None = None
+    after: tuple = ()
+    transferred: bool = False
+
+    def __call__(self, model, x, y, index):
+        """x_adv [B, ...]."""
+        if self.loss is None:
+            return self.attack(model, x, y, index=index)
+        target = {"target_logits": model(x).detach()} if self.loss == "kl" else {}
+        return self.attack(model, x, y, loss=self.loss, index=index, **target)
+
+    def among(self, names):
+        """The same where only these stages are left to come after."""
+        return replace(self, after=tuple(name for name in self.after if name in names))
+
+    @property
+    def classes(self):
+        """How many classes its loss needs."""
+        return CLASSES.get(self.loss or getattr(self.attack, "loss", None), 2)
+
+    @property
+    def by_gradient(self):
+        """Whether it follows the attacked model's own gradient."""
+        return not self.transferred and self.name not in ("clean", "square")
+
+
+def single(name, eps, norm="linf"):
+    """The stage of one name: of ATTACKS, or "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of eps / 4; LOSS
+    ce, margin, dlr or kl), or either after "transfer-". Raises ValueError for others."""
+    if name.startswith(TRANSFER):
+        stage = single(name.removeprefix(TRANSFER), eps, norm)
+        return replace(stage, name=name, transferred=True)
+    if name in ATTACKS:
+        return Stage(name, *ATTACKS[name](eps, norm))
+    if found := PGD_NAME.fullmatch(name):
+        loss, steps, restarts = found.groups()
+        attack = PGD(eps, eps / 4, int(steps), norm=norm, restarts=int(restarts or 1), keep="best")
+        return Stage(name, attack, loss or "ce")
+    known = [*ATTACKS, "pgd-50-10", "paper", *CASCADES, *ALIASES]
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"attack is {name!r}, must be one of {', '.join(known)}{hint}")
+
+
+def cascade(names, eps, norm="linf", prefix=""):
+    """ "clean" and the stages of `names`, each on what those before it left robust."""
+    found = [single("clean", eps, norm)]
+    for name in names:
+        before = tuple(stage.name for stage in found)
+        found.append(replace(single(name, eps, norm), name=prefix + name, after=before))
+    return found
+
+
+def stages(names, eps, norm="linf"):
+    """The stages of `names`, in order and each once: attacks as `single` knows them on all images;
+    "paper" for PAPER; the name of a suite of CASCADES for its cascade, as "suite:attack".
+
+    Raises ValueError naming an unknown attack, eps or norm.
+    """
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}, must be positive")
+    found = []
+    for name in names:
+        suite = ALIASES.get(name, name)
+        if suite in CASCADES:
+            found += cascade(CASCADES[suite], eps, norm, f"{suite}:")
+        else:
+            found += [
+                single(attack, eps, norm) for attack in (PAPER if name == "paper" else (name,))
+            ]
+    return list({stage.name: stage for stage in found}.values())

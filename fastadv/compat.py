@@ -1,0 +1,163 @@
+"""The calls of torchattacks and of AutoAttack, run by fastadv's attacks.
+
+    from fastadv.compat import PGD, AutoAttack      # instead of torchattacks, autoattack
+
+    x_adv = PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels)
+    x_adv = AutoAttack(model, norm="Linf", eps=8/255).run_standard_evaluation(x, y, bs=250)
+
+Arguments, their order and their defaults are those of torchattacks 3.5 and of the authors'
+AutoAttack. Models map images in [0, 1] to logits; their modes are put back. Arguments whose meaning
+fastadv does not have are refused by a ValueError.
+"""
+
+import torch
+from torch import nn
+
+from . import attacks, evaluate
+from .attacks import suite
+from .config import device as usable
+from .data.dataset import ImageSet
+from .evaluate import report
+
+NORMS = {"Linf": "linf", "L2": "l2"}
+
+
+def _norm(norm):
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, must be 'Linf' or 'L2'")
+    return NORMS[norm]
+
+
+def _only(**arguments):
+    """Refuses values other than the (value, only) that are known."""
+    for name, (value, only) in arguments.items():
+        if value != only:
+            raise ValueError(f"{name} is {value!r}, must be {only!r}: fastadv knows no other")
+
+
+class _Attack:
+    """An attack bound to a model: a call takes images [B, ...] and labels [B] to x_adv."""
+
+    def __init__(self, model, attack, seed=None):
+        self.model, self.attack, self.seed = model, attack, seed
+
+    def __call__(self, images, labels):
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                torch.default_generator.manual_seed(self.seed)
+            return self.attack(self.model, images, labels)
+
+
+def FGSM(model, eps=8 / 255):
+    """torchattacks.FGSM."""
+    return _Attack(model, attacks.FGSM(eps))
+
+
+def PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=True):
+    """torchattacks.PGD: linf."""
+    init = "uniform" if random_start else "zero"
+    return _Attack(model, attacks.PGD(eps, alpha, steps, init))
+
+
+def PGDL2(model, eps=1.0, alpha=0.2, steps=10, random_start=True, eps_for_division=1e-10):
+    """torchattacks.PGDL2. A zero gradient moves nothing, so eps_for_division has no use."""
+    init = "uniform" if random_start else "zero"
+    return _Attack(model, attacks.PGD(eps, alpha, steps, init, norm="l2"))
+
+
+def APGD(
+    model,
+    norm="Linf",
+    eps=8 / 255,
+    steps=10,
+    n_restarts=1,
+    seed=0,
+    loss="ce",
+    eot_iter=1,
+    rho=0.75,
+    verbose=False,
+):
+    """torchattacks.APGD; loss is "ce" or "dlr"."""
+    _only(eot_iter=(eot_iter, 1))
+    attack = attacks.APGD(eps, steps, n_restarts, loss, norm=_norm(norm), rho=rho)
+    return _Attack(model, attack, seed)
+
+
+class _Module(nn.Module):
+    """A function of images as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class AutoAttack:
+    """The authors' AutoAttack of Croce & Hein 2020 (arXiv 2003.01690), version "standard", or
+    "custom" with `attacks_to_run` of apgd-ce, apgd-dlr, apgd-t, fab-t and square.
+
+    model: a module or a function from images in [0, 1] to logits. precision: "fp32" or "bf16" of
+    the search; what counts is the model itself in float32 either way. Raises ValueError for
+    versions and arguments that fastadv does not know.
+    """
+
+    def __init__(
+        self,
+        model,
+        norm="Linf",
+        eps=0.3,
+        seed=None,
+        verbose=True,
+        attacks_to_run=(),
+        version="standard",
+        is_tf_model=False,
+        device="cuda",
+        log_path=None,
+        precision="fp32",
+    ):
+        _only(is_tf_model=(is_tf_model, False))
+        if version not in ("standard", "custom"):
+            raise ValueError(f"version is {version!r}, must be 'standard' or 'custom'")
+        if bool(attacks_to_run) != (version == "custom"):
+            raise ValueError(
+                f"attacks_to_run is {list(attacks_to_run)}, must be for version 'custom' alone"
+            )
+        self.model = model if isinstance(model, nn.Module) else _Module(model)
+        self.eps, self.norm, self.seed, self.precision = eps, _norm(norm), seed, precision
+        self.verbose, self.log_path, self.device = verbose, log_path, usable(device)
+        self.stages = suite.cascade(attacks_to_run or suite.CASCADES["aa"], eps, self.norm)
+
+    def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False):
+        """x_adv [N, ...] as x_orig: of each image the example that breaks it, else x itself; with
+        return_labels also the classes that the model gives them. x_orig: float32 in [0, 1]; y_orig:
+        int64 [N]."""
+        split = ImageSet(x_orig, y_orig, torch.arange(len(y_orig)))
+        record = evaluate.Record(len(split), examples=x_orig.detach().cpu().numpy().copy())
+        seed = torch.randint(2**31, ()).item() if self.seed is None else self.seed
+        evaluate.run(
+            self.model,
+            split,
+            self.stages,
+            precision=self.precision,
+            batch_size=bs,
+            device=self.device,
+            seed=seed,
+            record=record,
+        )
+        self._tell(report.describe(record, self.stages))
+        x_adv = torch.from_numpy(record.examples).to(x_orig.device)
+        return (x_adv, self._labels(x_adv, bs)) if return_labels else x_adv
+
+    @torch.no_grad()
+    def _labels(self, x, bs):
+        parts = [self.model(part.to(self.device)).argmax(1) for part in x.split(bs)]
+        return torch.cat(parts).to(x.device)
+
+    def _tell(self, text):
+        if self.verbose:
+            print(text)
+        if self.log_path:
+            with open(self.log_path, "a") as file:
+                file.write(text + "\n")

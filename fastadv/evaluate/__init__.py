@@ -1,0 +1,19 @@
+"""Evaluation: attacks on fast twins, the verdict on the model itself in float32."""
+
+from ..attacks.suite import PAPER
+from .networks import check_fits, from_code, from_run
+from .record import Record
+from .report import table
+from .search import accuracies, correct, run
+
+__all__ = [
+    "PAPER",
+    "Record",
+    "accuracies",
+    "check_fits",
+    "correct",
+    "from_code",
+    "from_run",
+    "run",
+    "table",
+]

@@ -1,0 +1,212 @@
+r"""python -m fastadv.evaluate: clean and robust accuracy of checkpoints.
+
+python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
+python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 \
+        --data cifar10 --data-dir DIR --attacks paper,aa --precision bf16 --out results
+python -m fastadv.evaluate --model-from my_package.nets:robust_net --data cifar10 --data-dir DIR
+
+--attacks names attacks (pgd20, apgd-ce, square, pgd-50-10 for 50 steps and 10 restarts, and
+transfer-NAME with the gradients of --source) and suites: paper, quick, and aa, which is
+AutoAttack's standard version. What counts as broken is what the model itself misclassifies in
+fp32, within ball and box, whatever --precision the search has. With --out the same command again
+goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint, data, models
+from ..attacks import suite
+from ..config import PRECISIONS, Config, device, number, versions
+from . import networks, report, search, validity
+from .record import Record, open_examples
+
+
+@dataclass
+class Subject:
+    """One network under evaluation: its label, the architecture's name and the run's Config."""
+
+    label: str
+    architecture: str
+    model: torch.nn.Module
+    config: Config
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", nargs="+", help="of runs, or .pt files with --model")
+    parser.add_argument("--model", help=f"architecture of foreign checkpoints: {models.KNOWN}")
+    parser.add_argument("--model-from", help="module:function that returns the network; runs it")
+    parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
+    parser.add_argument("--source", help="run whose network transfer-NAME attacks follow")
+    parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
+    parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--attacks", default="paper", help="comma separated; default: %(default)s")
+    parser.add_argument("--eps", type=number, help="radius; default: the run's, else 8/255 (linf)")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the search")
+    parser.add_argument("--limit", type=int, help="only the first N images")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of reports, figures and what is resumed")
+    parser.add_argument(
+        "--save-adversarial", action="store_true", help="adversarial.npy and a figure, in --out"
+    )
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuses what no evaluation could serve, before any work."""
+    if not (args.checkpoint or args.model_from):
+        raise ValueError("checkpoint is missing: name a run's, or a network by --model-from")
+    if args.model and args.model_from:
+        raise ValueError("model and model-from are both given, must be one of them")
+    if args.norm == "l2" and args.eps is None:
+        raise ValueError("eps is missing, which norm l2 needs, such as 0.5")
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}, must be at least 1")
+    if args.save_adversarial and not args.out:
+        raise ValueError("save-adversarial needs --out, the folder to save in")
+    eps = 8 / 255 if args.eps is None else args.eps
+    stages = suite.stages(args.attacks.split(","), eps, args.norm)
+    if any(stage.transferred for stage in stages) and not args.source:
+        raise ValueError("source is missing, which transfer attacks need: a run's checkpoint")
+    device(args.device)
+
+
+def subjects(args):
+    """The networks to evaluate, and the data set; both fit."""
+    paths, found = args.checkpoint or [None], []
+    if not (args.model or args.model_from):
+        for path in paths:
+            model, config = networks.from_run(path)
+            found.append(Subject(path, config.student, model, config))
+    else:
+        config = Config(data=args.data or "cifar10", data_dir=args.data_dir)
+    dataset = data.load(args.data or config.data, args.data_dir or config.data_dir)
+    for path in paths if not found else ():
+        if args.model_from:
+            model, name = networks.from_code(args.model_from, path), args.model_from
+        else:
+            channels, name = dataset.test.images.shape[1], args.model
+            model = models.load(name, path, dataset.num_classes, channels, args.width)
+        found.append(Subject(path or name, name, model, config))
+    for subject in found:
+        networks.check_fits(subject.model, dataset, subject.label)
+    radii = {subject.config.eps for subject in found}
+    if args.eps is None and len(radii) > 1:
+        raise ValueError(f"eps is missing: the runs were trained with {sorted(radii)}")
+    return found, dataset
+
+
+def digest(model, split):
+    """sha256 of a network's tensors and of the images and labels, by name."""
+
+    def of(tensors):
+        total = hashlib.sha256()
+        for tensor in tensors:
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return total.hexdigest()[:16]
+
+    return {"weights": of(model.state_dict().values()), "images": of((split.images, split.labels))}
+
+
+def folder(out, label):
+    """The folder in `out` for a checkpoint: its path in one word."""
+    parts = [part for part in Path(label).with_suffix("").parts if part.strip("./")]
+    return out / "-".join(parts).replace(":", "-")
+
+
+def evaluate(subject, dataset, split, args, source):
+    """Attacks one network and reports it: {stage: accuracy}."""
+    eps = subject.config.eps if args.eps is None else args.eps
+    settings = {
+        "architecture": subject.architecture,
+        "dataset": dataset.name,
+        "split": args.split,
+        "eps": eps,
+        "norm": args.norm,
+        "precision": args.precision,
+        "seed": args.seed,
+    }
+    stages = suite.stages(args.attacks.split(","), eps, args.norm)
+    first = split.take(torch.arange(min(args.batch_size, len(split))))
+    x, y = first.images.to(args.device).float() / 255, first.labels.to(args.device)
+    model, stages, warnings = validity.probe(subject.model.to(args.device), x, y, stages)
+    print(
+        f"\n{subject.label}: {dataset.name} {args.split}, {len(split)} images, {args.norm} eps "
+        f"{report.fraction(eps)}, {args.precision} search, fp32 verdict, seed {args.seed}"
+    )
+    out = args.out and folder(args.out, subject.label)
+    key = settings | digest(subject.model, split) | versions()
+    key |= {"source": source and digest(source, split)["weights"]}
+    record = Record(len(split), key, out)
+    if args.save_adversarial:
+        record.examples = open_examples(out / "adversarial.npy", split.images)
+    search.run(
+        model,
+        split,
+        stages,
+        source=source,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        device=args.device,
+        seed=args.seed,
+        record=record,
+        progress=True,
+    )
+    warnings += validity.review(record, stages)
+    print(report.describe(record, stages))
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if out:
+        text = report.as_json(record, stages, settings, warnings)
+        checkpoint.atomic_write(out / "report.json", text)
+        if args.save_adversarial:
+            report.grid(out / "adversarial.png", record, stages, split.images, eps)
+        print(f"report: {out / 'report.json'}")
+    return report.rates(record, stages)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    check(args)
+    found, dataset = subjects(args)
+    source = networks.from_run(args.source)[0].to(args.device) if args.source else None
+    if source is not None:
+        networks.check_fits(source, dataset, args.source)
+    split = getattr(dataset, args.split)
+    if args.limit:
+        split = split.take(torch.arange(min(args.limit, len(split))))
+    results = {subject.label: evaluate(subject, dataset, split, args, source) for subject in found}
+    if len(results) > 1:
+        names = set.intersection(*(set(rates) for rates in results.values()))
+        columns = [name for name in next(iter(results.values())) if name in names]
+        print(
+            "\n"
+            + report.table(results, {c: {k: v[c] for k, v in results.items()} for c in columns})
+        )
+        if args.out:
+            report.comparison(args.out / "comparison.png", columns, results)
+            print(f"comparison: {args.out / 'comparison.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing is reported; with --out the same command goes on from here")

@@ -1,0 +1,66 @@
+"""Where the networks of an evaluation come from."""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoint, models
+from ..attacks.checks import evaluating
+from ..config import Config
+
+
+def from_run(path):
+    """(model with the weights of a fastadv checkpoint, the Config of its run).
+
+    Raises ValueError naming the file when a run did not write it.
+    """
+    if Path(path).is_dir():
+        path = Path(path) / "best.safetensors"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} is not a run's .safetensors: name its architecture as well")
+    _, metadata = checkpoint.load(path)
+    try:
+        config = Config.from_json(json.dumps(metadata["config"]))
+        classes, channels = metadata["num_classes"], metadata["in_channels"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its header is not that of a run ({error})") from error
+    model = models.load(config.student, path, classes, channels, config.student_width)
+    return model, config
+
+
+def from_code(name, path=None):
+    """The network that "module:function" returns, with the weights of the file at `path`, if any.
+
+    The module is imported and the function called without arguments: only name code you trust.
+    Raises ValueError naming what is missing or not a network.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"model-from is {name!r}, must be module:function")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model-from is {name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
+    if path is not None:
+        models.load_weights(model, path)
+    return model
+
+
+def check_fits(model, dataset, path):
+    """Raises ValueError unless the model of `path` takes the data set's images and classes."""
+    images = dataset.train.images
+    x = torch.zeros(1, *images.shape[1:])
+    try:
+        with evaluating(model), torch.no_grad():
+            classes = model(x).shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
+    if classes != dataset.num_classes:
+        raise ValueError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")

@@ -1,0 +1,119 @@
+"""What an evaluation has found so far, image by image, and the file it resumes from."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+
+UNKNOWN, RIGHT, WRONG = range(3)
+SAVE_EVERY = 2.0  # seconds
+
+
+@dataclass
+class Cost:
+    """What a stage took: images attacked, wall-clock seconds, images passed forward and backward,
+    and what the attack met."""
+
+    images: int = 0
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+    bad_gradients: int = 0  # with NaN or infinity, over images and steps
+    disputed: int = 0  # misclassified by the twin, not by the model
+    invalid: int = 0  # outside ball or box: not counted as broken
+    largest: float = 0.0  # distance to x of what counts as broken
+
+    def add(self, other):
+        """Another part of the same stage."""
+        for name, value in asdict(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "largest" else mine + value)
+
+
+@dataclass
+class Record:
+    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG) and costs by stage.
+
+    A stage that nobody attacked yet is UNKNOWN throughout, and so are its images until they were.
+    folder: where `state.safetensors` is kept, if any. key: what the verdicts depend on; a folder of
+    another key is refused. examples: float32 [N, ...], the images to begin with, which take the
+    first example that broke each; None keeps none.
+    """
+
+    count: int
+    key: dict = field(default_factory=dict)
+    folder: Path | None = None
+    examples: np.ndarray | None = None
+    verdicts: dict = field(default_factory=dict)
+    costs: dict = field(default_factory=dict)
+    saved: float = 0.0
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError("there are no images to evaluate")
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            if self._state.exists():
+                self._load()
+
+    @property
+    def _state(self):
+        return Path(self.folder) / "state.safetensors"
+
+    def _load(self):
+        tensors, metadata = checkpoint.load(self._state)
+        for name in sorted(self.key.keys() | metadata["key"].keys()):
+            theirs, mine = metadata["key"].get(name), self.key.get(name)
+            if theirs != mine:
+                raise ValueError(
+                    f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
+                    f"{mine!r}: choose another --out"
+                )
+        self.verdicts = tensors
+        self.costs = {name: Cost(**cost) for name, cost in metadata["costs"].items()}
+
+    def stage(self, name):
+        """(verdicts, cost) of a stage, made where there is none."""
+        self.costs.setdefault(name, Cost())
+        unknown = torch.full((self.count,), UNKNOWN, dtype=torch.uint8)
+        return self.verdicts.setdefault(name, unknown), self.costs[name]
+
+    def right(self, name):
+        """bool [N]: which images are classified right under a stage (and those before it, in a
+        suite). Raises ValueError while any was not attacked."""
+        verdicts = self.stage(name)[0]
+        if todo := int((verdicts == UNKNOWN).sum()):
+            raise ValueError(f"{name}: {todo} of {self.count} images were not attacked yet")
+        return verdicts == RIGHT
+
+    def save(self, force=False):
+        """Writes the state, at most every SAVE_EVERY seconds unless forced."""
+        if self.folder is None or not (force or time.monotonic() - self.saved > SAVE_EVERY):
+            return
+        costs = {name: asdict(cost) for name, cost in self.costs.items()}
+        checkpoint.save(self._state, self.verdicts, {"key": self.key, "costs": costs})
+        self.saved = time.monotonic()
+
+    def keep(self, rows, x_adv):
+        """Stores the adversarial examples of `rows`."""
+        if self.examples is not None and len(rows):
+            self.examples[rows.numpy()] = x_adv.numpy()
+            if isinstance(self.examples, np.memmap):
+                self.examples.flush()
+
+
+def open_examples(path, images):
+    """The float32 array [N, C, H, W] in the .npy file at `path`, to be written to; where there is
+    none it is made of `images`, uint8."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        made = np.lib.format.open_memmap(part, "w+", np.float32, tuple(images.shape))
+        for first in range(0, len(images), 1024):
+            made[first : first + 1024] = images[first : first + 1024].float().numpy() / 255
+        made.flush()
+        part.rename(path)
+    return np.load(path, mmap_mode="r+")

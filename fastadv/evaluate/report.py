@@ -1,0 +1,136 @@
+"""What an evaluation leaves behind: a table, RobustBench's JSON, and two figures."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..checkpoint import atomic_write
+from ..config import versions
+
+SHOWN = 8  # images of the grid
+
+
+def fraction(eps):
+    """8/255 for 0.03137: the unit of the field where it is a whole number, else the decimal."""
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 * levels else f"{eps:g}"
+
+
+def table(columns, rows):
+    """A text table; `rows` is {label: {column: accuracy}}, printed in percent."""
+    width = max(map(len, rows)) + 2
+    wide = [max(len(name) + 2, 11) for name in columns]
+    head = " " * width + "".join(f"{c:>{w}}" for c, w in zip(columns, wide, strict=True))
+    body = [
+        f"{label:{width}}"
+        + "".join(f"{100 * row[c]:{w - 1}.2f}%" for c, w in zip(columns, wide, strict=True))
+        for label, row in rows.items()
+    ]
+    return "\n".join([head, *body])
+
+
+def worst_case(record, stages):
+    """bool [N]: which images are right under every stage."""
+    return torch.stack([record.right(stage.name) for stage in stages]).all(0)
+
+
+def rates(record, stages):
+    """{stage: accuracy in [0, 1]}, and "worst case" over all of them."""
+    found = {stage.name: record.right(stage.name).double().mean().item() for stage in stages}
+    return found | {"worst case": worst_case(record, stages).double().mean().item()}
+
+
+def describe(record, stages):
+    """A text table: per stage accuracy, and what it took."""
+    width = max(len(stage.name) for stage in stages) + 2
+    columns = ("accuracy", "attacked", "seconds", "forward", "backward")
+    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
+    found = rates(record, stages)
+    for stage in stages:
+        cost = record.costs[stage.name]
+        lines.append(
+            f"{stage.name:{width}}{100 * found[stage.name]:10.2f}%{cost.images:11}"
+            f"{cost.seconds:11.1f}{cost.forwards:11}{cost.backwards:11}"
+        )
+    return "\n".join([*lines, f"{'worst case':{width}}{100 * found['worst case']:10.2f}%"])
+
+
+def as_json(record, stages, settings, warnings):
+    """RobustBench's fields (accuracies in percent and eps as text, as there), then ours.
+
+    settings: "architecture", "dataset", "eps", "norm", "precision", "seed" and more, of any type.
+    """
+    found = {name: f"{100 * rate:.2f}" for name, rate in rates(record, stages).items()}
+    attacks = {
+        stage.name: {"accuracy": found[stage.name], **vars(record.costs[stage.name])}
+        for stage in stages
+    }
+    standard = [name for name in found if name.startswith("aa:")]
+    fields = settings | {"eps": fraction(settings["eps"]), "eps_value": settings["eps"]}
+    fields |= {"clean_acc": found.get("clean"), "robust_acc": found["worst case"]}
+    if standard:
+        fields["autoattack_acc"] = found[standard[-1]]
+    fields |= {"number_forward_passes": "1", "unreliable": bool(warnings), "warnings": warnings}
+    largest = max(record.costs[stage.name].largest for stage in stages)
+    fields |= {"images": record.count, "max_perturbation": largest, "attacks": attacks}
+    return json.dumps(fields | versions(), indent=2)
+
+
+def grid(path, record, stages, images, eps):
+    """A PNG of the first SHOWN images that an attack broke: clean, adversarial, and their
+    difference, in which mid-grey is none and the full range is eps. Draws nothing where there are
+    none or matplotlib is not installed."""
+    broken = record.right(stages[0].name) & ~worst_case(record, stages)
+    rows = broken.nonzero()[:SHOWN, 0]
+    if not len(rows):
+        return
+    clean = images[rows].float() / 255
+    adversarial = torch.from_numpy(record.examples[rows.numpy()])
+    difference = 0.5 + (adversarial - clean) / (2 * eps)
+    parts = (F.pad(part, (1, 1, 1, 1), value=1.0) for part in (clean, adversarial, difference))
+    panels = torch.cat([torch.cat(list(part), 2) for part in parts], 1)
+    figure = _figure((1.2 * len(rows), 4))
+    if figure is None:
+        return
+    axes = figure.subplots()
+    shown = panels.clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(shown.squeeze(2) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
+    height = images.shape[2] + 2
+    axes.set_yticks([height * (i + 0.5) for i in range(3)], ["clean", "adversarial", "difference"])
+    axes.set_xticks([])
+    _save(figure, path)
+
+
+def comparison(path, columns, results):
+    """A PNG of bars over the columns of {label: {column: accuracy}}. Draws nothing where matplotlib
+    is not installed."""
+    figure = _figure((8, 4.5))
+    if figure is None:
+        return
+    axes = figure.subplots()
+    width = 0.8 / len(results)
+    for i, (label, found) in enumerate(results.items()):
+        places = [j + (i - (len(results) - 1) / 2) * width for j in range(len(columns))]
+        axes.bar(places, [100 * found[name] for name in columns], width, label=label)
+    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axes.set(ylabel="accuracy, %", ylim=(0, 100))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _figure(size):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(Path(path), buffer.getvalue())

@@ -1,0 +1,193 @@
+"""The search for adversarial examples on fast twins, and the verdict on the model itself."""
+
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import parallel
+from ..attacks import suite
+from ..attacks.checks import check_labels, check_logits, evaluating
+from ..config import PRECISIONS
+from ..frozen import freeze
+from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
+
+# How much further than eps rounding may take an example, in units of x.
+ROUNDING = {"linf": 1e-6, "l2": 1e-5}
+
+
+class Counted(nn.Module):
+    """A network that counts the images that pass through it, forward and backward, and names what
+    it raises."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.forwards = self.backwards = 0
+
+    def forward(self, x):
+        try:
+            logits = self.net(x)
+        except Exception as error:
+            raise ValueError(f"model raised {type(error).__name__}: {error}") from error
+        self.forwards += len(x)
+        if logits.requires_grad:
+            logits.register_hook(self._count)
+        return logits
+
+    def _count(self, grad):
+        self.backwards += len(grad)
+
+
+@torch.no_grad()
+def judge(model, x, x_adv, y, eps, norm):
+    """(right, valid, distance) [B] of the examples x_adv [B, ...] for `model` itself, in float32.
+
+    valid: within eps of x and in [0, 1], to rounding. Raises ValueError for labels or logits that
+    make no sense.
+    """
+    delta = (x_adv - x).flatten(1)
+    distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+    with evaluating(model), torch.autocast(x.device.type, enabled=False):
+        logits = model(x_adv)
+    check_logits(logits, len(x))
+    check_labels(y, logits)
+    return logits.argmax(1) == y, inside & (distance <= eps + ROUNDING[norm]), distance
+
+
+class Search:
+    """Attacks batches on twins of a model, and of a source whose examples are transferred to it.
+
+    What the twin alone misclassifies, because its arithmetic is not the model's, is attacked again
+    in float32, so that a fast search finds no fewer examples. Differences from rounding remain.
+    """
+
+    def __init__(self, model, source, precision):
+        self.model = Counted(model)
+        self.twin = Counted(freeze(model, PRECISIONS[precision]))
+        self.exact = None if precision == "fp32" else Counted(freeze(model))
+        self.source = None if source is None else Counted(freeze(source, PRECISIONS[precision]))
+
+    def __call__(self, stage, x, y, index, seed):
+        """(x_adv, broken [B], cost) of one batch under one stage."""
+        eps, norm = stage.attack.eps, stage.attack.norm
+        start, before = time.perf_counter(), self._passes()
+        cost = Cost(images=len(x))
+
+        def attempt(twin, rows=slice(None)):
+            torch.default_generator.manual_seed(seed)
+            x_adv = stage(twin, x[rows], y[rows], index[rows])
+            cost.bad_gradients += int(stage.attack.bad_gradients)
+            return x_adv
+
+        x_adv = attempt(self.source if stage.transferred else self.twin)
+        right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
+        if self.exact and not stage.transferred:
+            with torch.no_grad():
+                disputed = (right & (self.twin(x_adv).argmax(1) != y)).nonzero()[:, 0]
+            cost.disputed = len(disputed)
+            if len(disputed):
+                x_adv[disputed] = attempt(self.exact, disputed)
+                right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
+        broken = ~right & valid
+        cost.invalid = int((~right & ~valid).sum())
+        cost.largest = distance[broken].max().item() if broken.any() else 0.0
+        cost.forwards, cost.backwards = (b - a for a, b in zip(before, self._passes(), strict=True))
+        cost.seconds = time.perf_counter() - start
+        return x_adv, broken, cost
+
+    def _passes(self):
+        nets = [net for net in (self.model, self.twin, self.exact, self.source) if net is not None]
+        return sum(net.forwards for net in nets), sum(net.backwards for net in nets)
+
+
+def run(
+    model,
+    split,
+    stages,
+    *,
+    source=None,
+    precision="fp32",
+    batch_size=256,
+    device="cpu",
+    seed=0,
+    record=None,
+    progress=False,
+):
+    """Attacks the images of `split`, stage after stage (see `suite.stages`): the Record.
+
+    split: a data.ImageSet, whose images may also be float32 in [0, 1].
+    The search runs on twins in `precision` ("fp32" or "bf16"); an image counts as broken when
+    `model` itself misclassifies its example in float32 and the example lies within ball and box. A
+    stage's batches are filled from the images that it still has to attack. Random draws depend on
+    (seed, image) alone, so that batch size and order do not change them. source: the network that
+    "transfer-" attacks follow. record: what is known already, to go on from.
+    Raises ValueError naming the stage and the images for labels, logits or models that make no
+    sense.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
+    record = record or Record(len(split))
+    search = Search(model, source, precision)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for stage in stages:
+                if stage.transferred and source is None:
+                    raise ValueError(f"{stage.name} needs a source: the network to transfer from")
+                _attack(search, stage, split, record, batch_size, device, seed, progress)
+    finally:
+        record.save(force=True)
+    return record
+
+
+def _attack(search, stage, split, record, batch_size, device, seed, progress):
+    """One stage on the images it has not attacked yet."""
+    verdicts, total = record.stage(stage.name)
+    for name in stage.after:
+        verdicts[~record.right(name)] = WRONG
+    todo = (verdicts == UNKNOWN).nonzero()[:, 0]
+    bar = tqdm(total=len(todo), desc=stage.name, leave=False, disable=None if progress else True)
+    for rows in todo.split(batch_size):
+        x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
+        x = x if x.is_floating_point() else x.float() / 255
+        try:
+            x_adv, broken, cost = search(stage, x, y, index, seed)
+        except ValueError as error:
+            images = f"images {int(rows[0])} to {int(rows[-1])}"
+            raise ValueError(f"{stage.name}, {images}: {error}") from error
+        broken = broken.cpu()
+        known = torch.stack([v[rows] == WRONG for v in record.verdicts.values()]).any(0)
+        fresh = broken & ~known
+        record.keep(rows[fresh], x_adv.cpu()[fresh])
+        verdicts[rows] = torch.where(broken, WRONG, RIGHT).to(torch.uint8)
+        total.add(cost)
+        record.save()
+        bar.update(len(rows))
+    bar.close()
+
+
+def correct(model, split, attack, *, eps, norm="linf", **options):
+    """Which images of `split` the model classifies right under `attack`: a bool tensor [N].
+
+    attack: one name that `suite.stages` knows; options are those of `run`. Raises ValueError for an
+    unknown attack, labels or logits that make no sense, and gradients with NaN or infinity: an
+    attack that cannot move proves nothing.
+    """
+    stages = suite.stages([attack], eps, norm)
+    record = run(model, split, stages, **options)
+    if bad := sum(record.costs[stage.name].bad_gradients for stage in stages):
+        raise ValueError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
+    return record.right(stages[-1].name)
+
+
+def accuracies(model, split, attacks, **options):
+    """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`. The processes
+    of a `parallel.group()` must all call it: they share the images out, each gets the whole result.
+    """
+    share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
+    return {
+        name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)
+        for name in attacks
+    }

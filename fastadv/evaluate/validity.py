@@ -1,0 +1,111 @@
+"""What makes a robust accuracy doubtful, as sentences for the report.
+
+The signs are those of Athalye et al. 2018 (arXiv 1802.00420), Carlini et al. 2019 (1902.06705) and
+AutoAttack's own checks (Croce & Hein 2020, 2003.01690).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..attacks.checks import check_labels, evaluating, probabilities
+from ..attacks.pgd import input_gradient
+
+MARGIN = 0.002  # by how much of all images a weaker attack may beat a stronger one
+
+
+class LogProbabilities(nn.Module):
+    """The logits of a network that returns probabilities: their logarithms, finite."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        p = self.net(x)
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+def probe(model, x, y, stages):
+    """(network to attack, stages that can attack it, warnings) from a first batch of images.
+
+    x: float32 [B, ...]; y: int64 [B]. Raises ValueError for fewer than two classes, labels out of
+    range and logits that are not finite.
+    """
+    found = []
+    if any(module.training for module in model.modules()):
+        found.append("the model was in train mode: it is evaluated in eval mode")
+    with evaluating(model), torch.no_grad():
+        logits, again = model(x), model(x)
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"model returned shape {tuple(logits.shape)}, must be [B, 2 or more]")
+    check_labels(y, logits)
+    apart = (logits - again).abs().max().item()
+    if apart > 1e-4 * logits.abs().max().item():
+        found.append(
+            f"randomised forward pass: two passes of the same images differ by up to {apart:.3g}; "
+            "the attacks do not average over its randomness and so overestimate its robustness"
+        )
+    if probabilities(logits):
+        found.append("the model returns probabilities: their logarithms were attacked as logits")
+        model = LogProbabilities(model).eval()
+    found += _gradients(model, x, y, logits.argmax(1) == y)
+    classes, fit = logits.shape[1], []
+    for stage in stages:
+        if stage.classes <= classes:
+            fit.append(stage)
+        else:
+            found.append(f"{stage.name} left out: needs {stage.classes} classes, not {classes}")
+    left = {stage.name for stage in fit}
+    return model, [stage.among(left) for stage in fit], found
+
+
+def _gradients(model, x, y, right):
+    """Warnings on the cross-entropy's gradient at the images that are classified right."""
+
+    def inner(v):
+        return F.cross_entropy(model(v), y, reduction="none")
+
+    with evaluating(model):
+        grad = input_gradient(inner, x).flatten(1)[right]
+    bad, zero = (int(rows.sum()) for rows in (~grad.isfinite().all(1), (grad == 0).all(1)))
+    found = []
+    if bad:
+        found.append(f"gradients with NaN or infinity at {bad} of {len(grad)} images")
+    if zero:
+        found.append(
+            f"zero gradient of the cross-entropy at {zero} of {len(grad)} images: attacks that "
+            "follow it do not move there"
+        )
+    return found
+
+
+def review(record, stages):
+    """Warnings on what the attacks of a complete record came to."""
+    found = []
+    for stage in stages:
+        cost = record.costs[stage.name]
+        if cost.bad_gradients:
+            found.append(f"{stage.name} met {cost.bad_gradients} gradients with NaN or infinity")
+        if cost.invalid:
+            found.append(
+                f"{stage.name} left the ball or the box at {cost.invalid} images, which do not "
+                "count as broken"
+            )
+    robust = {stage.name: record.right(stage.name).sum().item() for stage in stages}
+    margin = max(MARGIN * record.count, 1)
+    followed = [stage for stage in stages if stage.by_gradient]
+    if not followed:
+        return found
+    best = min(followed, key=lambda stage: robust[stage.name])
+    for stage in stages:
+        blind = not stage.by_gradient and stage.name != "clean"
+        if blind and robust[stage.name] < robust[best.name] - margin:
+            found.append(
+                f"{stage.name}, which does not follow the model's gradient, breaks "
+                f"{robust[best.name] - robust[stage.name]} images more than the attacks that do "
+                f"({best.name}): the gradients are probably masked"
+            )
+    if "fgsm" in robust and "pgd20" in robust and robust["fgsm"] < robust["pgd20"] - margin:
+        found.append("one step (fgsm) breaks more images than 20 (pgd20): a masked gradient")
+    return found
