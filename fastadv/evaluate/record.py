@@ -66,6 +66,8 @@ class Record:
 
     def _load(self):
         tensors, metadata = checkpoint.load(self._state)
+        if metadata.keys() != {"key", "costs"}:
+            raise ValueError(f"{self._state} is not an evaluation's state")
         for name in sorted(self.key.keys() | metadata["key"].keys()):
             theirs, mine = metadata["key"].get(name), self.key.get(name)
             if theirs != mine:

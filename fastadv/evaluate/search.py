@@ -149,7 +149,7 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
         verdicts[~record.right(name)] = WRONG
     todo = (verdicts == UNKNOWN).nonzero()[:, 0]
     bar = tqdm(total=len(todo), desc=stage.name, leave=False, disable=None if progress else True)
-    for rows in todo.split(batch_size):
+    for rows in todo.split(batch_size) if len(todo) else ():
         x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
         x = x if x.is_floating_point() else x.float() / 255
         try:

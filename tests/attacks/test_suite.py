@@ -1,0 +1,86 @@
+import pytest
+
+from fastadv.attacks import APGD, PGD, suite
+
+
+def test_the_papers_protocols():
+    """PGD_SAT, PGD_TRADES and CW_inf as the robust distillation papers have them, at 8/255."""
+    eps = 8 / 255
+    found = {
+        stage.name: (
+            stage.attack.steps,
+            pytest.approx(stage.attack.step_size),
+            stage.attack.init,
+            stage.loss,
+        )
+        for stage in suite.stages(["paper"], eps)
+    }
+    assert found == {
+        "clean": (0, 2 / 255, "zero", "ce"),
+        "fgsm": (1, 8 / 255, "zero", "ce"),
+        "pgd20": (20, 2 / 255, "uniform", "ce"),
+        "pgd20_003": (20, 0.003, "uniform", "ce"),
+        "cw": (30, 2 / 255, "zero", "cw"),
+    }
+    for stage in suite.stages(["paper"], eps):
+        assert stage.attack.eps == eps
+        assert stage.attack.norm == "linf"
+        assert not stage.after
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_standard_suite_is_autoattacks(norm):
+    clean, ce, targeted, *others = suite.stages(["aa"], 0.5, norm)
+    assert [stage.name for stage in others] == ["aa:fab-t", "aa:square"]
+    assert clean.name == "clean"
+    for stage, loss in ((ce, "ce"), (targeted, "targeted")):
+        expected = APGD(0.5, steps=100, restarts=1, loss=loss, target_classes=9, norm=norm)
+        assert stage.attack == expected
+    assert targeted.after == ("clean", "aa:apgd-ce")
+    assert others[1].after == ("clean", "aa:apgd-ce", "aa:apgd-t", "aa:fab-t")
+    assert suite.stages(["autoattack-standard"], 0.5, norm) == [clean, ce, targeted, *others]
+
+
+def test_names_spell_out_pgd():
+    (stage,) = suite.stages(["pgd-50-10"], 0.1)
+    assert stage.attack == PGD(0.1, 0.025, 50, restarts=10, keep="best")
+    assert stage.loss == "ce"
+    (stage,) = suite.stages(["transfer-pgd-margin-7"], 0.1, "l2")
+    assert stage.attack == PGD(0.1, 0.025, 7, norm="l2", keep="best")
+    assert stage.loss == "margin"
+    assert stage.transferred
+
+
+def test_each_stage_comes_once():
+    names = [stage.name for stage in suite.stages(["pgd20", "clean", "paper", "quick", "aa"], 0.1)]
+    assert len(names) == len(set(names)) == 5 + 2 + 4
+    assert names[:2] == ["pgd20", "clean"]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("squrae", "attack is 'squrae', must be one of .*did you mean 'square'"),
+        ("pgd-", "attack is 'pgd-', must be one of"),
+        ("pgd-ce", "attack is 'pgd-ce', must be one of"),
+        ("transfer-aa", "attack is 'aa', must be one of"),
+        ("", "attack is '', must be one of"),
+        ("pgd-20-0", "restarts is 0, must be at least 1"),
+    ],
+)
+def test_unknown_names_are_refused(name, match):
+    with pytest.raises(ValueError, match=match):
+        suite.stages([name], 0.1)
+
+
+@pytest.mark.parametrize("eps", [0, -0.1, float("nan"), 8])
+def test_a_radius_is_positive_and_in_the_unit_of_x(eps):
+    with pytest.raises(ValueError, match=r"eps is .*, must be"):
+        suite.stages(["pgd20"], eps)
+
+
+def test_stages_know_the_classes_they_need():
+    needs = {
+        s.name: s.classes for s in suite.stages(["apgd-ce", "apgd-dlr", "apgd-t", "pgd-dlr-9"], 1)
+    }
+    assert needs == {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "pgd-dlr-9": 3}
