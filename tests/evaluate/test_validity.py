@@ -1,0 +1,173 @@
+import pytest
+import torch
+from torch import nn
+
+from fastadv import evaluate
+from fastadv.attacks.suite import stages
+from fastadv.data.dataset import ImageSet
+from fastadv.evaluate import validity
+
+EPS = 16 / 255
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(60, 1, 8, 8, generator=generator), torch.randint(
+        5, (60,), generator=generator
+    )
+
+
+def linear(classes=5, scale=1.0):
+    """A linear classifier with distinct classes on uniform noise."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    with torch.no_grad():
+        net[1].bias.copy_(-0.5 * net[1].weight.sum(1))
+        net[1].weight *= scale
+        net[1].bias *= scale
+    return net.eval()
+
+
+def labelled(net, x):
+    """The images with the labels that the network gives them."""
+    with torch.no_grad():
+        return ImageSet(x, net(x).argmax(1), torch.arange(len(x)))
+
+
+def warned(net, x, y, names=("pgd20",)):
+    return validity.probe(net, x, y, stages(names, EPS))[2]
+
+
+def test_a_sound_network_has_no_warnings(batch):
+    x, y = batch
+    net = linear()
+    model, left, found = validity.probe(net, x, y, stages(["paper", "aa"], EPS))
+    assert model is net
+    assert left == stages(["paper", "aa"], EPS)
+    assert found == []
+    split = labelled(net, x)
+    record = evaluate.run(net, split, stages(["paper", "quick"], EPS))
+    assert validity.review(record, stages(["paper", "quick"], EPS)) == []
+
+
+class Randomised(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x + 0.01 * torch.randn_like(x))
+
+
+def test_randomised_networks_are_told(batch):
+    (found,) = warned(Randomised(linear()).eval(), *batch)
+    assert found.startswith("randomised forward pass: two passes of the same images differ by")
+
+
+def test_train_mode_is_told_and_kept(batch):
+    net = nn.Sequential(linear(), nn.Dropout(0.5)).train()
+    (found,) = warned(net, *batch)
+    assert found == "the model was in train mode: it is evaluated in eval mode"
+    assert net.training
+
+
+def test_probabilities_are_told_and_attacked_through_their_logarithm(batch):
+    x, y = batch
+    soft = nn.Sequential(linear(scale=9.0), nn.Softmax(1)).eval()
+    model, _, found = validity.probe(soft, x, y, [])
+    assert [text[:30] for text in found] == ["the model returns probabilitie"]
+    logits = model(x)
+    assert torch.allclose(logits.softmax(1), soft(x), atol=1e-6)
+    hard = nn.Sequential(linear(scale=1e4), nn.Softmax(1)).eval()
+    assert validity.probe(hard, x, y, [])[0](x).isfinite().all()
+
+
+def test_too_few_classes(batch):
+    x, y = batch
+    for classes, left in [(2, ["clean", "aa:apgd-ce"]), (3, ["clean", "aa:apgd-ce", "apgd-dlr"])]:
+        _, kept, found = validity.probe(linear(classes), x, y % 2, stages(["aa", "apgd-dlr"], EPS))
+        names = [stage.name for stage in kept]
+        assert [name for name in names if name not in ("aa:fab-t", "aa:square")] == left
+        assert f"aa:apgd-t left out: needs 4 classes, not {classes}" in found
+        assert all("aa:apgd-t" not in stage.after for stage in kept)
+    with pytest.raises(ValueError, match=r"model returned shape \(60, 1\), must be"):
+        validity.probe(linear(1), x, y * 0, [])
+    with pytest.raises(ValueError, match="y has labels from 0 to 4, must be in"):
+        validity.probe(linear(4), x, y, [])
+
+
+class Steps(nn.Module):
+    """A network of images in 8 levels: it has no gradient, and small steps change nothing."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x * 8).round() / 8)
+
+
+def test_gradients_that_are_not_there_are_counted(batch):
+    x, _ = batch
+    saturated = linear(scale=1e5)
+    split = labelled(saturated, x)
+    (found,) = warned(saturated, x, split.labels)
+    assert found.startswith("zero gradient of the cross-entropy at ")
+    assert int(found.split(" at ")[1].split()[0]) > 30
+    levels = Steps(linear()).eval()
+    (found,) = warned(levels, x, labelled(levels, x).labels)
+    assert found.startswith("zero gradient of the cross-entropy at 60 of 60 images")
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            return linear()(x) + (0 * x).norm().sqrt()
+
+    y = labelled(linear(), x).labels
+    (found,) = warned(Broken().eval(), x, y)
+    assert found == "gradients with NaN or infinity at 60 of 60 images"
+    record = evaluate.run(Broken(), ImageSet(x, y, torch.arange(60)), stages(["pgd20"], EPS))
+    assert validity.review(record, stages(["pgd20"], EPS)) == [
+        "pgd20 met 1200 gradients with NaN or infinity"
+    ]
+
+
+def test_a_masked_gradient_fools_pgd_but_not_the_suite(batch):
+    """Saturated logits: the cross-entropy has no gradient in float32, DLR does not care."""
+    x, _ = batch
+    masked, plain = linear(scale=1e5), linear()
+    split = labelled(plain, x)
+    names = ["pgd20", "pgd-50-10", "aa"]
+    honest, fooled = (evaluate.run(net, split, stages(names, EPS)) for net in (plain, masked))
+    truth, last = honest.right("pgd20").sum(), stages(["aa"], EPS)[-1].name
+    assert truth < 15
+    assert fooled.right("pgd20").sum() > truth + 20
+    assert fooled.right("pgd-50-10").sum() > truth + 10
+    assert fooled.right(last).sum() <= honest.right(last).sum() <= truth
+
+
+def test_square_beats_masked_gradients_and_is_believed(batch):
+    """Without a gradient anywhere only the black-box attack finds what is there."""
+    x, _ = batch
+    net = Steps(linear())
+    suite = stages(["pgd20", "aa"], EPS)
+    record = evaluate.run(net, labelled(net, x), suite)
+    assert record.right("aa:square").sum() < record.right("aa:fab-t").sum() - 10
+    found = validity.review(record, suite)
+    assert any(
+        "aa:square, which does not follow the model's gradient, breaks" in text for text in found
+    )
+
+
+def test_weaker_attacks_that_win_are_suspicious():
+    suite = stages(["clean", "fgsm", "pgd20", "transfer-pgd20"], EPS)
+    record = evaluate.Record(100)
+    for stage, broken in zip(suite, (0, 30, 20, 40), strict=True):
+        record.stage(stage.name)[0][:] = 1
+        record.stage(stage.name)[0][:broken] = 2
+    transfer, one_step = validity.review(record, suite)
+    assert transfer.startswith("transfer-pgd20, which does not follow the model's gradient, breaks")
+    assert "10 images more than the attacks that do (fgsm)" in transfer
+    assert one_step.startswith("one step (fgsm) breaks more images than 20 (pgd20)")
+    record.costs["pgd20"].invalid = 3
+    assert validity.review(record, suite)[0].startswith("pgd20 left the ball or the box at 3 image")

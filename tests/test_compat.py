@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from fastadv import attacks, compat, evaluate, models
+from fastadv.attacks.suite import cascade
+
+EPS = 8 / 255
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = models.get("resnet18", num_classes=5, width=4)
+    net(torch.rand(32, 3, 8, 8))  # BatchNorm statistics of its own
+    return net.eval()
+
+
+@pytest.fixture
+def batch(model):
+    x = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (lambda m: compat.FGSM(m, 0.03), attacks.FGSM(0.03)),
+        (lambda m: compat.PGD(m), attacks.PGD(EPS, 2 / 255, 10)),
+        (lambda m: compat.PGD(m, 0.05, 0.01, 3, False), attacks.PGD(0.05, 0.01, 3, "zero")),
+        (lambda m: compat.PGDL2(m, steps=4), attacks.PGD(1.0, 0.2, 4, norm="l2")),
+        (lambda m: compat.APGD(m), attacks.APGD(EPS, 10)),
+        (
+            lambda m: compat.APGD(m, "L2", 0.5, 7, 2, seed=5, loss="dlr", rho=0.5),
+            attacks.APGD(0.5, 7, 2, "dlr", norm="l2", rho=0.5),
+        ),
+    ],
+)
+def test_a_call_is_that_of_the_attack(model, batch, theirs, ours):
+    x, y = batch
+    bound = theirs(model)
+    torch.manual_seed(bound.seed or 0)
+    expected = ours(model, x, y)
+    torch.manual_seed(0)
+    assert bound.attack == ours
+    assert torch.equal(bound(x, y), expected)
+    assert not torch.equal(expected, x)
+
+
+def test_a_seed_is_the_attacks_own(model, batch):
+    x, y = batch
+    attack = compat.APGD(model, steps=3, seed=1)
+    before = torch.get_rng_state()
+    assert torch.equal(attack(x, y), attack(x, y))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def autoattack(model, **options):
+    options = {"attacks_to_run": ["apgd-ce", "apgd-dlr"], "version": "custom"} | options
+    return compat.AutoAttack(model, eps=EPS, seed=2, device="cpu", verbose=False, **options)
+
+
+def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
+    x, y = batch
+    standard = compat.AutoAttack(model, eps=EPS, device="cpu")
+    names = [stage.name for stage in standard.stages]
+    assert names == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    y[0] = (y[0] + 1) % 5
+    attack = autoattack(model, log_path=tmp_path / "log.txt")
+    x_adv, labels = attack.run_standard_evaluation(x, y, bs=5, return_labels=True)
+    assert "worst case" in (tmp_path / "log.txt").read_text()
+    assert capsys.readouterr().out == ""
+    with torch.no_grad():
+        assert torch.equal(labels, model(x_adv).argmax(1))
+    split = compat.ImageSet(x, y, torch.arange(12))
+    suite = cascade(["apgd-ce", "apgd-dlr"], EPS)
+    robust = evaluate.run(model, split, suite, seed=2).right("apgd-dlr")
+    assert torch.equal(labels == y, robust)
+    assert 0 < robust.sum() < 11
+    moved = (x_adv - x).abs().flatten(1).amax(1)
+    assert moved.max() <= EPS + 1e-6
+    assert torch.equal(moved > 0, ~robust & (torch.arange(12) > 0))
+
+
+def test_functions_are_models_too(model, batch):
+    x, y = batch
+    a, b = (autoattack(net).run_standard_evaluation(x, y) for net in (model, lambda v: model(v)))
+    assert (a - b).abs().max() < 2 * EPS
+    with torch.no_grad():
+        assert torch.equal(model(a).argmax(1) == y, model(b).argmax(1) == y)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda m: compat.APGD(m, eot_iter=2), "eot_iter is 2, must be 1"),
+        (lambda m: compat.APGD(m, norm="L1"), "norm is 'L1', must be 'Linf' or 'L2'"),
+        (lambda m: compat.PGD(m, eps=8), "eps is 8, must be"),
+        (lambda m: compat.AutoAttack(m, version="rand"), "version is 'rand', must be"),
+        (lambda m: compat.AutoAttack(m, is_tf_model=True), "is_tf_model is True, must be False"),
+        (lambda m: compat.AutoAttack(m, version="custom"), r"attacks_to_run is \[\], must be"),
+        (
+            lambda m: autoattack(m, attacks_to_run=["apgd"]),
+            "attack is 'apgd', must be one of .*did you mean",
+        ),
+        (lambda m: compat.AutoAttack(m, device="cuda:9"), "device is 'cuda:9', which cannot be"),
+    ],
+)
+def test_what_is_not_known_is_refused(model, build, match):
+    with pytest.raises(ValueError, match=match):
+        build(model)
