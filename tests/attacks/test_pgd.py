@@ -8,7 +8,7 @@ from torch import nn
 
 from fastadv import freeze
 from fastadv.attacks import FGSM, PGD
-from fastadv.attacks.pgd import input_gradient
+from fastadv.attacks.pgd import OBJECTIVES, input_gradient
 
 EPS = 8 / 255
 
@@ -208,3 +208,109 @@ def test_bad_arguments_name_themselves(model, batch):
     nn.init.constant_(nan[1].bias, math.nan)
     fails("model returned NaN", x, y, net=nan)
     fails("model returned shape", x, y, net=nn.Conv2d(3, 10, 1))
+
+
+def rank(model, x_adv, y):
+    """(misclassified, cross-entropy) [B, 2] of points: what the attack wants high."""
+    with torch.no_grad():
+        logits = model.eval()(x_adv)
+    value = F.cross_entropy(logits, y, reduction="none")
+    return torch.stack([(logits.argmax(1) != y).to(value.dtype), value], 1)
+
+
+def test_restarts_return_the_best_of_their_starts(model, batch):
+    """Bit for bit the better of the runs from each start by itself, in one batch."""
+    x, y = batch
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    attack = PGD(EPS, EPS / 4, 2, restarts=4)
+    torch.manual_seed(5)
+    x_adv = attack(model, x, y)
+    torch.manual_seed(5)
+    starts = attack._starts(x, None).chunk(4)
+    singles = [PGD(EPS, EPS / 4, 2)(model, x, y, start=start) for start in starts]
+    ranks = [rank(model, single, y) for single in singles]
+    chosen = set()
+    for i in range(len(x)):
+        best = max(range(4), key=lambda r: tuple(ranks[r][i].tolist()))
+        assert torch.allclose(x_adv[i], singles[best][i], atol=1e-6)
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
+def test_restarts_prefer_a_misclassified_point_to_a_higher_loss():
+    """Two starts, no steps: the loss is higher at the one that is classified right."""
+
+    class Table(nn.Module):
+        def forward(self, x):
+            table = torch.tensor([[2.0, 1.9, 1.9, 1.9, 1.9], [2.0, 2.1, -9.0, -9.0, -9.0]])
+            return table[(x.flatten(1)[:, 0] > 0.5).long()]
+
+    x, y = torch.full((1, 1), 0.5), torch.zeros(1, dtype=torch.int64)
+    logits = Table()(torch.tensor([[0.4], [0.6]]))
+    assert F.cross_entropy(logits[:1], y) > F.cross_entropy(logits[1:], y)
+    found = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found.add(bool(PGD(0.2, 0.05, 0, restarts=8)(Table(), x, y) > 0.5))
+    assert found == {True}
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "kl"])
+def test_keep_best_returns_the_best_iterate(model, batch, loss):
+    """Steps of twice eps jump from corner to corner: the last iterate is rarely the best."""
+    x, y = batch
+    visited = []
+
+    class Noted(nn.Module):
+        def forward(self, v):
+            visited.append(v.detach().clone())
+            return model(v)
+
+    model.eval()
+    z = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attack = PGD(EPS, 2 * EPS, 6, keep="best")
+    x_adv = attack(Noted(), x, y, loss=loss, target_logits=z)
+    assert len(visited) == 7  # every iterate, and the last
+    label = z.argmax(1) if loss == "kl" else y
+
+    def value(v):
+        with torch.no_grad():
+            logits = model(v)
+            if loss == "kl":
+                each = F.kl_div(logits.log_softmax(1), z.softmax(1), reduction="none").sum(1)
+            else:
+                each = OBJECTIVES[loss](logits, y)
+        return [(bool(w), float(e)) for w, e in zip(logits.argmax(1) != label, each, strict=True)]
+
+    values, mine = [value(v) for v in visited], value(x_adv)
+    for i in range(len(x)):
+        assert mine[i] == pytest.approx(max(v[i] for v in values), abs=1e-5)
+    assert not torch.equal(x_adv, visited[-1])
+
+
+def test_restarts_do_not_depend_on_the_batch(model, batch):
+    x, y = batch
+    attack, index = PGD(EPS, EPS / 4, 2, restarts=3), torch.arange(6)
+    torch.manual_seed(0)
+    whole = attack(model, x, y, index=index)
+    torch.manual_seed(0)
+    part = attack(model, x[3:], y[3:], index=index[3:])
+    assert (whole[3:] - part).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"restarts": 0}, "restarts is 0, must be at"), ({"keep": "all"}, "keep is 'all', must be")],
+)
+def test_refuses_restarts_and_keep(options, match):
+    with pytest.raises(ValueError, match=match):
+        PGD(EPS, EPS / 4, **options)
+
+
+def test_a_start_goes_with_one_restart(model, batch):
+    x, y = batch
+    with pytest.raises(ValueError, match="start is given, must be None with restarts=2"):
+        PGD(EPS, EPS / 4, 2, restarts=2)(model, x, y, start=x)
