@@ -1,112 +1,196 @@
-"""Robust accuracy by fastadv's attacks and by the official AutoAttack code, model by model.
+"""Robust accuracy by fastadv and by the official codes, model by model.
 
-    pip install -e '.[demo,eval]'
-    python benchmarks/agreement.py                      # trains three networks on the digits
-    python benchmarks/agreement.py runs/at/best.safetensors runs/trades/best.safetensors
+    pip install --no-deps --target build/peers pyautoattack torchattacks
+    PYTHONPATH=build/peers python benchmarks/agreement.py                  # networks on the digits
+    PYTHONPATH=build/peers python benchmarks/agreement.py --data-dir DIR   # and on CIFAR-10
+    python benchmarks/agreement.py --table                                 # README's table anew
 
-Counts are of images classified right, at linf eps 0.15, in fp32. "Same start": both sides begin at
-x plus one noise, the same for all images, so that what differs is the algorithm; where these counts
-are apart by more than max(0.3 points, 2 images) the exit status is 1. "Own starts": each side's own
-random ones, mean and range over seeds.
+Trains a natural, a PGD-AT and a TRADES network on the digits (linf eps 0.15) and with --data-dir a
+natural and a PGD-AT ResNet-18 of width 8 on 5,000 images of CIFAR-10 (8/255), then counts the test
+images that are classified right under each attack of pyautoattack and of fastadv, in fp32.
+
+"same": both sides begin at x plus one noise, so that what differs is the algorithm. "own": each
+side's own draws. "aa" is the standard version as a whole, "aa bf16" fastadv's with the search in
+bfloat16 against the official one in fp32. Counts may be apart by max(0.3 points, 2 images), for
+"pgd20" fewer than 0.1 % of torchattacks' pixels may differ; else the exit status is 1. Rows are
+appended to benchmarks/results/agreement.jsonl.
 """
 
 import argparse
-import statistics
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from equivalence import CIFAR, subset
+from run import README, replace_between
+from timing import RESULTS, machine
 
-from fastadv import data, freeze
+from fastadv import data, evaluate, freeze
+from fastadv.attacks import PGD, suite
 from fastadv.config import Config
-from fastadv.digits import EPS, settings
-from fastadv.evaluate import adversary, correct, from_run
+from fastadv.digits import settings
 from fastadv.train import train
 
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t")
-SEEDS = range(3)
-HEAD = "| model | attack | clean | official, same start | fastadv, same start | images that differ "
-HEAD += "| official, own starts | fastadv, own starts |"
+MARKS = "<!-- agreement table: benchmarks/agreement.py -->", "<!-- end of agreement table -->"
+SAME, OWN = ("apgd-ce", "apgd-dlr", "apgd-t"), ("fab-t", "square")
+COLUMNS = ("model", "attack", "starts", "images", "clean", "official", "fastadv", "differ")
 
 
-def start(x):
+def start(x, eps):
     """x plus uniform noise that is a constant of the benchmark."""
     noise = 2 * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
-    return (x + EPS * noise).clamp(0, 1)
+    return (x + eps * noise).clamp(0, 1)
 
 
-def fastadv(name, seed=None):
-    """attack(model, x, y) -> x_adv, from `start` without a seed."""
-    attack, _ = adversary(name, EPS)
-    if seed is None:
-        attack._start = lambda x, *_: start(x)
+def official_attack(name, model, eps, same):
+    """An attack of pyautoattack as its standard version has it: attack(x, y) -> x_adv."""
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
+
+    if name == "fab-t":
+        attack = FABAttack_PT(model, n_restarts=1, n_iter=100, eps=eps, seed=0, norm="Linf")
+        attack.targeted, attack.n_target_classes = True, 9
+    elif name == "square":
+        attack = SquareAttack(model, p_init=0.8, n_queries=5000, eps=eps, norm="Linf", seed=0)
     else:
-        torch.manual_seed(seed)
-    return attack
+        kind = APGDAttack_targeted if name == "apgd-t" else APGDAttack
+        attack = kind(model, eps=eps, seed=0, **({} if name == "apgd-t" else {"loss": name[5:]}))
+        if same:
+            attack.attack_single_run = lambda x, y: kind.attack_single_run(
+                attack, x, y, start(x, eps)
+            )
+    return attack.perturb
 
 
-def official(name, seed=None):
-    """The same of the official code."""
-    kind = APGDAttack_targeted if name == "apgd-t" else APGDAttack
-    options = {} if name == "apgd-t" else {"loss": name.removeprefix("apgd-")}
-
-    def attack(model, x, y):
-        result = kind(model, eps=EPS, seed=seed or 0, **options)
-        if seed is None:
-            result.attack_single_run = lambda x, y: kind.attack_single_run(result, x, y, start(x))
-        return result.perturb(x, y)
-
-    return attack
-
-
-def right(model, split, attack):
-    """Which images of `split` the model classifies right under `attack`: bool [N]."""
-    twin = freeze(model)
+def official_right(name, model, split, eps):
+    """bool [N]: right under one official attack, or under all of its standard version ("aa")."""
     x, y = split.images.float() / 255, split.labels
-    x_adv = attack(twin, x, y)
     with torch.no_grad():
-        return twin(x_adv).argmax(1) == y
+        right = model(x).argmax(1) == y
+    for attack in suite.CASCADES["aa"] if name == "aa" else (name,):
+        rows = right.nonzero()[:, 0]
+        if len(rows):
+            x_adv = official_attack(attack, model, eps, name in SAME)(x[rows], y[rows])
+            with torch.no_grad():
+                right[rows] = model(x_adv).argmax(1) == y[rows]
+    return right
 
 
-def spread(model, split, side, name):
-    counts = [int(right(model, split, side(name, seed)).sum()) for seed in SEEDS]
-    return f"{statistics.mean(counts):.1f} ({min(counts)} to {max(counts)})"
+def right(name, model, split, eps, precision="fp32"):
+    """The same of fastadv."""
+    stages = suite.stages(["aa"], eps) if name == "aa" else suite.cascade([name], eps)
+    if name in SAME:
+        stages[-1].attack._start = lambda x, *_: start(x, eps)
+    record = evaluate.run(model, split, stages, precision=precision)
+    return record.right(stages[-1].name)
 
 
-def trained(folder):
-    """A natural, a PGD-AT and a TRADES network: the paths of their checkpoints."""
+def pgd_row(model, split, eps):
+    """PGD-20 against torchattacks': counts, and the share of pixels that differ."""
+    import torchattacks
+
+    x, y = split.images.float() / 255, split.labels
+    theirs = torchattacks.PGD(model, eps, eps / 4, 20, random_start=False)(x, y)
+    ours = PGD(eps, eps / 4, 20, init="zero")(freeze(model), x, y)
+    with torch.no_grad():
+        counts = [int((model(v).argmax(1) == y).sum()) for v in (theirs, ours)]
+    pixels = (ours != theirs).double().mean().item()
+    return {"official": counts[0], "fastadv": counts[1], "pixels": pixels}
+
+
+def rows(label, model, split, eps):
+    """One row per attack of one model."""
+    clean = int(evaluate.correct(model, split, "clean", eps=eps).sum())
+    base = {"model": label, "images": len(split), "clean": clean}
+    yield base | {"attack": "pgd20", "starts": "same"} | pgd_row(model, split, eps)
+    found = {}
+    for name in (*SAME, *OWN, "aa"):
+        theirs, ours = official_right(name, model, split, eps), right(name, model, split, eps)
+        found[name] = theirs
+        yield base | compared(name, theirs, ours)
+    ours = right("aa", model, split, eps, "bf16")
+    yield base | compared("aa bf16", found["aa"], ours)
+
+
+def compared(name, theirs, ours):
+    return {
+        "attack": name,
+        "starts": "same" if name in SAME else "own",
+        "official": int(theirs.sum()),
+        "fastadv": int(ours.sum()),
+        "differ": int((theirs != ours).sum()),
+    }
+
+
+def agrees(row):
+    """Whether a row is within what may be apart."""
+    near = abs(row["official"] - row["fastadv"]) <= max(0.003 * row["images"], 2)
+    return near and row.get("pixels", 0) < 0.001
+
+
+def digits_networks(folder):
+    """(label, path of a checkpoint) of networks trained here on the digits."""
     for method in ("natural", "at", "trades"):
         train(Config(**settings(method) | {"epochs": 12, "out": str(folder / method)}))
-        yield folder / method
+        yield f"digits, {method}", folder / method
+
+
+def cifar_networks(folder, data_dir):
+    """The same on a part of CIFAR-10."""
+    npz = folder / "cifar10.npz"
+    subset(data_dir, npz)
+    for method in ("natural", "at"):
+        fields = CIFAR | {
+            "method": method,
+            "data_dir": str(npz),
+            "out": str(folder / f"c-{method}"),
+        }
+        train(Config(**fields | {"precision_attack": "bf16", "eval_every": 1}))
+        yield f"CIFAR-10, {method}", folder / f"c-{method}"
+
+
+def table():
+    """README's table: the newest row of each model and attack."""
+    lines = (RESULTS / "agreement.jsonl").read_text().splitlines()
+    newest = {(row["model"], row["attack"]): row for row in map(json.loads, lines)}
+    shown = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in newest.values():
+        cells = {"differ": f"{100 * row.get('pixels', 0):.3f} % of pixels"} | row
+        shown.append(f"| {' | '.join(str(cells[column]) for column in COLUMNS)} |")
+    row = list(newest.values())[-1]
+    where = f"{row['cpu']}, torch {row['torch']}, fastadv {row['commit']}, {row['time'][:10]}."
+    replace_between(README, MARKS, [*shown, "", where])
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="*", type=Path, help="of runs on the digits")
+    parser.add_argument("--data-dir", help="folder of CIFAR-10's files: its networks too")
     parser.add_argument("--limit", type=int, default=300, help="the first N test images")
+    parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")
     args = parser.parse_args()
-    test = data.load("digits").test
-    split = test.take(torch.arange(min(args.limit, len(test))))
-    paths = args.checkpoints or trained(Path(tempfile.mkdtemp(prefix="fastadv-agreement-")))
-    print(f"{len(split)} test images of the digits, linf eps {EPS}\n\n{HEAD}")
-    print("|---|---|---|---|---|---|---|---|")
-    apart = 0
-    for path in paths:
-        model, config = from_run(path)
-        clean = int(correct(model, split, "clean", eps=EPS).sum())
-        for name in ATTACKS:
-            theirs, ours = (right(model, split, side(name)) for side in (official, fastadv))
-            counts = int(theirs.sum()), int(ours.sum())
-            apart += abs(counts[0] - counts[1]) > max(0.003 * len(split), 2)
-            own = [spread(model, split, side, name) for side in (official, fastadv)]
-            cells = [config.method, name, clean, *counts, int((ours != theirs).sum()), *own]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if args.table:
+        return table()
+    folder, apart, where = Path(tempfile.mkdtemp(prefix="fastadv-agreement-")), [], machine()
+    networks = list(digits_networks(folder))
+    if args.data_dir:
+        networks += cifar_networks(folder, args.data_dir)
+    for label, path in networks:
+        model, config = evaluate.from_run(path)
+        test = data.load(config.data, config.data_dir).test
+        split = test.take(torch.arange(min(args.limit, len(test))))
+        for row in rows(label, model, split, config.eps):
+            print(row, flush=True)
+            apart += [] if agrees(row) else [f"{label}, {row['attack']}"]
+            with open(RESULTS / "agreement.jsonl", "a") as file:
+                file.write(json.dumps(row | where) + "\n")
     if apart:
-        sys.exit(f"{apart} counts from the same start are apart by more than is allowed")
+        sys.exit(f"further apart than is allowed: {'; '.join(apart)}")
+    return None
 
 
 if __name__ == "__main__":
