@@ -4,6 +4,7 @@
     python benchmarks/run.py --suite attack [--only resnet18]    # PGD-10 end to end
     python benchmarks/run.py --suite train [--only adaad]        # whole training steps
     python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
+    python benchmarks/run.py --suite eval                        # AutoAttack's standard version
     python benchmarks/run.py [--suite cache] --table             # README's table anew
 
 Rows are appended to benchmarks/results/<suite>.jsonl, a table has the newest of each case.
@@ -22,11 +23,12 @@ SUITES = {
     "attack": ["bench_attack"],
     "train": ["bench_train_step"],
     "cache": ["bench_teacher_cache"],
+    "eval": ["bench_evaluate"],
 }
 END_TO_END = {module for modules in SUITES.values() for module in modules}
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 SUITES["ops"] = [module for module in MODULES if module not in END_TO_END]
-COLUMNS = ("GB/s", "images/s", "x floor", "peak MB", "equal signs", "cosine")
+COLUMNS = ("GB/s", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
 COLUMNS += ("data", "teacher", "attack", "outer")
 README = Path(__file__).parents[1] / "README.md"
 
