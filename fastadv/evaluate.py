@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, data, models, parallel
-from .attacks import APGD, FGSM, PGD
+from .attacks import APGD, FAB, FGSM, PGD
 from .attacks.checks import check_labels, check_logits, evaluating
 from .config import Config, device, number
 from .frozen import freeze
@@ -33,6 +33,7 @@ ATTACKS = PAPER | {
     "apgd-ce": lambda eps: APGD(eps),
     "apgd-dlr": lambda eps: APGD(eps, loss="dlr"),
     "apgd-t": lambda eps: APGD(eps, loss="targeted"),
+    "fab-t": FAB,
 }
 
 
