@@ -134,7 +134,7 @@ class FAB:
         where the linearised difference is 0, alpha is the share of d in their lengths, P is into
         the box."""
         points, w = torch.stack((x_adv, x)).flatten(2), grad.flatten(1)
-        difference = difference.to(x.dtype).nan_to_num(0.0)
+        difference = difference.to(x.dtype)
         at_x = difference + (w * (points[1] - points[0])).sum(1)
         d = to_hyperplane(points, w, torch.stack((difference, at_x)), self.norm, self.lo, self.hi)
         length = self._length(d, axes=2).clamp(min=1e-8)
@@ -159,7 +159,7 @@ def to_hyperplane(v, w, value, norm, lo, hi):
     linf, 11 in l2 (2 as a rule, and 4); with fewer than needed d ends short of the hyperplane.
     """
     largest = w.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-    w = w / largest * -value.sign()[..., None]  # squares neither overflow nor vanish
+    w = w / largest * -value.sign()[..., None]  # 0 where the value is NaN
     direction = w.sign() if norm == "linf" else w
     room = torch.where(w > 0, hi - v, v - lo)
     wall = room / direction.abs()  # the t at which each element meets its own

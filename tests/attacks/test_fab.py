@@ -445,7 +445,12 @@ def test_what_is_not_finite_does_not_move_and_is_counted():
         assert (last[0] > 0.5).all()
         assert (last[1] > 0.5).tolist() == [True, True, False, True]
         assert torch.equal(last[2:], x[2:])
-        FAB(norm=norm, steps=2).approach(lambda v: (v.sum(1) * math.nan, v[:, 0] < 0), x, start=x)
+        attack.approach(
+            lambda v, seen=seen: seen.append(v.detach()) or (inner(v)[0] * math.nan, v[:, 0] < 0),
+            x,
+            start=x,
+        )
+        assert torch.equal(seen[-1], x)
 
 
 class Holes(torch.autograd.Function):
