@@ -87,7 +87,9 @@ class APGD:
                 loss = OBJECTIVES[self.loss](logits, y)
             return loss, logits.argmax(1) != y
 
-        targets = self._targets(logits, y)
+        targets = y[:, None]
+        if self.loss == "targeted":
+            targets = likeliest_others(logits, y, self.target_classes)
         x_adv, wrong = x.clone(), logits.argmax(1) != y
         loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
         index = torch.arange(len(x), device=x.device) if index is None else index
@@ -102,13 +104,6 @@ class APGD:
             old = x_adv[rows], loss[rows], wrong[rows]
             x_adv[rows], loss[rows], wrong[rows] = _where(_better(new, old), new, old)
         return x_adv
-
-    def _targets(self, logits, y):
-        """int64 [B, T]: the T likeliest classes but y; y itself for an untargeted loss."""
-        if self.loss != "targeted":
-            return y[:, None]
-        others = logits.scatter(1, y[:, None], -torch.inf)
-        return others.topk(min(self.target_classes, logits.shape[1] - 1)).indices
 
     def _start(self, x, seed, index, restart):
         box = {"lo": self.lo, "hi": self.hi}
@@ -146,14 +141,9 @@ class APGD:
         return found
 
     def _gradient(self, inner, x_adv, *targets):
-        """(d sum(loss) / d x_adv with 0 for what is not finite, loss [B], wrong [B])."""
-        leaf = x_adv.detach().requires_grad_()
-        with torch.enable_grad():
-            loss, wrong = inner(leaf, *targets)
-            grad = torch.autograd.grad(loss.sum(), leaf)[0]
-        finite = grad.isfinite()
-        self.bad_gradients += (~finite.flatten(1).all(1)).sum()
-        return torch.where(finite, grad, 0.0), loss.detach(), wrong
+        *result, bad = finite_gradient(inner, x_adv, *targets)
+        self.bad_gradients += bad
+        return result
 
     def _step(self, x_adv, x_old, grad, x, step, weight):
         """z = P(x_adv + step g), then P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)):
@@ -174,6 +164,24 @@ class APGD:
         length = per_sample(_l2_norm(x_adv - x), x)
         scale = torch.where(length > self.eps, self.eps / length, 1.0).to(x.dtype)
         return (x + (x_adv - x) * scale).clamp(self.lo, self.hi)
+
+
+def likeliest_others(logits, y, count):
+    """int64 [B, T]: the likeliest `count` classes (at most C - 1) but y, in falling order."""
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.topk(min(count, logits.shape[1] - 1)).indices
+
+
+def finite_gradient(inner, x_adv, *targets):
+    """(d sum(loss) / d x_adv with 0 for what is not finite, loss [B], wrong [B], how many samples
+    had a gradient that was not finite)."""
+    leaf = x_adv.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, wrong = inner(leaf, *targets)
+        grad = torch.autograd.grad(loss.sum(), leaf)[0]
+    finite = grad.isfinite()
+    bad = (~finite.flatten(1).all(1)).sum()
+    return torch.where(finite, grad, 0.0), loss.detach(), wrong, bad
 
 
 def checkpoints(steps):

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 
 from .apgd import APGD
+from .fab import FAB
 from .pgd import FGSM, PGD
 
 # By name, (attack, loss of a PGD) from (eps, norm). Steps are given for eps = 8/255 and scale with
@@ -20,6 +21,7 @@ ATTACKS = {
     "apgd-ce": lambda eps, norm: (APGD(eps, norm=norm), None),
     "apgd-dlr": lambda eps, norm: (APGD(eps, loss="dlr", norm=norm), None),
     "apgd-t": lambda eps, norm: (APGD(eps, loss="targeted", norm=norm), None),
+    "fab-t": lambda eps, norm: (FAB(eps, norm=norm), None),
     "apgd-ce-20": lambda eps, norm: (APGD(eps, 20, norm=norm), None),
     "apgd-t-20": lambda eps, norm: (
         APGD(eps, 20, loss="targeted", target_classes=3, norm=norm),
@@ -31,7 +33,7 @@ TRANSFER = "transfer-"
 PAPER = ("clean", "fgsm", "pgd20", "pgd20_003", "cw")
 # Suites whose attacks go one after the other, each on what the ones before left robust.
 CASCADES = {
-    "aa": ("apgd-ce", "apgd-t"),
+    "aa": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "quick": ("apgd-ce-20", "apgd-t-20"),
 }
 ALIASES = {"autoattack-standard": "aa"}
