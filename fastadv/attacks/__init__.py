@@ -2,5 +2,6 @@
 
 from .apgd import APGD
 from .pgd import FGSM, PGD
+from .square import Square
 
-__all__ = ["APGD", "FGSM", "PGD"]
+__all__ = ["APGD", "FGSM", "PGD", "Square"]
