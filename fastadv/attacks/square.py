@@ -26,9 +26,9 @@ class Square:
     (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
     Raises ValueError on a radius in the wrong unit and other values that make no sense.
 
-    Differences from the authors' code: each sample draws windows of its own, these reach the last
-    row and column, as in the paper, and the l2 start has 5 x 5 tiles for any size of image. As in
-    that code, not in the paper, both halves of an l2 window have the same norm.
+    Differences from the authors' code: each sample draws windows of its own; these reach the last
+    row and column, as in the paper, which breaks more 8x8 images; the l2 start has 5 x 5 tiles for
+    any size of image. Both halves of an l2 window have the same norm, as in that code.
     """
 
     eps: float = 8 / 255
@@ -97,9 +97,9 @@ class Square:
             rows = (~found[2]).nonzero()[:, 0]  # the one host sync of a block
             if not len(rows):
                 break
-            side = sides[first : first + BLOCK]
-            u = _uniform(x, index[rows], len(side) * count, step=1 + block, **draws)
-            windows = self._windows(x[rows], u.unflatten(1, (len(side), count)), side, etas)
+            now = sides[first : first + BLOCK]
+            u = _uniform(x, index[rows], len(now) * count, step=1 + block, **draws)
+            windows = self._windows(x[rows], u.view(len(rows), len(now), count), now, etas)
             part = self._block(model, x[rows], y[rows], [f[rows] for f in found], windows)
             for whole, new in zip(found, part, strict=True):
                 whole[rows] = new
@@ -154,7 +154,7 @@ class Square:
         u: [B, Q, K] in [0, 1): row and column of the window; for l2 those of a second one and
         whether eta is turned; the channels' signs. sides: [Q].
         """
-        side = torch.tensor(sides, device=x.device)
+        side = torch.tensor(sides).to(x.device, non_blocking=True)
         places = [_local(u[..., i], side, x.shape[2 + i]) for i in (0, 1)]
         if self.norm == "linf":
             low, high = self._faces(x)
