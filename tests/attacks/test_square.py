@@ -340,6 +340,7 @@ def test_frozen_twin_is_refreshed_and_inference_mode_changes_nothing(model, batc
             results.append(attack(net, x.clone(), y.clone()))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    assert not results[2].is_inference()  # so that training may use it
 
 
 def test_empty_batch_returns_empty(model, batch):
