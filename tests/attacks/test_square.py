@@ -254,6 +254,20 @@ def test_keeps_the_wrong_point_else_the_one_of_highest_margin(norm):
     assert 0 < fell < 12
 
 
+def test_a_tie_that_breaks_is_taken():
+    class Ties(nn.Module):
+        """Class 1 level with class 2 at x and at the start, which is right, then with class 0."""
+
+        def forward(self, v):
+            asked.append(v)
+            later = float(len(asked) > 2)
+            return torch.tensor([[later, 1.0, 1 - later, -1.0]]).expand(len(v), 4)
+
+    asked, x = [], images(2, (1, 6, 6))
+    x_adv = Square(EPS, queries=3)(Ties(), x, torch.ones(2, dtype=torch.int64))
+    assert torch.equal(x_adv, asked[2])
+
+
 def test_restarts_start_apart_on_robust_samples_alone():
     x, y = images(4, (3, 8, 8)), torch.tensor([0, 1, 0, 0])
 
