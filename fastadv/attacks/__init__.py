@@ -3,5 +3,6 @@
 from .apgd import APGD
 from .fab import FAB
 from .pgd import FGSM, PGD
+from .square import Square
 
-__all__ = ["APGD", "FAB", "FGSM", "PGD"]
+__all__ = ["APGD", "FAB", "FGSM", "PGD", "Square"]

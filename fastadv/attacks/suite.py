@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .apgd import APGD
 from .fab import FAB
 from .pgd import FGSM, PGD
+from .square import Square
 
 # By name, (attack, loss of a PGD) from (eps, norm). Steps are given for eps = 8/255 and scale with
 # it. PGD-20 at 2/255 is what papers call PGD_SAT, at 0.003 PGD_TRADES; cw is the CW objective
@@ -22,6 +23,7 @@ ATTACKS = {
     "apgd-dlr": lambda eps, norm: (APGD(eps, loss="dlr", norm=norm), None),
     "apgd-t": lambda eps, norm: (APGD(eps, loss="targeted", norm=norm), None),
     "fab-t": lambda eps, norm: (FAB(eps, norm=norm), None),
+    "square": lambda eps, norm: (Square(eps, norm=norm), None),
     "apgd-ce-20": lambda eps, norm: (APGD(eps, 20, norm=norm), None),
     "apgd-t-20": lambda eps, norm: (
         APGD(eps, 20, loss="targeted", target_classes=3, norm=norm),
@@ -73,7 +75,7 @@ class Stage:
     @property
     def by_gradient(self):
         """Whether it follows the attacked model's own gradient."""
-        return not self.transferred and self.name not in ("clean", "square")
+        return not (self.transferred or self.name == "clean" or isinstance(self.attack, Square))
 
 
 def single(name, eps, norm="linf"):

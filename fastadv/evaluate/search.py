@@ -79,7 +79,7 @@ class Search:
         def attempt(twin, rows=slice(None)):
             torch.default_generator.manual_seed(seed)
             x_adv = stage(twin, x[rows], y[rows], index[rows])
-            cost.bad_gradients += int(stage.attack.bad_gradients)
+            cost.bad_gradients += int(getattr(stage.attack, "bad_gradients", 0))
             return x_adv
 
         x_adv = attempt(self.source if stage.transferred else self.twin)

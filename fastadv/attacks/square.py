@@ -1,0 +1,262 @@
+"""Square (Andriushchenko et al. 2020, arXiv 1912.00049): random search by squares, no gradients."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from ..frozen import Frozen
+from ..reference import per_sample
+from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+
+HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000 queries
+BLOCK = 16  # queries between two looks at which samples are broken
+TILES = 5  # of the l2 start, along either side
+
+
+@dataclass
+class Square:
+    """Maximises the margin max_{c != y} z_c - z_y within a ball by changing a square window at a
+    time and keeping what raises it. A black box attack: it sees the logits alone.
+
+    eps: in units of x (8/255, not 8). queries: windows tried in one restart, after its start.
+    p_init: the share of the pixels that a window covers at first; halved nine times on the way.
+    restarts: searches; a sample that one of them breaks takes no part in the next. norm: "linf"
+    (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
+    Raises ValueError on a radius in the wrong unit and other values that make no sense.
+
+    Differences from the authors' code: each sample draws windows of its own; these reach the last
+    row and column, as in the paper, which breaks more 8x8 images; the l2 start has 5 x 5 tiles for
+    any size of image. Both halves of an l2 window have the same norm, as in that code.
+    """
+
+    eps: float = 8 / 255
+    queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+    norm: str = "linf"
+    lo: float = 0.0
+    hi: float = 1.0
+
+    def __post_init__(self):
+        check_budget(self.eps, self.eps, self.norm, self.lo, self.hi)
+        for name in ("queries", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init is {self.p_init}, must be in (0, 1]")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, model, x, y, *, index=None):
+        """x_adv for `model`: per sample the misclassified point found, else the point of the
+        highest margin seen. A sample that is misclassified at x stays there.
+
+        x: float32 [B, C, H, W] in [lo, hi]; y: int64 [B]. index: int64 [B] dataset ids that, with
+        torch's CPU generator, decide each sample's random numbers, whatever its batch. The model
+        maps x to logits; it runs in eval mode and its modes are put back. Raises ValueError or
+        TypeError naming the argument.
+        """
+        check_images(x, self.lo, self.hi)
+        if x.dim() != 4:
+            raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, C, H, W]")
+        if not x.numel():
+            return x.detach().clone()
+        if isinstance(model, Frozen):
+            model.refresh()
+        with evaluating(model):
+            logits = model(x)
+            check_logits(logits, len(x))
+            check_labels(y, logits)
+            return self._restarts(model, x.detach(), y, logits, index)
+
+    def _restarts(self, model, x, y, logits, index):
+        x_adv, loss, wrong = x.clone(), ops.margin(logits, y), logits.argmax(1) != y
+        index = torch.arange(len(x), device=x.device) if index is None else index
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        for restart in range(self.restarts):
+            rows = (~wrong).nonzero()[:, 0]
+            if not len(rows):
+                break
+            draws = {"seed": seed, "restart": restart}
+            new = self._search(model, x[rows], y[rows], index[rows], draws)
+            old = x_adv[rows], loss[rows], wrong[rows]
+            kept = _where(new[2] | (new[1] > old[1]), new, old)
+            x_adv[rows], loss[rows], wrong[rows] = kept
+        return x_adv
+
+    def _search(self, model, x, y, index, draws):
+        """(x_adv, loss [B], wrong [B]) of one restart, which leaves out what is broken."""
+        x_adv = self._start(x, index, draws)
+        found = x_adv, *_margin(model, x_adv, y)
+        sides = self._sides(*x.shape[2:])
+        etas = {side: _eta(side, x) for side in set(sides)} if self.norm == "l2" else {}
+        count = x.shape[1] + (2 if self.norm == "linf" else 5)  # random numbers of a query
+        for block, first in enumerate(range(0, self.queries, BLOCK)):
+            rows = (~found[2]).nonzero()[:, 0]  # the one host sync of a block
+            if not len(rows):
+                break
+            now = sides[first : first + BLOCK]
+            u = _uniform(x, index[rows], len(now) * count, step=1 + block, **draws)
+            windows = self._windows(x[rows], u.view(len(rows), len(now), count), now, etas)
+            part = self._block(model, x[rows], y[rows], [f[rows] for f in found], windows)
+            for whole, new in zip(found, part, strict=True):
+                whole[rows] = new
+        return found
+
+    def _block(self, model, x, y, found, windows):
+        """`found` after a query of each window; no host syncs."""
+        x_adv, loss, wrong = found
+        move = self._move_linf if self.norm == "linf" else self._move_l2
+        for window in windows:
+            x_new = move(x_adv, x, *window)
+            new_loss, new_wrong = _margin(model, x_new, y)
+            better = ~wrong & (new_wrong | (new_loss > loss))
+            new = x_new, new_loss, new_wrong
+            x_adv, loss, wrong = _where(better, new, (x_adv, loss, wrong))
+        return x_adv, loss, wrong
+
+    def _sides(self, height, width):
+        """A window's side for each query: the share p of the pixels, p halved on schedule; for l2
+        odd and at least 3. At most the image."""
+        sides = []
+        for query in range(self.queries):
+            halved = sum(10_000 * query // self.queries > mark for mark in HALVED_AT)
+            side = round(math.sqrt(self.p_init / 2**halved * height * width))
+            side = max(side, 1) if self.norm == "linf" else max(side, 3) | 1
+            sides.append(min(side, height, width))
+        return sides
+
+    def _start(self, x, index, draws):
+        """linf: stripes of +-eps, one pixel wide; l2: tiles of eta and -eta."""
+        channels, height, width = x.shape[1:]
+        if self.norm == "linf":
+            sign = _uniform(x, index, channels * width, step=0, **draws) >= 0.5
+            low, high = self._faces(x)
+            return torch.where(sign.view(-1, channels, 1, width), high, low)
+        side = max(min(height, width) // TILES, 1)
+        grid = min(TILES, height), min(TILES, width)
+        tiles = grid[0] * grid[1]
+        u = _uniform(x, index, tiles * (1 + channels), step=0, **draws)
+        turned, sign = u[:, :tiles].view(-1, *grid), u[:, tiles:].view(-1, channels, *grid)
+        eta = _eta(side, x)[(turned >= 0.5).long(), :side, :side]
+        delta = _sign(sign, x)[..., None, None] * eta[:, None]  # [B, C, *grid, side, side]
+        delta = delta.transpose(3, 4).reshape(len(x), channels, grid[0] * side, grid[1] * side)
+        start = torch.zeros_like(x)
+        top, left = (height - grid[0] * side) // 2, (width - grid[1] * side) // 2
+        start[:, :, top : top + delta.shape[2], left : left + delta.shape[3]] = delta
+        return self._to_sphere(start, x)
+
+    def _windows(self, x, u, sides, etas):
+        """Yields the arguments of a move after x_adv and x, for each query of a block.
+
+        u: [B, Q, K] in [0, 1): row and column of the window; for l2 those of a second one and
+        whether eta is turned; the channels' signs. sides: [Q].
+        """
+        side = torch.tensor(sides).to(x.device, non_blocking=True)
+        places = [_local(u[..., i], side, x.shape[2 + i]) for i in (0, 1)]
+        if self.norm == "linf":
+            low, high = self._faces(x)
+            up = u[..., 2:, None, None] >= 0.5
+            for q in range(len(sides)):
+                yield _window(*places, q), torch.where(up[:, q], high, low)
+            return
+        places2 = [_local(u[..., 2 + i], side, x.shape[2 + i]) for i in (0, 1)]
+        turned, sign = (u[..., 4] >= 0.5).long(), _sign(u[..., 5:, None, None], x)
+        for q, s in enumerate(sides):
+            rows, columns = places[0][:, q, :, None], places[1][:, q, None, :]
+            bump = sign[:, q] * etas[s][turned[:, q, None, None], rows, columns][:, None]
+            yield _window(*places, q), _window(*places2, q), bump
+
+    def _move_linf(self, x_adv, x, window, face):
+        """Algorithm 2: +-2 eps in the window, projected, which ends at a face of ball and box.
+
+        window: bool [B, 1, H, W]; face: [B, C, H, W], the greatest point of ball and box in the
+        channels that go up, the least in the others.
+        """
+        return torch.where(window, face, x_adv)
+
+    def _move_l2(self, x_adv, x, window, window2, bump):
+        """Algorithm 3: the window gets its own direction plus bump's, and as its length what both
+        windows had and what is left of eps; window2 gets 0.
+
+        window, window2: bool [B, 1, H, W]; bump: [B, C, H, W], +-eta in the window, else 0.
+        """
+        delta = x_adv - x
+        unused = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp(min=0)
+        old = delta * window
+        new = bump + _over(old, _length(old))
+        available = _length(delta * (window | window2)) ** 2 + unused / x.shape[1]
+        moved = _over(new, _length(new)) * available.sqrt()
+        return self._to_sphere(torch.where(window, moved, delta * ~window2), x)
+
+    def _faces(self, x):
+        """The least and the greatest point of ball and box."""
+        return (x - self.eps).clamp(min=self.lo), (x + self.eps).clamp(max=self.hi)
+
+    def _to_sphere(self, delta, x):
+        """x plus delta at length eps, clipped to the box."""
+        delta = _over(delta, _length(delta, (1, 2, 3))) * self.eps
+        return (x + delta).clamp(self.lo, self.hi)
+
+
+def _margin(model, x_adv, y):
+    logits = model(x_adv)
+    return ops.margin(logits, y), logits.argmax(1) != y
+
+
+def _uniform(x, index, count, **counter):
+    """[B, count] on the grid k 2^-24 in [0, 1), functions of the counter alone."""
+    middle = torch.full((len(index), count), 0.5, device=x.device)
+    return ops.random_start(middle, 0.5, index=index, **counter)
+
+
+def _sign(u, x):
+    return torch.where(u >= 0.5, 1.0, -1.0).to(x.dtype)
+
+
+def _local(u, sides, size):
+    """int64 [B, Q, size]: a pixel's place in the interval of length sides [Q] that u [B, Q] puts
+    among `size` pixels, -1 outside it."""
+    place = torch.arange(size, device=u.device) - (u * (size + 1 - sides)).long()[..., None]
+    return torch.where(place < sides[:, None], place, -1).clamp(min=-1)
+
+
+def _window(rows, columns, query):
+    """bool [B, 1, H, W] from the places of `_local`."""
+    return (rows[:, query, None, :, None] >= 0) & (columns[:, query, None, None, :] >= 0)
+
+
+def _eta(side, x):
+    """[2, side + 1, side + 1]: eta and its transpose, of norm 1, with a row and a column of zeros.
+
+    Equation 2: half of eta is a bump, the other half one upside down. A bump falls off from its
+    centre with the distance d along rows or columns, as the sum of 1 / k^2 over d < k <= n + 1.
+    """
+    pixels = torch.arange(side, device=x.device)
+    n = side // 2
+    falls = (1 / torch.arange(1, n + 2, device=x.device).double() ** 2).flip(0).cumsum(0).flip(0)
+
+    def bump(rows):
+        down, right = (pixels[:rows] - rows // 2).abs(), (pixels - n).abs()
+        values = falls[torch.maximum(down[:, None], right)]
+        return values / torch.linalg.vector_norm(values)
+
+    eta = torch.cat([bump(n), -bump(side - n)])
+    eta = torch.nn.functional.pad(eta / torch.linalg.vector_norm(eta), (0, 1, 0, 1))
+    return torch.stack([eta, eta.T]).to(x.dtype)
+
+
+def _length(delta, dims=(2, 3)):
+    return torch.linalg.vector_norm(delta, dim=dims, keepdim=True)
+
+
+def _over(delta, length):
+    """delta / length, 0 where that is."""
+    return torch.where(length > 0, delta / length, 0.0)
+
+
+def _where(condition, new, old):
+    """torch.where by sample over tuples of [B, ...]."""
+    return tuple(torch.where(per_sample(condition, a), a, b) for a, b in zip(new, old, strict=True))
