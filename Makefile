@@ -25,7 +25,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
 
 bench: install
-	$(BIN)/python -m pytest $(filter-out %attack.py %train_step.py %teacher_cache.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave
+	$(BIN)/python -m pytest $(filter-out %attack.py %train_step.py %teacher_cache.py %evaluate.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave
 
 lint: install
 	$(BIN)/ruff check .

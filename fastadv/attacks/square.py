@@ -10,7 +10,7 @@ from ..frozen import Frozen
 from ..reference import per_sample
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
 
-HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000 queries
+HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 BLOCK = 16  # queries between two looks at which samples are broken
 TILES = 5  # of the l2 start, along either side
 
@@ -21,7 +21,8 @@ class Square:
     time and keeping what raises it. A black box attack: it sees the logits alone.
 
     eps: in units of x (8/255, not 8). queries: windows tried in one restart, after its start.
-    p_init: the share of the pixels that a window covers at first; halved nine times on the way.
+    p_init: the share of the pixels that a window covers at first; halved after HALVED_AT queries,
+    as in AutoAttack, whatever `queries` is (the paper stretches the schedule to it).
     restarts: searches; a sample that one of them breaks takes no part in the next. norm: "linf"
     (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
     Raises ValueError on a radius in the wrong unit and other values that make no sense.
@@ -122,7 +123,7 @@ class Square:
         odd and at least 3. At most the image."""
         sides = []
         for query in range(self.queries):
-            halved = sum(10_000 * query // self.queries > mark for mark in HALVED_AT)
+            halved = sum(query > mark for mark in HALVED_AT)
             side = round(math.sqrt(self.p_init / 2**halved * height * width))
             side = max(side, 1) if self.norm == "linf" else max(side, 3) | 1
             sides.append(min(side, height, width))

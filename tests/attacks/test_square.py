@@ -173,8 +173,7 @@ def test_sides_follow_the_schedule(queries):
         sides = Square(norm=norm, queries=queries)._sides(32, 32)
         assert len(sides) == queries
         for i in range(queries):
-            done = i * 10_000 // queries
-            assert sides[i] == expected[sum(done > mark for mark in marks[1:])]
+            assert sides[i] == expected[sum(i > mark for mark in marks[1:])]
     assert set(Square(norm="l2", queries=20)._sides(4, 2)) == {2}
     assert Square(p_init=0.01, queries=20)._sides(4, 4) == [1] * 20
 
