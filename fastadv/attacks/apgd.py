@@ -161,7 +161,7 @@ class APGD:
         with torch.enable_grad():
             loss, wrong = inner(leaf, *targets)
             grad = torch.autograd.grad(loss.sum(), leaf)[0]
-        return grad, loss.detach().clone(), wrong  # a loss may be a view of x_adv
+        return grad, loss.detach(), wrong
 
 
 def checkpoints(steps):

@@ -208,18 +208,6 @@ def test_keeps_the_wrong_iterate_of_highest_loss_else_the_highest():
             assert torch.equal(ours[i], visited[i])
 
 
-def test_the_step_leaves_what_it_is_given_alone():
-    """start and x stay, and a loss that is a view of the iterate is no other after the step."""
-    x = torch.rand(5, 1, generator=torch.Generator().manual_seed(8))
-    start, attack = x.clone(), APGD(0.1, steps=40)
-    x_adv, loss, _ = attack.ascend(lambda v: (v[:, 0], v[:, 0] < 0), x, start=start)
-    again, same, _ = attack.ascend(lambda v: (v[:, 0] * 1, v[:, 0] < 0), x, start=start)
-    assert torch.equal(start, x)
-    assert torch.equal(x_adv, again)
-    assert torch.equal(loss, same)
-    assert torch.equal(loss, x_adv[:, 0])
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ascend_waits_for_nothing(norm, loss):
