@@ -145,12 +145,16 @@ class APGD:
                 step_size = torch.where(halved, step_size / 2, step_size)
                 rises, checked = torch.zeros_like(rises), best
             ops.apgd_step_(
-                *(x_adv, x_old, x_best, grad_best, x_found, bad, grad, x, step_size),
+                *(x_adv, x_old, x_best, grad_best, x_found, bad, grad, x),
+                step_size,
                 better_best=better_best,
                 better_found=better_found,
                 restart=restart,
                 weight=MOMENTUM if i else 1.0,
-                **{"eps": self.eps, "norm": self.norm, "lo": self.lo, "hi": self.hi},
+                eps=self.eps,
+                norm=self.norm,
+                lo=self.lo,
+                hi=self.hi,
             )
         self.bad_gradients = self.bad_gradients + bad
         return x_found, *found
