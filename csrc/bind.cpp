@@ -50,6 +50,19 @@ void pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x, uintp
                    static_cast<Norm>(norm), lo, hi, threads);
 }
 
+void apgd_step(uintptr_t x_adv, uintptr_t x_old, uintptr_t x_best, uintptr_t grad_best,
+               uintptr_t x_found, uintptr_t bad_gradients, uintptr_t grad, uintptr_t x,
+               uintptr_t step_size, uintptr_t better_best, uintptr_t better_found,
+               uintptr_t restart, int64_t batch, int64_t size, float eps, double weight, int norm,
+               float lo, float hi, int threads) {
+  active->apgd_step(
+      {at<float>(x_adv), at<float>(x_old), at<float>(x_best), at<float>(grad_best),
+       at<float>(x_found), at<int64_t>(bad_gradients), at<const float>(grad), at<const float>(x),
+       at<const float>(step_size), at<const bool>(better_best), at<const bool>(better_found),
+       at<const bool>(restart), batch, size, eps, weight, static_cast<Norm>(norm), lo, hi},
+      threads);
+}
+
 void random_start(uintptr_t out, uintptr_t x, uintptr_t seed, uintptr_t index,
                   uintptr_t eps_per_sample, int64_t batch, int64_t channels, int64_t plane,
                   float eps, int init, int norm, float sigma, uint32_t step, uint32_t restart,
@@ -163,6 +176,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   module.def("use_isa", use_isa, "Use this instruction set from now on.");
   module.def("pgd_step", pgd_step, unlocked);
+  module.def("apgd_step", apgd_step, unlocked);
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
   module.def("margin", labelled<&Table::margin>, unlocked);

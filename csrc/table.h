@@ -14,6 +14,21 @@ enum class Init : int { uniform = 0, gaussian = 1 };
 enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
 enum class Activation : int { none = 0, relu = 1, silu = 2 };
 
+// Arguments of apgd_step. Images and gradients: fp32 [batch, size], dense, in the same element
+// order and apart from each other.
+struct ApgdStep {
+  float *x_adv, *x_old, *x_best, *grad_best, *x_found;
+  int64_t* bad_gradients;  // one number
+  const float *grad, *x;
+  const float* step_size;                            // [batch]
+  const bool *better_best, *better_found, *restart;  // [batch]
+  int64_t batch, size;
+  float eps;
+  double weight;
+  Norm norm;
+  float lo, hi;
+};
+
 // Arguments of softmax_kl. Logits: `dtype` [batch, classes], unit stride along classes. Gradients:
 // contiguous, of the shape and dtype of their input, null where not wanted.
 struct SoftmaxKL {
@@ -72,6 +87,9 @@ struct Table {
   void (*pgd_step)(float* out, const float* x_adv, const float* grad, const float* x,
                    const float* eps_per_sample, int64_t batch, int64_t size, float eps,
                    float step_size, Norm norm, float lo, float hi, int threads) noexcept;
+
+  // csrc/cpu/apgd_step.inl
+  void (*apgd_step)(const ApgdStep& args, int threads) noexcept;
 
   // csrc/cpu/random_start.inl
   void (*random_start)(float* out, const float* x, const int64_t* seed, const int64_t* index,

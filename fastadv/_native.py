@@ -117,6 +117,58 @@ def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
         _mutated(out)
 
 
+def apgd_step(
+    x_adv,
+    x_old,
+    x_best,
+    grad_best,
+    x_found,
+    bad_gradients,
+    grad,
+    x,
+    step_size,
+    better_best,
+    better_found,
+    restart,
+    eps,
+    weight,
+    norm,
+    lo,
+    hi,
+):
+    """Overwrites the first six. Images and gradients are fp32 of one shape and dense layout."""
+    mutated = x_adv, x_old, x_best, grad_best, x_found
+    if not same_layout(*mutated, grad, x):
+        raise ValueError(
+            "x_adv, x_old, x_best, grad_best, x_found, grad and x must be dense with equal strides"
+        )
+    batch = step_size.numel()
+    _C.apgd_step(
+        _address("x_adv", x_adv),
+        _address("x_old", x_old),
+        _address("x_best", x_best),
+        _address("grad_best", grad_best),
+        _address("x_found", x_found),
+        _address("bad_gradients", bad_gradients, torch.int64),
+        _address("grad", grad),
+        _address("x", x),
+        _address("step_size", _row("step_size", step_size)),
+        _address("better_best", _row("better_best", better_best), torch.bool),
+        _address("better_found", _row("better_found", better_found), torch.bool),
+        _address("restart", _row("restart", restart), torch.bool),
+        batch,
+        x_adv.numel() // max(batch, 1),
+        eps,
+        weight,
+        NORMS[norm],
+        lo,
+        hi,
+        torch.get_num_threads(),
+    )
+    for tensor in (*mutated, bad_gradients):
+        _mutated(tensor)
+
+
 def random_start(
     out, x, seed, index, eps_per_sample, eps, init, norm, sigma, step, restart, lo, hi
 ):

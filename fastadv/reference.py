@@ -24,15 +24,7 @@ def pgd_step(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     """
     if eps_per_sample is not None:
         eps = per_sample(eps_per_sample, x)
-    if norm == "linf":
-        sign = (grad > 0).to(x.dtype) - (grad < 0).to(x.dtype)
-        moved = x_adv + step_size * sign
-        projected = torch.minimum(torch.maximum(moved, x - eps), x + eps)
-    else:
-        delta = x_adv + step_size * _direction(grad) - x
-        length = per_sample(_l2_norm(delta), x)
-        projected = x + delta * torch.where(length > eps, eps / length, 1.0).to(x.dtype)
-    return projected.clamp(lo, hi)
+    return _project(x_adv + step_size * _direction(grad, norm), x, eps, norm, lo, hi)
 
 
 def pgd_step_(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
@@ -45,10 +37,61 @@ def _l2_norm(v):
     return _rows(v.double()).norm(dim=1)
 
 
-def _direction(grad):
-    """g / ||g|| per sample; 0 where g is 0."""
-    norm = per_sample(_l2_norm(grad), grad)
-    return torch.where(norm > 0, grad.double() / norm, 0.0).to(grad.dtype)
+def _direction(grad, norm):
+    """The sign of grad or, under l2, g / ||g|| per sample; 0 where g is 0."""
+    if norm == "linf":
+        return (grad > 0).to(grad.dtype) - (grad < 0).to(grad.dtype)
+    length = per_sample(_l2_norm(grad), grad)
+    return torch.where(length > 0, grad.double() / length, 0.0).to(grad.dtype)
+
+
+def _project(x_adv, x, eps, norm, lo, hi):
+    """x_adv into the ball around x, then into the box."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(lo, hi)
+    delta = x_adv - x
+    length = per_sample(_l2_norm(delta), x)
+    return (x + delta * torch.where(length > eps, eps / length, 1.0).to(x.dtype)).clamp(lo, hi)
+
+
+def apgd_step_(
+    x_adv,
+    x_old,
+    x_best,
+    grad_best,
+    x_found,
+    bad_gradients,
+    grad,
+    x,
+    step_size,
+    better_best,
+    better_found,
+    restart,
+    eps,
+    weight,
+    norm,
+    lo,
+    hi,
+):
+    """Keeps x_adv where better_* [B], takes up x_best where restart [B], then z = P(x_adv +
+    step_size d), P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)). Shapes [B, ...].
+
+    d is sign(g) or g / ||g||, g the gradient with 0 for what is not finite. Croce & Hein 2020.
+    """
+    finite = grad.isfinite()
+    bad_gradients += (~_rows(finite).all(dim=1)).sum()
+    grad = torch.where(finite, grad, 0.0)
+    better_best, better_found, restart, step_size = (
+        per_sample(values, x) for values in (better_best, better_found, restart, step_size)
+    )
+    x_found.copy_(torch.where(better_found, x_adv, x_found))
+    x_best.copy_(torch.where(better_best, x_adv, x_best))
+    grad_best.copy_(torch.where(better_best, grad, grad_best))
+    start, grad = torch.where(restart, x_best, x_adv), torch.where(restart, grad_best, grad)
+    z = _project(start + step_size * _direction(grad, norm), x, eps, norm, lo, hi)
+    moved = start + weight * (z - start) + (1 - weight) * (start - x_old)
+    x_old.copy_(start)
+    x_adv.copy_(_project(moved, x, eps, norm, lo, hi))
 
 
 _MASK = 0xFFFFFFFF

@@ -3,6 +3,7 @@
 // weak symbol shared between the objects would let the linker put AVX-512 code into the scalar
 // path.
 #include "../table.h"
+#include "ball.h"
 #include "blocks.h"
 #include "rows.h"
 #include "vec.h"
@@ -10,6 +11,7 @@
 
 namespace fastadv::FASTADV_ISA {
 namespace {
+#include "apgd_step.inl"
 #include "augment.inl"
 #include "convolution.inl"
 #include "cross_entropy.inl"
@@ -30,6 +32,7 @@ namespace {
 extern const Table table;
 const Table table = {FASTADV_STRING(FASTADV_ISA),
                      pgd_step,
+                     apgd_step,
                      random_start,
                      augment,
                      margin,

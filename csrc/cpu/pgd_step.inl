@@ -5,12 +5,6 @@
 // eps_per_sample: fp32 [batch] or null, then eps holds for all. sign(0) = sign(NaN) = 0; a sample
 // whose gradient is zero or has a NaN takes no l2 step.
 
-static inline F linf_point(F x_adv, F grad, F x, F eps, F step, F lo, F hi) {
-  const F zero = {};
-  const F moved = x_adv + (grad > zero ? step : (grad < zero ? -step : zero));
-  return min(hi, max(lo, min(x + eps, max(x - eps, moved))));
-}
-
 static void linf_span(float* out, const float* x_adv, const float* grad, const float* x, int64_t n,
                       float eps, float step_size, float lo, float hi) {
   const F e = splat(eps), s = splat(step_size), l = splat(lo), h = splat(hi);
@@ -26,46 +20,17 @@ static void linf_span(float* out, const float* x_adv, const float* grad, const f
   }
 }
 
-// sqrt(sum of squares) of f(i, lanes) over a sample, in fp64: a vanishing gradient's squares
-// underflow in fp32. Lane sums are added in lane order, so the result is the same on every machine
-// with the same W.
-template <typename Load>
-static double l2_norm(int64_t n, const Load& at) {
-  D sum = {};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const D v = widen(at(i, W));
-    sum += v * v;
-  }
-  if (i < n) {
-    const D v = widen(at(i, n - i));
-    sum += v * v;
-  }
-  double total = 0;
-  for (int lane = 0; lane < W; ++lane) total += sum[lane];
-  return __builtin_sqrt(total);
-}
-
-static inline F load_upto(const float* p, int64_t n) { return n == W ? load(p) : load(p, n, 0); }
-
 static void l2_sample(float* out, const float* x_adv, const float* grad, const float* x, int64_t n,
                       float eps, float step_size, float lo, float hi) {
-  const double grad_norm = l2_norm(n, [&](int64_t i, int64_t r) { return load_upto(grad + i, r); });
-  const double scale = grad_norm > 0 ? step_size / grad_norm : 0.0;
-  const D s = D{} + scale;
-  // In fp64 until the last rounding: step / ||grad|| may overflow fp32 while step * grad / ||grad||
-  // does not.
+  const auto gradient = [&](int64_t i, int64_t r) { return load_head(grad + i, r); };
+  const double scale = l2_scale(step_size, l2_norm(n, gradient));
   const auto moved = [&](int64_t i, int64_t r) {
-    const F step = scale > 0 ? __builtin_convertvector(widen(load_upto(grad + i, r)) * s, F) : F{};
-    return load_upto(x_adv + i, r) + step - load_upto(x + i, r);
+    return l2_moved(load_head(x_adv + i, r), gradient(i, r), load_head(x + i, r), scale);
   };
-  const double norm = l2_norm(n, moved);
-  const F shrink = splat(norm > eps ? static_cast<float>(eps / norm) : 1.0f);
-  const F l = splat(lo), h = splat(hi);
+  const F shrink = l2_shrink(l2_norm(n, moved), eps), l = splat(lo), h = splat(hi);
   for (int64_t i = 0; i < n; i += W) {
-    const int64_t r = n - i < W ? n - i : W;
-    const F v = min(h, max(l, load_upto(x + i, r) + moved(i, r) * shrink));
-    r == W ? store(out + i, v) : store(out + i, v, r);
+    const int64_t r = n - i;
+    store_head(out + i, clip(load_head(x + i, r) + moved(i, r) * shrink, l, h), r);
   }
 }
 

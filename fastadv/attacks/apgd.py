@@ -6,8 +6,8 @@ import torch
 
 from .. import losses, ops
 from ..frozen import Frozen
-from ..reference import per_sample
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .iterates import better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
 
 MOMENTUM = 0.75  # the weight of the step, against that of the last move
@@ -102,7 +102,7 @@ class APGD:
             start = self._start(x[rows], seed, index[rows], counter)
             new = self.ascend(inner, x[rows], y[rows], target, start=start)
             old = x_adv[rows], loss[rows], wrong[rows]
-            x_adv[rows], loss[rows], wrong[rows] = _where(_better(new, old), new, old)
+            x_adv[rows], loss[rows], wrong[rows] = where(better(new[1:], old[1:]), new, old)
         return x_adv
 
     def _start(self, x, seed, index, restart):
@@ -115,73 +115,44 @@ class APGD:
         """One round without host syncs: (x_adv, loss [B], wrong [B]) of the iterate to return.
 
         inner(x_adv, *targets) -> (loss [B], wrong [B] bool), sample by sample; targets are [B, ...]
-        and constant. start: x_adv to begin from, in ball and box. Modes are the caller's.
+        and constant. The step overwrites the x_adv it was given. start: x_adv to begin from, in
+        ball and box. Modes are the caller's.
         """
-        x_adv = x_old = start
-        grad, loss, wrong = self._gradient(inner, x_adv, *targets)
-        best, found = (x_adv, grad, loss), (x_adv, loss, wrong)
-        step = x.new_full((len(x),), 2 * self.eps)
-        rises, halved, checked = torch.zeros_like(loss), torch.ones_like(wrong), loss
-        periods = checkpoints(self.steps)
-        for i in range(1, self.steps + 1):
-            weight = 1.0 if i == 1 else MOMENTUM
-            x_adv, x_old = self._step(x_adv, x_old, grad, x, step, weight), x_adv
-            before = loss
-            grad, loss, wrong = self._gradient(inner, x_adv, *targets)
+        x_adv, x_old, x_best, x_found = (start.clone() for _ in range(4))
+        grad_best, bad = torch.zeros_like(x_adv), x.new_zeros((), dtype=torch.int64)
+        step_size = x.new_full((len(x),), 2 * self.eps)
+        best = checked = torch.full_like(step_size, -torch.inf)  # the highest loss, at checkpoints
+        before, rises = -best, torch.zeros_like(best)  # the start itself is no rise
+        halved = torch.ones_like(best, dtype=torch.bool)
+        never = ~halved
+        found, periods = (best, never), checkpoints(self.steps)
+        for i in range(self.steps + 1):
+            grad, *new = gradient(inner, x_adv, *targets)
+            loss, restart = new[0], never
+            better_found, better_best = better(new, found), loss > best
+            found = where(better_found, new, found)
+            best = torch.where(better_best, loss, best)
             rises += loss > before
-            new = x_adv, loss, wrong
-            found = _where(_better(new, found), new, found)
-            best = _where(loss > best[2], (x_adv, grad, loss), best)
+            before = loss
             if i in periods:
-                stuck = ~halved & (best[2] <= checked)
-                halved = (rises <= self.rho * periods[i]) | stuck
-                step = torch.where(halved, step / 2, step)
-                x_adv, grad = _where(halved, best[:2], (x_adv, grad))
-                rises, checked = torch.zeros_like(loss), best[2]
-        return found
-
-    def _gradient(self, inner, x_adv, *targets):
-        *result, bad = finite_gradient(inner, x_adv, *targets)
-        self.bad_gradients += bad
-        return result
-
-    def _step(self, x_adv, x_old, grad, x, step, weight):
-        """z = P(x_adv + step g), then P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)):
-        g the sign of the gradient or its direction in l2, P into ball and box."""
-        if self.norm == "linf":
-            direction = grad.sign()
-        else:
-            length = per_sample(_l2_norm(grad), grad)
-            direction = torch.where(length > 0, grad / length, 0.0).to(grad.dtype)
-        z = self._project(x_adv + per_sample(step, x) * direction, x)
-        moved = x_adv + weight * (z - x_adv) + (1 - weight) * (x_adv - x_old)
-        return self._project(moved, x)
-
-    def _project(self, x_adv, x):
-        """x_adv into the ball around x, then into the box."""
-        if self.norm == "linf":
-            return x_adv.clamp(x - self.eps, x + self.eps).clamp(self.lo, self.hi)
-        length = per_sample(_l2_norm(x_adv - x), x)
-        scale = torch.where(length > self.eps, self.eps / length, 1.0).to(x.dtype)
-        return (x + (x_adv - x) * scale).clamp(self.lo, self.hi)
-
-
-def likeliest_others(logits, y, count):
-    """int64 [B, T]: the likeliest `count` classes (at most C - 1) but y, in falling order."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1)).indices
-
-
-def finite_gradient(inner, x_adv, *targets):
-    """(d sum(loss) / d x_adv with 0 for what is not finite, loss [B], wrong [B], how many samples
-    had a gradient that was not finite)."""
-    leaf = x_adv.detach().requires_grad_()
-    with torch.enable_grad():
-        loss, wrong = inner(leaf, *targets)
-        grad = torch.autograd.grad(loss.sum(), leaf)[0]
-    finite = grad.isfinite()
-    bad = (~finite.flatten(1).all(1)).sum()
-    return torch.where(finite, grad, 0.0), loss.detach(), wrong, bad
+                stuck = ~halved & (best <= checked)
+                restart = halved = (rises <= self.rho * periods[i]) | stuck
+                step_size = torch.where(halved, step_size / 2, step_size)
+                rises, checked = torch.zeros_like(rises), best
+            ops.apgd_step_(
+                *(x_adv, x_old, x_best, grad_best, x_found, bad, grad, x),
+                step_size,
+                better_best=better_best,
+                better_found=better_found,
+                restart=restart,
+                weight=MOMENTUM if i else 1.0,
+                eps=self.eps,
+                norm=self.norm,
+                lo=self.lo,
+                hi=self.hi,
+            )
+        self.bad_gradients = self.bad_gradients + bad
+        return x_found, *found
 
 
 def checkpoints(steps):
@@ -194,18 +165,3 @@ def checkpoints(steps):
         period = max(period - shorter, least)
         done += period
     return periods
-
-
-def _better(new, old):
-    """[B]: where (x_adv, loss, wrong) of `new` is to be kept: wrong first, then higher loss."""
-    return (new[2] & ~old[2]) | ((new[2] == old[2]) & (new[1] > old[1]))
-
-
-def _where(condition, new, old):
-    """torch.where by sample over tuples of [B, ...]."""
-    return tuple(torch.where(per_sample(condition, a), a, b) for a, b in zip(new, old, strict=True))
-
-
-def _l2_norm(v):
-    """[B] in float64, because the squares of a vanishing gradient underflow in float32."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=torch.float64)

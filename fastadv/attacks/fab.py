@@ -8,8 +8,8 @@ import torch
 from .. import ops
 from ..frozen import Frozen
 from ..reference import per_sample
-from .apgd import finite_gradient, likeliest_others
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .iterates import gradient, likeliest_others
 
 ALPHA_MAX = 0.1  # the most that an iterate is drawn towards x
 ETA = 1.05  # how far beyond the hyperplane a step goes
@@ -118,8 +118,10 @@ class FAB:
         x_adv, nearest = start, x
         least = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
         for _ in range(self.steps):
-            grad, difference, _, bad = finite_gradient(inner, x_adv, *targets)
-            self.bad_gradients += bad
+            grad, difference, _ = gradient(inner, x_adv, *targets)
+            finite = grad.isfinite()
+            self.bad_gradients += (~finite.flatten(1).all(1)).sum()
+            grad = torch.where(finite, grad, 0.0)
             x_adv = self._step(x_adv, x, grad, difference)
             wrong = inner(x_adv, *targets)[1]
             length = self._length(x_adv - x)

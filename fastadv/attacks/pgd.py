@@ -7,8 +7,8 @@ import torch
 
 from .. import losses, ops
 from ..frozen import Frozen
-from ..reference import per_sample
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .iterates import better, where
 
 
 @dataclass
@@ -81,7 +81,7 @@ class PGD:
             value = OBJECTIVES[loss](logits, target)
             if self.keep == "best" or last:
                 new = x_adv.detach(), value.detach(), logits.argmax(1) != label
-                found[:] = better(new, found) if found else new
+                found[:] = _best(new, found) if found else new
             return value
 
         if isinstance(model, Frozen):
@@ -97,7 +97,7 @@ class PGD:
             with torch.no_grad():
                 inner(x_adv, target, label, last=True)
         first, *others = zip(*(v.chunk(self.restarts) for v in found), strict=True)
-        return functools.reduce(better, others, first)[0]
+        return functools.reduce(_best, others, first)[0]
 
     @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):
@@ -133,11 +133,9 @@ def FGSM(eps=8 / 255, norm="linf"):
     return PGD(eps=eps, step_size=eps, steps=1, init="zero", norm=norm)
 
 
-def better(new, old):
-    """The better of two (x_adv [B, ...], loss [B], wrong [B] bool), sample by sample: misclassified
-    first, then of higher loss."""
-    higher = (new[2] & ~old[2]) | ((new[2] == old[2]) & (new[1] > old[1]))
-    return [torch.where(per_sample(higher, a), a, b) for a, b in zip(new, old, strict=True)]
+def _best(new, old):
+    """The better of two (x_adv [B, ...], loss [B], wrong [B]), sample by sample."""
+    return where(better(new[1:], old[1:]), new, old)
 
 
 def input_gradient(inner, x_adv, *targets):

@@ -7,8 +7,8 @@ import torch
 
 from .. import ops
 from ..frozen import Frozen
-from ..reference import per_sample
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .iterates import where
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 BLOCK = 16  # queries between two looks at which samples are broken
@@ -83,7 +83,7 @@ class Square:
             draws = {"seed": seed, "restart": restart}
             new = self._search(model, x[rows], y[rows], index[rows], draws)
             old = x_adv[rows], loss[rows], wrong[rows]
-            kept = _where(new[2] | (new[1] > old[1]), new, old)
+            kept = where(new[2] | (new[1] > old[1]), new, old)
             x_adv[rows], loss[rows], wrong[rows] = kept
         return x_adv
 
@@ -115,7 +115,7 @@ class Square:
             new_loss, new_wrong = _margin(model, x_new, y)
             better = ~wrong & (new_wrong | (new_loss > loss))
             new = x_new, new_loss, new_wrong
-            x_adv, loss, wrong = _where(better, new, (x_adv, loss, wrong))
+            x_adv, loss, wrong = where(better, new, (x_adv, loss, wrong))
         return x_adv, loss, wrong
 
     def _sides(self, height, width):
@@ -256,8 +256,3 @@ def _length(delta, dims=(2, 3)):
 def _over(delta, length):
     """delta / length, 0 where that is."""
     return torch.where(length > 0, delta / length, 0.0)
-
-
-def _where(condition, new, old):
-    """torch.where by sample over tuples of [B, ...]."""
-    return tuple(torch.where(per_sample(condition, a), a, b) for a, b in zip(new, old, strict=True))

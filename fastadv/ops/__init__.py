@@ -1,6 +1,7 @@
 """The fused ops. Each is a file here, and under the same name in reference.py, kernels/, csrc/,
 tests/ops/ and benchmarks/."""
 
+from .apgd_step import apgd_step_
 from .augment import augment
 from .cross_entropy import cross_entropy
 from .dlr import dlr
@@ -13,6 +14,7 @@ from .softmax_entropy import softmax_entropy
 from .softmax_kl import softmax_kl
 
 __all__ = [
+    "apgd_step_",
     "augment",
     "cross_entropy",
     "dlr",

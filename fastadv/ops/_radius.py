@@ -16,14 +16,15 @@ def radius(eps, x, norm, lo, hi):
                 )
             if eps.device.type == "cpu":  # elsewhere a look at the values would wait for the device
                 for value in eps.aminmax() if eps.numel() else ():
-                    _check(value.item(), norm, lo, hi)
+                    check_radius(value.item(), norm, lo, hi)
             return eps.reshape(-1).to(x.dtype), 0.0
         eps = eps.item()
-    _check(eps, norm, lo, hi)
+    check_radius(eps, norm, lo, hi)
     return None, eps
 
 
-def _check(eps, norm, lo, hi):
+def check_radius(eps, norm, lo, hi):
+    """Raises on one radius that makes no sense, or is in the wrong unit."""
     if isinstance(eps, str):
         raise TypeError(f"eps is {eps!r}, must be a number or a tensor")
     limit = hi - lo if math.isfinite(hi - lo) else 1.0  # images live in [0, 1] unless the box says

@@ -11,6 +11,7 @@ import torch
 from .. import _native, reference
 from .._library import define, expect
 from ._radius import radius
+from ._step import expect_apart, expect_images, expect_unrecorded
 
 _ARGS = (
     "Tensor grad, Tensor x, Tensor? eps_per_sample, float eps, float step_size, str norm, "
@@ -19,39 +20,14 @@ _ARGS = (
 
 
 def _check(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
-    for name, tensor in (("grad", grad), ("x", x)):
-        expect(name, tensor, dtype=x_adv.dtype, like=x_adv, shape=x_adv.shape)
-    if x_adv.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"x_adv is {x_adv.dtype}, must be torch.float32: one bfloat16 step of 2/255 already "
-            "leaves an 8/255 ball; cast the model's input instead"
-        )
+    expect_images(x_adv, norm, grad=grad, x=x)
     if eps_per_sample is not None:
         expect("eps", eps_per_sample, dtype=x.dtype, like=x, shape=x.shape[:1])
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm is {norm!r}, must be 'linf' or 'l2'")
 
 
 def _check_in_place(x_adv, grad, x, *rest):
     _check(x_adv, grad, x, *rest)
-    for name, other in (("grad", grad), ("x", x)):
-        if _overlap(x_adv, other):
-            raise ValueError(f"x_adv overlaps {name} in memory, must be apart from it")
-
-
-def _overlap(a, b):
-    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
-    return a_start < b_end and b_start < a_end
-
-
-def _extent(tensor):
-    start = tensor.data_ptr()
-    if _native.is_dense(tensor):
-        return start, start + tensor.nbytes
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
+    expect_apart({"x_adv": x_adv}, {"grad": grad, "x": x})
 
 
 def _into(out, x_adv, grad, x, eps_per_sample, *rest):
@@ -123,7 +99,6 @@ def pgd_step_(x_adv, grad, x, eps, step_size, norm="linf", lo=0.0, hi=1.0):
     Raises RuntimeError when autograd records x_adv (call it under torch.no_grad, or detach) and
     ValueError when x_adv overlaps x or grad in memory.
     """
-    if x_adv.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("x_adv requires grad: call pgd_step_ under torch.no_grad() or detach it")
+    expect_unrecorded("pgd_step_", x_adv=x_adv)
     _pgd_step_(x_adv, grad, x, *radius(eps, x, norm, lo, hi), step_size, norm, lo, hi)
     return x_adv

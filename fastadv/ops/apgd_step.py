@@ -1,0 +1,100 @@
+"""apgd_step_: what APGD does after each gradient, in place (Croce & Hein 2020, algorithm 1).
+
+    g = grad, 0 where it is not finite; bad_gradients += number of samples with such an element
+    better_found: x_found = x_adv;  better_best: x_best, grad_best = x_adv, g
+    restart: x_adv, g = x_best, grad_best, after that
+    z = P(x_adv + step_size d), d = sign(g) or, under l2, g / ||g||
+    x_adv, x_old = P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)), x_adv
+
+P projects into the eps-ball around x, then into the box. x_adv, x_old, x_best, grad_best, x_found,
+grad, x: [B, ...] of one shape; bad_gradients: int64, 0-dim; step_size [B]; better_best,
+better_found, restart: bool [B]. Not differentiable.
+"""
+
+import torch
+
+from .. import _native, reference
+from .._library import define, expect
+from ._radius import check_radius
+from ._step import expect_apart, expect_images, expect_unrecorded
+
+_MUTATED = "x_adv", "x_old", "x_best", "grad_best", "x_found"
+
+
+def _check(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
+    (step_size, better_best, better_found, restart), norm = rest[:4], rest[6]
+    kept = {"x_old": x_old, "x_best": x_best, "grad_best": grad_best, "x_found": x_found}
+    expect_images(x_adv, norm, **kept, grad=grad, x=x)
+    expect("bad_gradients", bad_gradients, dtype=torch.int64, like=x, shape=())
+    expect("step_size", step_size, dtype=x.dtype, like=x, shape=x.shape[:1])
+    flags = {"better_best": better_best, "better_found": better_found, "restart": restart}
+    for name, flag in flags.items():
+        expect(name, flag, dtype=torch.bool, like=x, shape=x.shape[:1])
+
+
+def _check_in_place(*args):
+    _check(*args)
+    expect_apart(dict(zip(_MUTATED, args[:5], strict=True)), {"grad": args[6], "x": args[7]})
+
+
+def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
+    """grad and x are copied first where their layout is not x_adv's."""
+    mutated = x_adv, x_old, x_best, grad_best, x_found
+    if x_adv.dtype != torch.float32 or not _native.same_layout(*mutated):
+        return reference.apgd_step_(*mutated, bad_gradients, grad, x, *rest)
+    if not _native.same_layout(x_adv, grad, x):
+        grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
+    rows, numbers = (row.contiguous() for row in rest[:4]), rest[4:]
+    return _native.apgd_step(*mutated, bad_gradients, grad, x, *rows, *numbers)
+
+
+_apgd_step_ = define(
+    "apgd_step_(Tensor(a!) x_adv, Tensor(b!) x_old, Tensor(c!) x_best, Tensor(d!) grad_best, "
+    "Tensor(e!) x_found, Tensor(f!) bad_gradients, Tensor grad, Tensor x, Tensor step_size, "
+    "Tensor better_best, Tensor better_found, Tensor restart, float eps, float weight, str norm, "
+    "float lo, float hi) -> ()",
+    check=_check_in_place,
+    reference=reference.apgd_step_,
+    native=_cpu,
+    fake=_check,
+)
+
+
+def apgd_step_(
+    x_adv,
+    x_old,
+    x_best,
+    grad_best,
+    x_found,
+    bad_gradients,
+    grad,
+    x,
+    step_size,
+    *,
+    better_best,
+    better_found,
+    restart,
+    eps,
+    weight,
+    norm="linf",
+    lo=0.0,
+    hi=1.0,
+):
+    """One APGD step with its bookkeeping, in place, as this file's formula has it. Returns x_adv.
+
+    x_adv, x_old: float32 [B, ...], the iterate that grad belongs to and the one before; they move
+    on by one. x_best, grad_best, x_found: the iterates kept so far, of one shape with the rest.
+    bad_gradients: int64, 0-dim, a count. step_size: [B], in units of x. better_best, better_found:
+    bool [B], whether x_adv is to be kept. restart: bool [B], whether to go on from x_best. eps: the
+    ball's radius. weight: of the step, against that of the last move. norm: "linf" or "l2" over
+    each sample. lo, hi: the box that images live in.
+    Raises TypeError or ValueError that names the argument at fault, ValueError when two of the
+    mutated overlap or one overlaps grad or x, RuntimeError when autograd records a mutated one.
+    """
+    mutated = x_adv, x_old, x_best, grad_best, x_found
+    expect_unrecorded("apgd_step_", **dict(zip(_MUTATED, mutated, strict=True)))
+    check_radius(eps, norm, lo, hi)
+    flags = better_best, better_found, restart
+    numbers = eps, weight, norm, lo, hi
+    _apgd_step_(*mutated, bad_gradients, grad, x, step_size, *flags, *numbers)
+    return x_adv
