@@ -57,7 +57,7 @@ def test_a_seed_is_the_attacks_own(model, batch):
 
 def autoattack(model, **options):
     options = {"attacks_to_run": ["apgd-ce", "apgd-dlr"], "version": "custom"} | options
-    return compat.AutoAttack(model, eps=EPS, seed=2, device="cpu", verbose=False, **options)
+    return compat.AutoAttack(model, eps=4 * EPS, seed=2, device="cpu", verbose=False, **options)
 
 
 def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
@@ -73,19 +73,19 @@ def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(labels, model(x_adv).argmax(1))
     split = compat.ImageSet(x, y, torch.arange(12))
-    suite = cascade(["apgd-ce", "apgd-dlr"], EPS)
+    suite = cascade(["apgd-ce", "apgd-dlr"], 4 * EPS)
     robust = evaluate.run(model, split, suite, seed=2).right("apgd-dlr")
     assert torch.equal(labels == y, robust)
     assert 0 < robust.sum() < 11
     moved = (x_adv - x).abs().flatten(1).amax(1)
-    assert moved.max() <= EPS + 1e-6
+    assert moved.max() <= 4 * EPS + 1e-6
     assert torch.equal(moved > 0, ~robust & (torch.arange(12) > 0))
 
 
 def test_functions_are_models_too(model, batch):
     x, y = batch
     a, b = (autoattack(net).run_standard_evaluation(x, y) for net in (model, lambda v: model(v)))
-    assert (a - b).abs().max() < 2 * EPS
+    assert (a - b).abs().max() < 8 * EPS
     with torch.no_grad():
         assert torch.equal(model(a).argmax(1) == y, model(b).argmax(1) == y)
 
