@@ -6,7 +6,7 @@ import torch
 
 from .. import losses, ops
 from ..frozen import Frozen
-from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .checks import check_budget, check_images, checked_logits, evaluating
 from .iterates import better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
 
@@ -70,10 +70,7 @@ class APGD:
         if isinstance(model, Frozen):
             model.refresh()
         with evaluating(model):
-            with torch.no_grad():
-                logits = model(x)
-            check_logits(logits, len(x))
-            check_labels(y, logits)
+            logits = checked_logits(model, x, y)
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):

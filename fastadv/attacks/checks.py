@@ -58,6 +58,15 @@ def check_logits(logits, batch):
         raise ValueError("model returned probabilities, must return logits: remove its softmax")
 
 
+@torch.no_grad()
+def checked_logits(model, x, y):
+    """The logits [B, C] of x, after a look at them and at the labels."""
+    logits = model(x)
+    check_logits(logits, len(x))
+    check_labels(y, logits)
+    return logits
+
+
 def probabilities(logits):
     """Whether [B, C] of two classes or more look like the outcome of a softmax."""
     sums_to_one = (logits.float().sum(1) - 1).abs().max() < 1e-3

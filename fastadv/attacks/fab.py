@@ -8,7 +8,7 @@ import torch
 from .. import ops
 from ..frozen import Frozen
 from ..reference import per_sample
-from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .checks import check_budget, check_images, checked_logits, evaluating
 from .iterates import gradient, likeliest_others
 
 ALPHA_MAX = 0.1  # the most that an iterate is drawn towards x
@@ -68,10 +68,7 @@ class FAB:
         if isinstance(model, Frozen):
             model.refresh()
         with evaluating(model):
-            with torch.no_grad():
-                logits = model(x)
-            check_logits(logits, len(x))
-            check_labels(y, logits)
+            logits = checked_logits(model, x, y)
             if logits.shape[1] < 2:
                 raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C], C >= 2")
             return self._rounds(model, x.detach(), y, logits, index)

@@ -7,7 +7,7 @@ import torch
 
 from .. import ops
 from ..frozen import Frozen
-from .checks import check_budget, check_images, check_labels, check_logits, evaluating
+from .checks import check_budget, check_images, checked_logits, evaluating
 from .iterates import where
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -67,9 +67,7 @@ class Square:
         if isinstance(model, Frozen):
             model.refresh()
         with evaluating(model):
-            logits = model(x)
-            check_logits(logits, len(x))
-            check_labels(y, logits)
+            logits = checked_logits(model, x, y)
             return self._restarts(model, x.detach(), y, logits, index)
 
     def _restarts(self, model, x, y, logits, index):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from .. import parallel
 from ..attacks import suite
-from ..attacks.checks import check_labels, check_logits, evaluating
+from ..attacks.checks import checked_logits, evaluating
 from ..config import PRECISIONS
 from ..frozen import freeze
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
@@ -51,9 +51,7 @@ def judge(model, x, x_adv, y, eps, norm):
     distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     with evaluating(model), torch.autocast(x.device.type, enabled=False):
-        logits = model(x_adv)
-    check_logits(logits, len(x))
-    check_labels(y, logits)
+        logits = checked_logits(model, x_adv, y)
     return logits.argmax(1) == y, inside & (distance <= eps + ROUNDING[norm]), distance
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins import Calls, Holes, smooth
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
@@ -24,28 +25,6 @@ def batch(model):
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return x, model.eval()(x).argmax(1)
-
-
-class Calls(nn.Module):
-    """A model that notes what it is asked, and in which mode."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.inputs, self.modes = net, [], []
-
-    def forward(self, x):
-        self.inputs.append(x.detach().clone())
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        return self.net(x)
-
-
-def smooth():
-    """A float64 network of eight features in [0, 1] and five classes, far from linear."""
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
-    for p in net.parameters():
-        nn.init.normal_(p, std=2.0)
-    return net
 
 
 def objective(net, loss):
@@ -360,19 +339,6 @@ def test_a_vanishing_gradient_has_a_direction():
     attack = APGD(0.1, steps=4, norm="l2")
     x_adv, _, _ = attack.ascend(lambda v: (1e-30 * v.sum(1), v[:, 0] < 0), x, start=x)
     torch.testing.assert_close(x_adv, x + 0.05)
-
-
-class Holes(torch.autograd.Function):
-    """The sum of v, with a gradient of our choice."""
-
-    @staticmethod
-    def forward(ctx, v, grad):
-        ctx.save_for_backward(grad)
-        return v.sum(1)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0], None
 
 
 def test_empty_batch_returns_empty(model, batch):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins import Calls, Holes, smooth
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
@@ -24,28 +25,6 @@ def batch(model):
     with torch.no_grad():
         model.linear.bias -= model.eval()(x).mean(0)
         return x, model(x).argmax(1)
-
-
-class Calls(nn.Module):
-    """A model that notes what it is asked, and in which mode."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.inputs, self.modes = net, [], []
-
-    def forward(self, x):
-        self.inputs.append(x.detach().clone())
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        return self.net(x)
-
-
-def smooth():
-    """A float64 network of eight features in [0, 1] and five classes, far from linear."""
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
-    for p in net.parameters():
-        nn.init.normal_(p, std=2.0)
-    return net
 
 
 def difference(net):
@@ -451,19 +430,6 @@ def test_what_is_not_finite_does_not_move_and_is_counted():
             start=x,
         )
         assert torch.equal(seen[-1], x)
-
-
-class Holes(torch.autograd.Function):
-    """The sum of v, with a gradient of our choice."""
-
-    @staticmethod
-    def forward(ctx, v, grad):
-        ctx.save_for_backward(grad)
-        return v.sum(1)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0], None
 
 
 def test_empty_batch_returns_empty(model, batch):

@@ -1,0 +1,39 @@
+"""Networks and losses that the tests of several attacks share."""
+
+import torch
+from torch import nn
+
+
+class Calls(nn.Module):
+    """A model that notes what it is asked, and in which mode."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.inputs, self.modes = net, [], []
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.net(x)
+
+
+def smooth():
+    """A float64 network of eight features in [0, 1] and five classes, far from linear."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=2.0)
+    return net
+
+
+class Holes(torch.autograd.Function):
+    """The sum of v, with a gradient of our choice."""
+
+    @staticmethod
+    def forward(ctx, v, grad):
+        ctx.save_for_backward(grad)
+        return v.sum(1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0], None
