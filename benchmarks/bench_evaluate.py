@@ -32,8 +32,10 @@ TRAINING = {
     "eps": EPS,
     "batch_size": 64,
     "lr": 0.05,
-    "epochs": 2,
-    "milestones": (1,),
+    "steps": 3,
+    "epochs": 8,
+    "milestones": (6,),
+    "eval_every": 8,
     "precision_attack": "bf16",
     "precision_outer": "bf16",
 }

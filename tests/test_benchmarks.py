@@ -13,6 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastadv import evaluate
+from fastadv.attacks import suite
+from fastadv.data.dataset import ImageSet
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = BENCHMARKS / "methods.py"
 
@@ -175,3 +179,35 @@ def test_every_method_becomes_robust_on_the_digits(tmp_path):
         assert row["clean"] > 0.9, name
         if name not in ("natural", "funmatch"):
             assert row["pgd20"] > rates["natural"]["pgd20"] + 0.5, name
+
+
+def test_agreement_is_of_counts_and_pixels(bench):
+    agrees = bench("agreement").agrees
+    row = {"images": 300, "official": 100, "fastadv": 102}
+    assert agrees(row)
+    assert not agrees(row | {"fastadv": 103})
+    assert agrees(row | {"images": 1000, "fastadv": 103})
+    assert agrees(row | {"pixels": 0.0009})
+    assert not agrees(row | {"pixels": 0.001})
+
+
+def test_the_evaluation_benchmark_on_a_tiny_network(bench, monkeypatch):
+    """With fastadv itself in the official code's place, which is not installed here."""
+    agreement, module = bench("agreement"), bench("bench_evaluate")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    split = ImageSet(images, net(images / 255).argmax(1), torch.arange(6))
+    monkeypatch.setattr(module, "network", lambda: (net, split))
+    monkeypatch.setattr(module, "official_right", agreement.right)
+    monkeypatch.setattr(suite, "CASCADES", {"aa": ("apgd-ce", "apgd-t")})
+    (case,) = module.cases()
+    rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
+    assert [*rows] == ["official", "fastadv_fp32", "fastadv_bf16"]
+    stages = suite.stages(["aa"], module.EPS)
+    robust = evaluate.run(net, split, stages).right("aa:apgd-t").sum()
+    assert [row["robust"] for row in rows.values()] == [robust] * 3
+    monkeypatch.setattr(module, "official_right", lambda *args: torch.ones(6) > 0)
+    (case,) = module.cases()
+    with pytest.raises(AssertionError):
+        case.gate()
