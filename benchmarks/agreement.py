@@ -12,10 +12,10 @@ images that are classified right under each attack of pyautoattack and of fastad
 "same": both sides begin at x plus one noise, so that what differs is the algorithm. "own": each
 side's own draws; the official Square never places a window at the last row or column, and so
 breaks fewer images. "aa" is the standard version as a whole, "aa bf16" fastadv's with the search in
-bfloat16 against the official one in fp32. fastadv's count may exceed the official one by max(0.3 points, 2 images) and, but for Square,
-fall short of it by as much; for "pgd20" on the model itself fewer than 0.1 % of torchattacks'
-pixels may differ; else the exit status is 1. Rows are
-appended to benchmarks/results/agreement.jsonl.
+bfloat16 against the official one in fp32. fastadv's count may exceed the official one by max(0.3
+points, 2 images) and, but for Square, fall short of it by as much; for "pgd20" on the model itself
+fewer than 0.1 % of torchattacks' pixels may differ; else the exit status is 1. Rows are appended to
+benchmarks/results/agreement.jsonl.
 """
 
 import argparse
