@@ -5,8 +5,9 @@
     x_adv = PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels)
     x_adv = AutoAttack(model, norm="Linf", eps=8/255).run_standard_evaluation(x, y, bs=250)
 
-Arguments, their order and their defaults are those of torchattacks 3.5 and of the authors'
-AutoAttack. Models map images in [0, 1] to logits; their modes are put back. Arguments whose meaning
+Arguments, their order and their defaults are those of torchattacks 3.5 (FGSM, PGD, PGDL2, APGD; a
+call alone, not its setters) and of the authors' AutoAttack, but for its device: by default that of
+the images. Models map images in [0, 1] to logits; their modes are put back. Arguments whose meaning
 fastadv does not have are refused by a ValueError.
 """
 
@@ -15,9 +16,10 @@ from torch import nn
 
 from . import attacks, evaluate
 from .attacks import suite
+from .attacks.checks import evaluating
 from .config import device as usable
 from .data.dataset import ImageSet
-from .evaluate import report
+from .evaluate import report, validity
 
 NORMS = {"Linf": "linf", "L2": "l2"}
 
@@ -35,11 +37,29 @@ def _only(**arguments):
             raise ValueError(f"{name} is {value!r}, must be {only!r}: fastadv knows no other")
 
 
+class _Module(nn.Module):
+    """A function of images as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def _module(model):
+    return model if isinstance(model, nn.Module) else _Module(model).eval()
+
+
 class _Attack:
     """An attack bound to a model: a call takes images [B, ...] and labels [B] to x_adv."""
 
     def __init__(self, model, attack, seed=None):
-        self.model, self.attack, self.seed = model, attack, seed
+        self.model, self.attack, self.seed = _module(model), attack, seed
+
+    def __repr__(self):
+        return f"{self.attack}"
 
     def __call__(self, images, labels):
         with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
@@ -83,17 +103,6 @@ def APGD(
     return _Attack(model, attack, seed)
 
 
-class _Module(nn.Module):
-    """A function of images as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 class AutoAttack:
     """The authors' AutoAttack of Croce & Hein 2020 (arXiv 2003.01690), version "standard", or
     "custom" with `attacks_to_run` of apgd-ce, apgd-dlr, apgd-t, fab-t and square.
@@ -113,46 +122,62 @@ class AutoAttack:
         attacks_to_run=(),
         version="standard",
         is_tf_model=False,
-        device="cuda",
+        device=None,
         log_path=None,
         precision="fp32",
     ):
         _only(is_tf_model=(is_tf_model, False))
         if version not in ("standard", "custom"):
             raise ValueError(f"version is {version!r}, must be 'standard' or 'custom'")
-        if bool(attacks_to_run) != (version == "custom"):
-            raise ValueError(
-                f"attacks_to_run is {list(attacks_to_run)}, must be for version 'custom' alone"
-            )
-        self.model = model if isinstance(model, nn.Module) else _Module(model)
+        if version == "standard" and attacks_to_run:
+            raise ValueError(f"attacks_to_run is {attacks_to_run}, must be for version 'custom'")
+        self.model = _module(model)
         self.eps, self.norm, self.seed, self.precision = eps, _norm(norm), seed, precision
-        self.verbose, self.log_path, self.device = verbose, log_path, usable(device)
-        self.stages = suite.cascade(attacks_to_run or suite.CASCADES["aa"], eps, self.norm)
+        self.verbose, self.log_path = verbose, log_path
+        self.device = device and usable(device)
+        self.attacks_to_run = list(
+            suite.CASCADES["aa"] if version == "standard" else attacks_to_run
+        )
+        suite.cascade(self.attacks_to_run, eps, self.norm)  # says now what is wrong with them
 
     def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False):
         """x_adv [N, ...] as x_orig: of each image the example that breaks it, else x itself; with
         return_labels also the classes that the model gives them. x_orig: float32 in [0, 1]; y_orig:
-        int64 [N]."""
+        int64 [N]. Attacks that need more classes than there are are left out with a warning."""
+        if not self.attacks_to_run:
+            raise ValueError("attacks_to_run is [], must name the attacks of version 'custom'")
+        device = self.device or x_orig.device
+        stages = suite.cascade(self.attacks_to_run, self.eps, self.norm)
+        first = x_orig[:bs].to(device), y_orig[:bs].to(device)
+        model, stages, warnings = validity.probe(self.model, *first, stages)
         split = ImageSet(x_orig, y_orig, torch.arange(len(y_orig)))
         record = evaluate.Record(len(split), examples=x_orig.detach().cpu().numpy().copy())
         seed = torch.randint(2**31, ()).item() if self.seed is None else self.seed
+        where = {"batch_size": bs, "device": device}
         evaluate.run(
-            self.model,
-            split,
-            self.stages,
-            precision=self.precision,
-            batch_size=bs,
-            device=self.device,
-            seed=seed,
-            record=record,
+            model, split, stages, precision=self.precision, seed=seed, record=record, **where
         )
-        self._tell(report.describe(record, self.stages))
+        self._tell(report.describe(record, stages))
+        for warning in warnings + validity.review(record, stages):
+            self._tell(f"warning: {warning}")
         x_adv = torch.from_numpy(record.examples).to(x_orig.device)
-        return (x_adv, self._labels(x_adv, bs)) if return_labels else x_adv
+        return (x_adv, self._labels(x_adv, bs, device)) if return_labels else x_adv
+
+    def run_standard_evaluation_individual(self, x_orig, y_orig, bs=250, return_labels=False):
+        """{attack: what `run_standard_evaluation` returns of this attack by itself}."""
+        chosen, found = self.attacks_to_run, {}
+        try:
+            for name in chosen:
+                self.attacks_to_run = [name]
+                found[name] = self.run_standard_evaluation(x_orig, y_orig, bs, return_labels)
+        finally:
+            self.attacks_to_run = chosen
+        return found
 
     @torch.no_grad()
-    def _labels(self, x, bs):
-        parts = [self.model(part.to(self.device)).argmax(1) for part in x.split(bs)]
+    def _labels(self, x, bs, device):
+        with evaluating(self.model):
+            parts = [self.model(part.to(device)).argmax(1) for part in x.split(bs)]
         return torch.cat(parts).to(x.device)
 
     def _tell(self, text):

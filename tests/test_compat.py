@@ -68,8 +68,7 @@ def autoattack(model, **options):
 def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
     x, y = batch
     standard = compat.AutoAttack(model, eps=EPS, device="cpu")
-    names = [stage.name for stage in standard.stages]
-    assert names == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     y[0] = (y[0] + 1) % 5
     attack = autoattack(model, log_path=tmp_path / "log.txt")
     x_adv, labels = attack.run_standard_evaluation(x, y, bs=5, return_labels=True)
@@ -103,7 +102,10 @@ def test_functions_are_models_too(model, batch):
         (lambda m: compat.PGD(m, eps=8), "eps is 8, must be"),
         (lambda m: compat.AutoAttack(m, version="rand"), "version is 'rand', must be"),
         (lambda m: compat.AutoAttack(m, is_tf_model=True), "is_tf_model is True, must be False"),
-        (lambda m: compat.AutoAttack(m, version="custom"), r"attacks_to_run is \[\], must be"),
+        (
+            lambda m: compat.AutoAttack(m, attacks_to_run=["square"]),
+            r"attacks_to_run is \['square'\], must be for version 'custom'",
+        ),
         (
             lambda m: autoattack(m, attacks_to_run=["apgd"]),
             "attack is 'apgd', must be one of .*did you mean",
@@ -114,3 +116,47 @@ def test_functions_are_models_too(model, batch):
 def test_what_is_not_known_is_refused(model, build, match):
     with pytest.raises(ValueError, match=match):
         build(model)
+
+
+def test_attacks_may_be_named_later_and_one_by_one(model, batch):
+    x, y = batch
+    attack = autoattack(model, attacks_to_run=[])
+    with pytest.raises(ValueError, match=r"attacks_to_run is \[\], must name"):
+        attack.run_standard_evaluation(x, y)
+    attack.attacks_to_run = ["apgd-ce", "square"]
+    found = attack.run_standard_evaluation_individual(x, y)
+    assert attack.attacks_to_run == list(found) == ["apgd-ce", "square"]
+    alone = autoattack(model, attacks_to_run=["apgd-ce"]).run_standard_evaluation(x, y)
+    assert torch.equal(found["apgd-ce"], alone)
+    assert not torch.equal(found["square"], alone)
+
+
+def test_what_cannot_run_or_be_trusted_is_said(batch, capsys):
+    x, _ = batch
+    torch.manual_seed(0)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).train()
+    with torch.no_grad():
+        y = two(x).argmax(1)
+    attack = compat.AutoAttack(two, eps=EPS, seed=0)
+    attack.attacks_to_run = ["apgd-ce", "apgd-t"]
+    x_adv = attack.run_standard_evaluation(x, y)
+    said = capsys.readouterr().out
+    assert "warning: apgd-t left out: needs 4 classes, not 2" in said
+    assert "warning: the model was in train mode" in said
+    assert two.training
+    with torch.no_grad():
+        assert (two(x_adv).argmax(1) != y).any()
+
+
+def test_labels_leave_the_model_as_it_was(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
+    net(x)
+    mean = net[1].running_mean.clone()
+    _, labels = autoattack(net).run_standard_evaluation(x, y, return_labels=True)
+    assert net.training
+    assert torch.equal(net[1].running_mean, mean)
+    assert compat.PGD(lambda v: net(v), steps=1)(x, y).shape == x.shape
+    assert repr(compat.PGD(net)).startswith("PGD(eps=0.031")
+    assert len(labels) == 12

@@ -81,7 +81,7 @@ class PGD:
             value = OBJECTIVES[loss](logits, target)
             if self.keep == "best" or last:
                 new = x_adv.detach(), value.detach(), logits.argmax(1) != label
-                found[:] = _best(new, found) if found else new
+                found[:] = _best(new, found or new)  # copies, as steps are taken in place
             return value
 
         if isinstance(model, Frozen):
@@ -90,7 +90,7 @@ class PGD:
             if self.restarts > 1:
                 start = self._starts(x, index)
                 x, target = (torch.cat([v] * self.restarts) for v in (x, target))
-            label = target.argmax(1) if loss == "kl" else target
+            label = torch.cat([y if y is not None else target_logits.argmax(1)] * self.restarts)
             x_adv = self.ascend(inner, x, target, label, start=start, index=index)
             if not len(x) or (self.restarts == 1 and self.keep == "last"):
                 return x_adv

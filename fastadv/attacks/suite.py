@@ -1,6 +1,7 @@
 """The attacks of an evaluation by name, and the suites that the field reports."""
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -38,7 +39,8 @@ CASCADES = {
     "aa": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "quick": ("apgd-ce-20", "apgd-t-20"),
 }
-ALIASES = {"autoattack-standard": "aa"}
+ALIASES = {"autoattack": "aa", "autoattack-standard": "aa"}
+SUITES = ("paper", *CASCADES, *ALIASES)
 CLASSES = {"dlr": 3, "targeted": 4}  # that the losses need
 
 
@@ -80,9 +82,17 @@ class Stage:
 
 def single(name, eps, norm="linf"):
     """The stage of one name: of ATTACKS, or "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of eps / 4; LOSS
-    ce, margin, dlr or kl), or either after "transfer-". Raises ValueError for others."""
+    ce, margin, dlr or kl), or a PGD after "transfer-". Raises ValueError for others, and for an eps
+    that is not positive and finite."""
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}, must be positive and finite")
     if name.startswith(TRANSFER):
-        stage = single(name.removeprefix(TRANSFER), eps, norm)
+        name_there = name.removeprefix(TRANSFER)
+        if name_there in SUITES:
+            raise ValueError(f"attack is {name!r}, must be a single attack after {TRANSFER!r}")
+        stage = single(name_there, eps, norm)
+        if stage.loss is None:  # the others stop where the source is broken
+            raise ValueError(f"attack is {name!r}, must be fgsm, cw or a pgd after {TRANSFER!r}")
         return replace(stage, name=name, transferred=True)
     if name in ATTACKS:
         return Stage(name, *ATTACKS[name](eps, norm))
@@ -90,9 +100,9 @@ def single(name, eps, norm="linf"):
         loss, steps, restarts = found.groups()
         attack = PGD(eps, eps / 4, int(steps), norm=norm, restarts=int(restarts or 1), keep="best")
         return Stage(name, attack, loss or "ce")
-    known = [*ATTACKS, "pgd-50-10", "paper", *CASCADES, *ALIASES]
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, [*ATTACKS, *SUITES], 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    known = [*ATTACKS, "pgd[-LOSS]-STEPS[-RESTARTS]", f"{TRANSFER}NAME", *SUITES]
     raise ValueError(f"attack is {name!r}, must be one of {', '.join(known)}{hint}")
 
 
@@ -106,20 +116,20 @@ def cascade(names, eps, norm="linf", prefix=""):
 
 
 def stages(names, eps, norm="linf"):
-    """The stages of `names`, in order and each once: attacks as `single` knows them on all images;
-    "paper" for PAPER; the name of a suite of CASCADES for its cascade, as "suite:attack".
+    """The stages of `names` (a list, or text with commas), in order and each once: those of PAPER,
+    which is "paper", on all images, as published; other attacks as `single` knows them, after
+    "clean", on what is right there; the name of a suite of CASCADES for its cascade, as
+    "suite:attack".
 
     Raises ValueError naming an unknown attack, eps or norm.
     """
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}, must be positive")
     found = []
-    for name in names:
+    for name in names.split(",") if isinstance(names, str) else names:
         suite = ALIASES.get(name, name)
         if suite in CASCADES:
             found += cascade(CASCADES[suite], eps, norm, f"{suite}:")
+        elif name in (*PAPER, "paper"):
+            found += [single(n, eps, norm) for n in (PAPER if name == "paper" else (name,))]
         else:
-            found += [
-                single(attack, eps, norm) for attack in (PAPER if name == "paper" else (name,))
-            ]
+            found += cascade([name], eps, norm)
     return list({stage.name: stage for stage in found}.values())

@@ -24,7 +24,8 @@ def lower(net, dtype):
         if hooked(module):
             raise Unsupported(f"{name or type(net).__name__} has hooks")
     try:
-        graph = Tracer().trace(net)
+        with torch.autocast("cpu", enabled=False):  # the caller's is none of its own
+            graph = Tracer().trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
@@ -48,6 +49,11 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node):
         return Proxy(node, self)
+
+    def create_node(self, *args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            raise Unsupported("its forward enters autocast, which a trace would forget")
+        return super().create_node(*args, **kwargs)
 
 
 def _recorded(function):

@@ -3,7 +3,7 @@
 from ..attacks.suite import PAPER
 from .networks import check_fits, from_code, from_run
 from .record import Record
-from .report import table
+from .report import describe, rates, table
 from .search import accuracies, correct, run
 
 __all__ = [
@@ -12,8 +12,10 @@ __all__ = [
     "accuracies",
     "check_fits",
     "correct",
+    "describe",
     "from_code",
     "from_run",
+    "rates",
     "run",
     "table",
 ]

@@ -7,15 +7,17 @@ python -m fastadv.evaluate --model-from my_package.nets:robust_net --data cifar1
 
 --attacks names attacks (pgd20, apgd-ce, square, pgd-50-10 for 50 steps and 10 restarts, and
 transfer-NAME with the gradients of --source) and suites: paper, quick, and aa, which is
-AutoAttack's standard version. What counts as broken is what the model itself misclassifies in
-fp32, within ball and box, whatever --precision the search has. With --out the same command again
-goes on where it was stopped.
+AutoAttack's standard version; "clean" comes first. What counts as broken is what the model itself
+misclassifies in fp32, within ball and box, whatever --precision the search has. With --out the same
+command again goes on where it was stopped.
 """
 
 import argparse
 import hashlib
+import os
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -43,9 +45,11 @@ def arguments(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", nargs="+", help="of runs, or .pt files with --model")
+    parser.add_argument(
+        "--checkpoint", nargs="+", help="of runs, whose folder means best, or .pt files"
+    )
     parser.add_argument("--model", help=f"architecture of foreign checkpoints: {models.KNOWN}")
-    parser.add_argument("--model-from", help="module:function that returns the network; runs it")
+    parser.add_argument("--model-from", help="module:function to import and call for the network")
     parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
     parser.add_argument("--source", help="run whose network transfer-NAME attacks follow")
     parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
@@ -70,8 +74,12 @@ def check(args):
     """Refuses what no evaluation could serve, before any work."""
     if not (args.checkpoint or args.model_from):
         raise ValueError("checkpoint is missing: name a run's, or a network by --model-from")
+    if len({*(args.checkpoint or ())}) < len(args.checkpoint or ()):
+        raise ValueError(f"checkpoint has one twice: {', '.join(args.checkpoint)}")
     if args.model and args.model_from:
         raise ValueError("model and model-from are both given, must be one of them")
+    if (args.model or args.model_from) and not args.data:
+        raise ValueError("data is missing: a network that is no run's does not name its own")
     if args.norm == "l2" and args.eps is None:
         raise ValueError("eps is missing, which norm l2 needs, such as 0.5")
     for name in ("limit", "batch_size"):
@@ -80,7 +88,7 @@ def check(args):
     if args.save_adversarial and not args.out:
         raise ValueError("save-adversarial needs --out, the folder to save in")
     eps = 8 / 255 if args.eps is None else args.eps
-    stages = suite.stages(args.attacks.split(","), eps, args.norm)
+    stages = suite.stages(args.attacks, eps, args.norm)
     if any(stage.transferred for stage in stages) and not args.source:
         raise ValueError("source is missing, which transfer attacks need: a run's checkpoint")
     device(args.device)
@@ -94,8 +102,14 @@ def subjects(args):
             model, config = networks.from_run(path)
             found.append(Subject(path, config.student, model, config))
     else:
-        config = Config(data=args.data or "cifar10", data_dir=args.data_dir)
-    dataset = data.load(args.data or config.data, args.data_dir or config.data_dir)
+        config = Config(data=args.data, data_dir=args.data_dir)
+    sets = {
+        (args.data or c.data, args.data_dir or c.data_dir)
+        for c in [s.config for s in found] or [config]
+    }
+    if len(sets) > 1:
+        raise ValueError(f"data is missing: the runs were trained on {sorted(map(str, sets))}")
+    dataset = data.load(*sets.pop())
     for path in paths if not found else ():
         if args.model_from:
             model, name = networks.from_code(args.model_from, path), args.model_from
@@ -120,13 +134,17 @@ def digest(model, split):
             total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return total.hexdigest()[:16]
 
-    return {"weights": of(model.state_dict().values()), "images": of((split.images, split.labels))}
+    return {
+        "weights_sha256": of(model.state_dict().values()),
+        "images_sha256": of((split.images, split.labels)),
+    }
 
 
 def folder(out, label):
     """The folder in `out` for a checkpoint: its path in one word."""
-    parts = [part for part in Path(label).with_suffix("").parts if part.strip("./")]
-    return out / "-".join(parts).replace(":", "-")
+    path = Path(label)
+    path = path.with_suffix("") if path.suffix in (".safetensors", ".pt", ".pth") else path
+    return out / "-".join(part for part in path.parts if part.strip("./")).replace(":", "-")
 
 
 def evaluate(subject, dataset, split, args, source):
@@ -136,25 +154,30 @@ def evaluate(subject, dataset, split, args, source):
         "architecture": subject.architecture,
         "dataset": dataset.name,
         "split": args.split,
+        "images": len(split),
+        "attacks": args.attacks,
         "eps": eps,
         "norm": args.norm,
         "precision": args.precision,
         "seed": args.seed,
     }
-    stages = suite.stages(args.attacks.split(","), eps, args.norm)
+    stages = suite.stages(["clean", *args.attacks.split(",")], eps, args.norm)
     first = split.take(torch.arange(min(args.batch_size, len(split))))
     x, y = first.images.to(args.device).float() / 255, first.labels.to(args.device)
     model, stages, warnings = validity.probe(subject.model.to(args.device), x, y, stages)
     print(
         f"\n{subject.label}: {dataset.name} {args.split}, {len(split)} images, {args.norm} eps "
-        f"{report.fraction(eps)}, {args.precision} search, fp32 verdict, seed {args.seed}"
+        f"{report.fraction(eps, args.norm)}, {args.precision} search, fp32 verdict, seed "
+        f"{args.seed}",
+        flush=True,
     )
     out = args.out and folder(args.out, subject.label)
-    key = settings | digest(subject.model, split) | versions()
-    key |= {"source": source and digest(source, split)["weights"]}
-    record = Record(len(split), key, out)
+    settings |= digest(subject.model, split) | {"saved": args.save_adversarial} | versions()
+    settings["source"] = source and digest(source, split)["weights_sha256"]
+    record = Record(len(split), settings, out)
     if args.save_adversarial:
-        record.examples = open_examples(out / "adversarial.npy", split.images)
+        begun = bool(record.verdicts)
+        record.examples = open_examples(out / "adversarial.npy", split.images, begun)
     search.run(
         model,
         split,
@@ -172,6 +195,7 @@ def evaluate(subject, dataset, split, args, source):
     for warning in warnings:
         print(f"warning: {warning}")
     if out:
+        settings |= {"checkpoint": subject.label, "date": date.today().isoformat()}
         text = report.as_json(record, stages, settings, warnings)
         checkpoint.atomic_write(out / "report.json", text)
         if args.save_adversarial:
@@ -192,14 +216,13 @@ def main(argv=None):
         split = split.take(torch.arange(min(args.limit, len(split))))
     results = {subject.label: evaluate(subject, dataset, split, args, source) for subject in found}
     if len(results) > 1:
-        names = set.intersection(*(set(rates) for rates in results.values()))
-        columns = [name for name in next(iter(results.values())) if name in names]
-        print(
-            "\n"
-            + report.table(results, {c: {k: v[c] for k, v in results.items()} for c in columns})
-        )
+        root = Path(os.path.commonpath(results))
+        short = {str(Path(label).relative_to(root)): rates for label, rates in results.items()}
+        stages = next(iter(short.values()))
+        rows = {stage: {label: rates[stage] for label, rates in short.items()} for stage in stages}
+        print("\n" + report.table(short, rows))
         if args.out:
-            report.comparison(args.out / "comparison.png", columns, results)
+            report.comparison(args.out / "comparison.png", stages, short)
             print(f"comparison: {args.out / 'comparison.png'}")
 
 

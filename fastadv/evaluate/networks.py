@@ -22,7 +22,10 @@ def from_run(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
     if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path} is not a run's .safetensors: name its architecture as well")
+        raise ValueError(
+            f"{path} is not a run's .safetensors: name its architecture as well (--model, or in "
+            "training --teacher)"
+        )
     _, metadata = checkpoint.load(path)
     try:
         config = Config.from_json(json.dumps(metadata["config"]))
@@ -34,7 +37,8 @@ def from_run(path):
 
 
 def from_code(name, path=None):
-    """The network that "module:function" returns, with the weights of the file at `path`, if any.
+    """The network that "module:function" returns, with the weights of the file at `path`, if any,
+    in eval mode.
 
     The module is imported and the function called without arguments: only name code you trust.
     Raises ValueError naming what is missing or not a network.
@@ -43,14 +47,18 @@ def from_code(name, path=None):
     if not (module and function):
         raise ValueError(f"model-from is {name!r}, must be module:function")
     try:
-        model = getattr(importlib.import_module(module), function)()
+        build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model-from is {name!r}: {error}") from error
+    try:
+        model = build()
+    except Exception as error:
+        raise ValueError(f"{name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
     if path is not None:
         models.load_weights(model, path)
-    return model
+    return model.eval()
 
 
 def check_fits(model, dataset, path):
@@ -59,8 +67,12 @@ def check_fits(model, dataset, path):
     x = torch.zeros(1, *images.shape[1:])
     try:
         with evaluating(model), torch.no_grad():
-            classes = model(x).shape[1]
-    except RuntimeError as error:
+            logits = model(x)
+    except Exception as error:  # whatever a foreign network raises
         raise ValueError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        given = list(getattr(logits, "shape", [])) or type(logits).__name__
+        raise ValueError(f"{path} returns {given} for one image, must be logits [1, classes]")
+    classes = logits.shape[1]
     if classes != dataset.num_classes:
         raise ValueError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")

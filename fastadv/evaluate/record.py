@@ -50,6 +50,7 @@ class Record:
     examples: np.ndarray | None = None
     verdicts: dict = field(default_factory=dict)
     costs: dict = field(default_factory=dict)
+    asked: dict = field(default_factory=dict)
     saved: float = 0.0
 
     def __post_init__(self):
@@ -68,7 +69,7 @@ class Record:
         tensors, metadata = checkpoint.load(self._state)
         if metadata.keys() != {"key", "costs"}:
             raise ValueError(f"{self._state} is not an evaluation's state")
-        for name in sorted(self.key.keys() | metadata["key"].keys()):
+        for name in self.key | metadata["key"]:
             theirs, mine = metadata["key"].get(name), self.key.get(name)
             if theirs != mine:
                 raise ValueError(
@@ -83,6 +84,11 @@ class Record:
         self.costs.setdefault(name, Cost())
         unknown = torch.full((self.count,), UNKNOWN, dtype=torch.uint8)
         return self.verdicts.setdefault(name, unknown), self.costs[name]
+
+    def bind(self, name, attack):
+        """Refuses to go on with a stage by another attack than it has been begun with."""
+        if self.asked.setdefault(name, attack) != attack:
+            raise ValueError(f"record has {name} by {self.asked[name]}, must be by {attack}")
 
     def right(self, name):
         """bool [N]: which images are classified right under a stage (and those before it, in a
@@ -108,14 +114,21 @@ class Record:
                 self.examples.flush()
 
 
-def open_examples(path, images):
-    """The float32 array [N, C, H, W] in the .npy file at `path`, to be written to; where there is
-    none it is made of `images`, uint8."""
-    if not path.exists():
+def open_examples(path, images, begun):
+    """The float32 array [N, C, H, W] in the .npy file at `path`, to be written to; made of
+    `images`, uint8, unless the evaluation has `begun`. Raises ValueError for a file that is not
+    whole then."""
+    if not begun:
         part = path.with_suffix(".part")
         made = np.lib.format.open_memmap(part, "w+", np.float32, tuple(images.shape))
         for first in range(0, len(images), 1024):
             made[first : first + 1024] = images[first : first + 1024].float().numpy() / 255
         made.flush()
         part.rename(path)
+    try:
+        whole = np.load(path, mmap_mode="r").shape == tuple(images.shape)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: missing or damaged: choose another --out")
     return np.load(path, mmap_mode="r+")

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..attacks.suite import CASCADES
 from ..checkpoint import atomic_write
 from ..config import versions
 
 SHOWN = 8  # images of the grid
 
 
-def fraction(eps):
-    """8/255 for 0.03137: the unit of the field where it is a whole number, else the decimal."""
+def fraction(eps, norm):
+    """8/255 for 0.03137: the unit of the field in linf where it is a whole number, else the
+    decimal."""
     levels = eps * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 * levels else f"{eps:g}"
+    whole = norm == "linf" and abs(levels - round(levels)) < 1e-6 * levels
+    return f"{round(levels)}/255" if whole else f"{eps:g}"
 
 
 def table(columns, rows):
@@ -59,7 +62,8 @@ def describe(record, stages):
 
 
 def as_json(record, stages, settings, warnings):
-    """RobustBench's fields (accuracies in percent and eps as text, as there), then ours.
+    """RobustBench's fields (accuracies in percent and eps as text, as there), then ours; `stages`
+    begin with "clean".
 
     settings: "architecture", "dataset", "eps", "norm", "precision", "seed" and more, of any type.
     """
@@ -68,20 +72,25 @@ def as_json(record, stages, settings, warnings):
         stage.name: {"accuracy": found[stage.name], **vars(record.costs[stage.name])}
         for stage in stages
     }
-    standard = [name for name in found if name.startswith("aa:")]
-    fields = settings | {"eps": fraction(settings["eps"]), "eps_value": settings["eps"]}
-    fields |= {"clean_acc": found.get("clean"), "robust_acc": found["worst case"]}
-    if standard:
+    standard = [f"aa:{name}" for name in CASCADES["aa"]]
+    fields = settings | {
+        "eps": fraction(settings["eps"], settings["norm"]),
+        "eps_value": settings["eps"],
+    }
+    fields["clean_acc"] = found["clean"]
+    if len(stages) > 1:
+        fields["robust_acc"] = found["worst case"]
+    if all(name in found for name in standard):
         fields["autoattack_acc"] = found[standard[-1]]
     fields |= {"number_forward_passes": "1", "unreliable": bool(warnings), "warnings": warnings}
     largest = max(record.costs[stage.name].largest for stage in stages)
-    fields |= {"images": record.count, "max_perturbation": largest, "attacks": attacks}
+    fields |= {"max_perturbation": largest, "attacks": attacks}
     return json.dumps(fields | versions(), indent=2)
 
 
 def grid(path, record, stages, images, eps):
     """A PNG of the first SHOWN images that an attack broke: clean, adversarial, and their
-    difference, in which mid-grey is none and the full range is eps. Draws nothing where there are
+    difference. Draws nothing where there are
     none or matplotlib is not installed."""
     broken = record.right(stages[0].name) & ~worst_case(record, stages)
     rows = broken.nonzero()[:SHOWN, 0]
@@ -99,8 +108,13 @@ def grid(path, record, stages, images, eps):
     shown = panels.clamp(0, 1).permute(1, 2, 0).numpy()
     axes.imshow(shown.squeeze(2) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
     height = images.shape[2] + 2
-    axes.set_yticks([height * (i + 0.5) for i in range(3)], ["clean", "adversarial", "difference"])
+    axes.set_yticks(
+        [height * (i + 0.5) for i in range(3)],
+        ["clean", "adversarial", "difference\n(grey is 0, black -eps, white +eps)"],
+    )
     axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     _save(figure, path)
 
 

@@ -1,5 +1,6 @@
 """The search for adversarial examples on fast twins, and the verdict on the model itself."""
 
+import logging
 import time
 
 import torch
@@ -12,8 +13,10 @@ from ..attacks.checks import checked_logits, evaluating
 from ..config import PRECISIONS
 from ..frozen import freeze
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
+from .report import worst_case
 
-# How much further than eps rounding may take an example, in units of x.
+# How much further than eps, or than 1, rounding may take an example, as a share of it.
+_log = logging.getLogger("fastadv")
 ROUNDING = {"linf": 1e-6, "l2": 1e-5}
 
 
@@ -47,26 +50,27 @@ def judge(model, x, x_adv, y, eps, norm):
     valid: within eps of x and in [0, 1], to rounding. Raises ValueError for labels or logits that
     make no sense.
     """
-    delta = (x_adv - x).flatten(1)
+    delta = (x_adv.double() - x).flatten(1)
     distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     with evaluating(model), torch.autocast(x.device.type, enabled=False):
         logits = checked_logits(model, x_adv, y)
-    return logits.argmax(1) == y, inside & (distance <= eps + ROUNDING[norm]), distance
+    within = distance <= eps + ROUNDING[norm] * max(1, eps)
+    return logits.argmax(1) == y, inside & within, distance
 
 
 class Search:
     """Attacks batches on twins of a model, and of a source whose examples are transferred to it.
 
     What the twin alone misclassifies, because its arithmetic is not the model's, is attacked again
-    in float32, so that a fast search finds no fewer examples. Differences from rounding remain.
+    on the model itself, so that a fast search finds no fewer examples. A model that cannot be
+    frozen is attacked as it is.
     """
 
     def __init__(self, model, source, precision):
         self.model = Counted(model)
-        self.twin = Counted(freeze(model, PRECISIONS[precision]))
-        self.exact = None if precision == "fp32" else Counted(freeze(model))
-        self.source = None if source is None else Counted(freeze(source, PRECISIONS[precision]))
+        self.twin = Counted(_twin(model, PRECISIONS[precision]))
+        self.source = None if source is None else Counted(_twin(source, PRECISIONS[precision]))
 
     def __call__(self, stage, x, y, index, seed):
         """(x_adv, broken [B], cost) of one batch under one stage."""
@@ -82,12 +86,13 @@ class Search:
 
         x_adv = attempt(self.source if stage.transferred else self.twin)
         right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
-        if self.exact and not stage.transferred:
+        if not stage.transferred and stage.name != "clean":
+            disputed = right.nonzero()[:, 0]
             with torch.no_grad():
-                disputed = (right & (self.twin(x_adv).argmax(1) != y)).nonzero()[:, 0]
+                disputed = disputed[self.twin(x_adv[disputed]).argmax(1) != y[disputed]]
             cost.disputed = len(disputed)
             if len(disputed):
-                x_adv[disputed] = attempt(self.exact, disputed)
+                x_adv[disputed] = attempt(self.model, disputed)
                 right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
         broken = ~right & valid
         cost.invalid = int((~right & ~valid).sum())
@@ -97,8 +102,17 @@ class Search:
         return x_adv, broken, cost
 
     def _passes(self):
-        nets = [net for net in (self.model, self.twin, self.exact, self.source) if net is not None]
+        nets = [net for net in (self.model, self.twin, self.source) if net is not None]
         return sum(net.forwards for net in nets), sum(net.backwards for net in nets)
+
+
+def _twin(model, dtype):
+    """freeze(model), or the model itself where it cannot be copied."""
+    try:
+        return freeze(model, dtype)
+    except RuntimeError as error:
+        _log.warning("%s is attacked as it is, slower: %s", type(model).__name__, error)
+        return model
 
 
 def run(
@@ -127,7 +141,14 @@ def run(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be in [0, 2^63)")
     record = record or Record(len(split))
+    sizes = [len(split.images), len(split.labels), len(split.index), record.count]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"split and record have {sizes} images, labels, indices and verdicts")
     search = Search(model, source, precision)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -135,6 +156,9 @@ def run(
                 if stage.transferred and source is None:
                     raise ValueError(f"{stage.name} needs a source: the network to transfer from")
                 _attack(search, stage, split, record, batch_size, device, seed, progress)
+                if progress:
+                    share = record.right(stage.name).double().mean()
+                    print(f"{stage.name}: {share:.2%} right", flush=True)
     finally:
         record.save(force=True)
     return record
@@ -143,6 +167,7 @@ def run(
 def _attack(search, stage, split, record, batch_size, device, seed, progress):
     """One stage on the images it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
+    record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
     for name in stage.after:
         verdicts[~record.right(name)] = WRONG
     todo = (verdicts == UNKNOWN).nonzero()[:, 0]
@@ -169,15 +194,15 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
 def correct(model, split, attack, *, eps, norm="linf", **options):
     """Which images of `split` the model classifies right under `attack`: a bool tensor [N].
 
-    attack: one name that `suite.stages` knows; options are those of `run`. Raises ValueError for an
-    unknown attack, labels or logits that make no sense, and gradients with NaN or infinity: an
-    attack that cannot move proves nothing.
+    attack: a name that `suite.stages` knows, of a suite under all its attacks; options are those
+    of `run`. Raises ValueError for an unknown attack, labels or logits that make no sense, and
+    gradients with NaN or infinity: an attack that cannot move proves nothing.
     """
     stages = suite.stages([attack], eps, norm)
     record = run(model, split, stages, **options)
     if bad := sum(record.costs[stage.name].bad_gradients for stage in stages):
         raise ValueError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
-    return record.right(stages[-1].name)
+    return record.right(attack) if attack in record.costs else worst_case(record, stages)
 
 
 def accuracies(model, split, attacks, **options):

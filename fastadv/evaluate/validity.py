@@ -10,7 +10,9 @@ from torch import nn
 
 from ..attacks.checks import check_labels, evaluating, probabilities
 from ..attacks.pgd import input_gradient
+from .search import Counted
 
+TINY = torch.finfo(torch.float32).tiny
 MARGIN = 0.002  # by how much of all images a weaker attack may beat a stronger one
 
 
@@ -22,52 +24,75 @@ class LogProbabilities(nn.Module):
         self.net = net
 
     def forward(self, x):
-        p = self.net(x)
-        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        return self.net(x).clamp_min(TINY).log()
 
 
 def probe(model, x, y, stages):
     """(network to attack, stages that can attack it, warnings) from a first batch of images.
 
-    x: float32 [B, ...]; y: int64 [B]. Raises ValueError for fewer than two classes, labels out of
-    range and logits that are not finite.
+    x: float32 [B, ...]; y: int64 [B]. Raises ValueError for a model that fails, fewer than two
+    classes, labels out of range, logits that are not finite, and when no attack is left.
     """
-    found = []
-    if any(module.training for module in model.modules()):
-        found.append("the model was in train mode: it is evaluated in eval mode")
+    training = any(module.training for module in model.modules())
     with evaluating(model), torch.no_grad():
-        logits, again = model(x), model(x)
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"model returned shape {tuple(logits.shape)}, must be [B, 2 or more]")
+        logits, again, alone = (Counted(model)(v) for v in (x, x, x[:1]))
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        given = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+        raise ValueError(f"model returned {given}, must be logits [B, 2 or more]")
     check_labels(y, logits)
-    apart = (logits - again).abs().max().item()
-    if apart > 1e-4 * logits.abs().max().item():
-        found.append(
-            f"randomised forward pass: two passes of the same images differ by up to {apart:.3g}; "
-            "the attacks do not average over its randomness and so overestimate its robustness"
-        )
+    if not logits.isfinite().all():
+        raise ValueError("model returned NaN or infinite logits")
+    found = ["the model was in train mode: it is evaluated in eval mode"] if training else []
+    found += _unsteady(logits, again, alone)
     if probabilities(logits):
         found.append("the model returns probabilities: their logarithms were attacked as logits")
         model = LogProbabilities(model).eval()
-    found += _gradients(model, x, y, logits.argmax(1) == y)
-    classes, fit = logits.shape[1], []
+    differentiable, warnings = _gradients(model, x, y, logits.argmax(1) == y)
+    found += warnings
+    fit = []
     for stage in stages:
-        if stage.classes <= classes:
-            fit.append(stage)
+        if stage.classes > logits.shape[1]:
+            needs = f"needs {stage.classes} classes, not {logits.shape[1]}"
+        elif stage.by_gradient and not differentiable:
+            needs = "needs a gradient"
         else:
-            found.append(f"{stage.name} left out: needs {stage.classes} classes, not {classes}")
+            fit.append(stage)
+            continue
+        found.append(f"{stage.name} left out: {needs}")
+    if not fit:
+        raise ValueError(f"no attack is left: {'; '.join(found)}")
     left = {stage.name for stage in fit}
     return model, [stage.among(left) for stage in fit], found
 
 
+def _unsteady(logits, again, alone):
+    """Warnings on logits [B, C] that differ in a second pass, or from those of the first image by
+    itself, `alone` [1, C], beyond rounding."""
+    scale = logits.abs().max().item()
+    apart = (logits - again).abs().max().item()
+    if apart > 1e-4 * scale:
+        return [
+            f"randomised forward pass: two passes of the same images differ by up to {apart:.3g}; "
+            "the attacks do not average over its randomness and so overestimate its robustness"
+        ]
+    apart = (logits[:1] - alone).abs().max().item()
+    if apart > 1e-2 * scale:
+        return [f"an image's logits depend on the rest of its batch, by {apart:.3g} and more"]
+    return []
+
+
 def _gradients(model, x, y, right):
-    """Warnings on the cross-entropy's gradient at the images that are classified right."""
+    """(whether there is one, warnings) of the cross-entropy's gradient at the images that are
+    classified right."""
 
     def inner(v):
         return F.cross_entropy(model(v), y, reduction="none")
 
-    with evaluating(model):
-        grad = input_gradient(inner, x).flatten(1)[right]
+    try:
+        with evaluating(model):
+            grad = input_gradient(inner, x).flatten(1)[right]
+    except RuntimeError as error:
+        return False, [f"the model has no gradient to its input: {error}"]
     bad, zero = (int(rows.sum()) for rows in (~grad.isfinite().all(1), (grad == 0).all(1)))
     found = []
     if bad:
@@ -77,7 +102,7 @@ def _gradients(model, x, y, right):
             f"zero gradient of the cross-entropy at {zero} of {len(grad)} images: attacks that "
             "follow it do not move there"
         )
-    return found
+    return True, found
 
 
 def review(record, stages):

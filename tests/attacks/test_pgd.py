@@ -291,6 +291,22 @@ def test_keep_best_returns_the_best_iterate(model, batch, loss):
     assert not torch.equal(x_adv, visited[-1])
 
 
+def test_keep_best_keeps_the_start_where_steps_only_harm():
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, dtype=torch.int64)
+    for keep, stays in (("best", True), ("last", False)):
+        x_adv = PGD(0.1, 0.025, 5, "zero", keep=keep)(Hilltop(), x, y)
+        assert torch.equal(x_adv, x) == stays
+
+
+class Hilltop(nn.Module):
+    """Class 0 gains at x = 0.5 alone, and the gradient says to go up."""
+
+    def forward(self, x):
+        v = x.flatten(1).sum(1)
+        logit = torch.where(v == 2, 5.0, 0.0) + (v - v.detach())
+        return torch.stack([logit, torch.ones_like(logit)], 1)
+
+
 def test_restarts_do_not_depend_on_the_batch(model, batch):
     x, y = batch
     attack, index = PGD(EPS, EPS / 4, 2, restarts=3), torch.arange(6)

@@ -42,10 +42,12 @@ def test_the_standard_suite_is_autoattacks(norm):
 
 
 def test_names_spell_out_pgd():
-    (stage,) = suite.stages(["pgd-50-10"], 0.1)
+    clean, stage = suite.stages(["pgd-50-10"], 0.1)
+    assert clean.name == "clean"
+    assert stage.after == ("clean",)
     assert stage.attack == PGD(0.1, 0.025, 50, restarts=10, keep="best")
     assert stage.loss == "ce"
-    (stage,) = suite.stages(["transfer-pgd-margin-7"], 0.1, "l2")
+    _, stage = suite.stages("transfer-pgd-margin-7", 0.1, "l2")
     assert stage.attack == PGD(0.1, 0.025, 7, norm="l2", keep="best")
     assert stage.loss == "margin"
     assert stage.transferred
@@ -63,7 +65,9 @@ def test_each_stage_comes_once():
         ("squrae", "attack is 'squrae', must be one of .*did you mean 'square'"),
         ("pgd-", "attack is 'pgd-', must be one of"),
         ("pgd-ce", "attack is 'pgd-ce', must be one of"),
-        ("transfer-aa", "attack is 'aa', must be one of"),
+        ("transfer-aa", "attack is 'transfer-aa', must be a single attack after 'transfer-'"),
+        ("transfer-square", "attack is 'transfer-square', must be fgsm, cw or a pgd after"),
+        ("transfer-claen", "attack is 'claen', must be one of .*did you mean 'clean'"),
         ("", "attack is '', must be one of"),
         ("pgd-20-0", "restarts is 0, must be at least 1"),
     ],
@@ -73,14 +77,12 @@ def test_unknown_names_are_refused(name, match):
         suite.stages([name], 0.1)
 
 
-@pytest.mark.parametrize("eps", [0, -0.1, float("nan"), 8])
+@pytest.mark.parametrize("eps", [0, -0.1, float("nan"), float("inf"), 8])
 def test_a_radius_is_positive_and_in_the_unit_of_x(eps):
     with pytest.raises(ValueError, match=r"eps is .*, must be"):
         suite.stages(["pgd20"], eps)
 
 
 def test_stages_know_the_classes_they_need():
-    needs = {
-        s.name: s.classes for s in suite.stages(["apgd-ce", "apgd-dlr", "apgd-t", "pgd-dlr-9"], 1)
-    }
-    assert needs == {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "pgd-dlr-9": 3}
+    needs = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "pgd-dlr-9": 3, "pgd-kl-9": 2, "cw": 2}
+    assert {name: suite.single(name, 1).classes for name in needs} == needs

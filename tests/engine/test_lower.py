@@ -95,6 +95,11 @@ def activated_in_place(net, x):
     return net.second(net.inplace(y)) + y
 
 
+def autocast(net, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return net.second(x).float()
+
+
 def same(net, x):
     return x
 
@@ -106,6 +111,7 @@ def own_tensor(net, x):
 # (network, whether the engine takes it)
 TRICKY = {
     "added in place": (Tricky(added_in_place), False),
+    "autocast": (Tricky(autocast), False),
     "activated in place": (Tricky(activated_in_place), False),
     "image in place": (Tricky(same, image_in_place), False),
     "statement in place": (Tricky(same, statement_in_place), False),

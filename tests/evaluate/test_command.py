@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastadv import checkpoint, data, evaluate
-from fastadv.evaluate.__main__ import main
+from fastadv.evaluate.__main__ import folder, main
 
 
 def only_report(out):
@@ -60,6 +60,8 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
         (["--save-adversarial"], "save-adversarial needs --out"),
         (["--batch-size", "0"], "batch_size is 0, must be at least 1"),
         (["--model", "resnet18", "--model-from", "a:b"], "model and model-from are both given"),
+        (["--model", "resnet18"], "data is missing"),
+        (["--checkpoint", str(teacher), str(teacher)], "checkpoint has one twice"),
         (["--eps", "8"], "eps is 8.0, must be .*did you mean"),
         (["--limit", "-3"], "limit is -3, must be at least 1"),
         (["--device", "cuda:7"], "device is 'cuda:7', which cannot be used here"),
@@ -89,7 +91,7 @@ def test_a_run_folder_means_its_best_checkpoint(teacher):
 KILLED = """
 import os, signal, sys
 from fastadv.evaluate import record
-from fastadv.evaluate.__main__ import main
+from fastadv.evaluate.__main__ import folder, main
 
 record.SAVE_EVERY = 0
 save, saves = record.checkpoint.save, []
@@ -126,13 +128,20 @@ def test_a_killed_evaluation_goes_on_where_it_was(teacher, tmp_path):
 
 def test_a_folder_is_of_one_evaluation(teacher, tmp_path):
     line = ["--checkpoint", str(teacher), "--out", str(tmp_path)]
-    main([*line, "--attacks", "clean", "--eps", "8/255"])
-    main([*line, "--attacks", "fgsm", "--eps", "8/255"])  # attacks join what is there
-    assert list(only_report(tmp_path)["attacks"]) == ["fgsm"]
-    with pytest.raises(ValueError, match="has an evaluation with eps 0.03137.*has 0.0392.*--out"):
-        main([*line, "--attacks", "clean", "--eps", "10/255"])
-    with pytest.raises(ValueError, match="has an evaluation with seed 0, this one has 1"):
-        main([*line, "--attacks", "clean", "--eps", "8/255", "--seed", "1"])
+    line += ["--attacks", "fgsm", "--eps", "8/255"]
+    main(line)
+    main(line)
+    assert list(only_report(tmp_path)["attacks"]) == ["clean", "fgsm"]
+    for other, match in [
+        (["--eps", "10/255"], "has an evaluation with eps 0.03137.*has 0.0392.*--out"),
+        (["--seed", "1"], "has an evaluation with seed 0, this one has 1"),
+        (["--limit", "9"], "has an evaluation with images 80, this one has 9"),
+        (["--attacks", "clean"], "has an evaluation with attacks 'fgsm', this one has 'clean'"),
+        (["--save-adversarial"], "has an evaluation with saved False, this one has True"),
+        (["--precision", "bf16"], "has an evaluation with precision 'fp32'"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            main([*line, *other])
 
 
 def test_reports_have_robustbenchs_fields_and_the_examples(npz, teacher, tmp_path):
@@ -169,6 +178,8 @@ def test_a_network_of_ones_own(npz, teacher, tmp_path, monkeypatch):
         "from torch import nn\n"
         "def net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
         "def number():\n    return 3\n"
+        "def picky(a):\n    return 3\n"
+        "class Pair(nn.Module):\n    def forward(self, x):\n        return x, x\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     line = ["--data", "npz", "--data-dir", str(npz), "--attacks", "clean", "--model-from"]
@@ -178,6 +189,8 @@ def test_a_network_of_ones_own(npz, teacher, tmp_path, monkeypatch):
         ("own", "model-from is 'own', must be module:function"),
         ("own:nothing", "model-from is 'own:nothing': .*has no attribute"),
         ("nowhere:net", "model-from is 'nowhere:net': No module named"),
+        ("own:picky", r"own:picky\(\) raised TypeError: .*1 required positional argument"),
+        ("own:Pair", "own:Pair returns tuple for one image, must be logits"),
         ("own:number", r"own:number\(\) is a int, must be a torch.nn.Module"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -199,9 +212,24 @@ def test_probabilities_are_attacked_as_logits_and_said(npz, teacher, tmp_path, m
     hard, soft = (only_report(tmp_path / name) for name in ("hard", "soft"))
     assert not hard["unreliable"]
     assert soft["unreliable"]
-    assert [w[:30] for w in soft["warnings"]] == [
-        "the model was in train mode: i",
-        "the model returns probabilitie",
-    ]
+    assert [w[:30] for w in soft["warnings"]] == ["the model returns probabilitie"]
     assert hard["robust_acc"] == soft["robust_acc"]
     assert "warning: the model returns probabilities" in capsys.readouterr().out
+
+
+def test_runs_on_other_data_are_not_compared(npz, teacher, tmp_path):
+    other = tmp_path / "other.npz"
+    other.write_bytes(npz.read_bytes())
+    model, run = evaluate.from_run(teacher)
+    fields = {"config": vars(run) | {"data_dir": str(other)}, "num_classes": 3, "in_channels": 1}
+    checkpoint.save(tmp_path / "b.safetensors", model.state_dict(), fields)
+    line = ["--checkpoint", str(teacher), str(tmp_path / "b.safetensors"), "--attacks", "clean"]
+    with pytest.raises(ValueError, match="data is missing: the runs were trained on .*other.npz"):
+        main(line)
+    main([*line, "--data-dir", str(npz)])
+
+
+def test_each_checkpoint_has_a_folder(tmp_path):
+    labels = ["runs/at-0.1", "runs/at-0.2", "runs/at/best.safetensors", "../a/m.pt", "own:net"]
+    names = [folder(tmp_path, label).name for label in labels]
+    assert names == ["runs-at-0.1", "runs-at-0.2", "runs-at-best", "a-m", "own-net"]

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from fastadv.attacks import PGD
 from fastadv.attacks.suite import stages
 from fastadv.data.dataset import ImageSet
 from fastadv.evaluate import Record, search
-from fastadv.evaluate.record import RIGHT, UNKNOWN, WRONG
+from fastadv.evaluate.record import RIGHT, UNKNOWN, WRONG, open_examples
 from fastadv.evaluate.search import judge
 
 EPS = 16 / 255
@@ -92,39 +94,25 @@ class Brighter(nn.Module):
         return self.net(x + 0.2)
 
 
-def test_the_verdict_is_the_models_own(model, split, monkeypatch):
-    """What only the twin misclassifies does not count as broken."""
-    monkeypatch.setattr(search, "freeze", lambda model, dtype=None: Brighter(model))
-    right = evaluate.correct(model, split, "pgd20", eps=EPS / 4)
-    torch.manual_seed(0)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_verdict_is_the_models_own(model, split, monkeypatch, precision):
+    """What only the twin misclassifies is attacked again on the model itself."""
+    monkeypatch.setattr(search, "freeze", lambda model, dtype: Brighter(model))
+    record = evaluate.run(model, split, stages(["pgd20"], EPS / 4), precision=precision)
     x, y = split.images.float() / 255, split.labels
-    x_adv = PGD(EPS / 4, EPS / 16, 20)(Brighter(model), x, y, index=split.index)
+
+    def attacked(net):
+        torch.manual_seed(0)
+        return PGD(EPS / 4, EPS / 16, 20)(net, x, y, index=split.index)
+
+    found, own = attacked(Brighter(model)), attacked(model)
     with torch.no_grad():
-        assert torch.equal(model(x_adv).argmax(1) == y, right)
-        assert right.sum() - (Brighter(model)(x_adv).argmax(1) == y).sum() > 5
-
-
-def test_what_the_fast_twin_alone_misclassifies_is_attacked_in_full_precision(
-    model, split, monkeypatch
-):
-    def frozen(model, dtype=torch.float32):
-        return model if dtype == torch.float32 else Brighter(model)
-
-    monkeypatch.setattr(search, "freeze", frozen)
-    steps = stages(["pgd20"], EPS / 4)
-    exact, fast = (
-        evaluate.run(model, split, steps, precision=precision) for precision in ("fp32", "bf16")
-    )
-    torch.manual_seed(0)
-    x, y = split.images.float() / 255, split.labels
-    x_adv = PGD(EPS / 4, EPS / 16, 20)(Brighter(model), x, y, index=split.index)
-    with torch.no_grad():
-        right, fooled = model(x_adv).argmax(1) == y, Brighter(model)(x_adv).argmax(1) != y
+        right, fooled = model(found).argmax(1) == y, Brighter(model)(found).argmax(1) != y
+        itself = model(own).argmax(1) == y
     disputed = right & fooled
-    assert fast.costs["pgd20"].disputed == disputed.sum() > 5
-    assert 0 < exact.right("pgd20")[disputed].sum() < disputed.sum()
-    expected = torch.where(disputed, exact.right("pgd20"), right)
-    assert torch.equal(fast.right("pgd20"), expected)
+    assert record.costs["pgd20"].disputed == disputed.sum() > 5
+    assert 0 < itself[disputed].sum() < disputed.sum()
+    assert torch.equal(record.right("pgd20"), torch.where(disputed, itself, right))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -175,9 +163,11 @@ def test_passes_are_counted(model, split):
     record = evaluate.run(model, split, stages(["clean", "pgd20", "pgd-5-3"], EPS))
     n = len(split)
     counted = {k: (c.images, c.forwards, c.backwards) for k, c in record.costs.items()}
+    right = {name: int(record.right(name).sum()) for name in counted}
     assert counted["clean"] == (n, n, 0)
-    assert counted["pgd20"] == (n, 21 * n, 20 * n)
-    assert counted["pgd-5-3"] == (n, 3 * 6 * n + n, 3 * 5 * n)
+    assert counted["pgd20"] == (n, 21 * n + right["pgd20"], 20 * n)  # 20, verdict, twin's verdict
+    left = right["clean"]
+    assert counted["pgd-5-3"] == (left, (3 * 6 + 1) * left + right["pgd-5-3"], 3 * 5 * left)
 
 
 def test_no_number_for_images_that_were_not_attacked(model, split):
@@ -228,11 +218,13 @@ def test_transferred_examples_follow_the_source(model, split):
     torch.manual_seed(0)
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     record = evaluate.run(model, split, stages(["transfer-pgd20"], EPS), source=other)
+    clean = record.right("clean")
     x, y = split.images.float() / 255, split.labels
     torch.manual_seed(0)
     x_adv = PGD(EPS, EPS / 4, 20)(other, x, y, index=split.index)
     with torch.no_grad():
-        assert torch.equal(model(x_adv).argmax(1) == y, record.right("transfer-pgd20"))
+        right = clean & (model(x_adv).argmax(1) == y)
+        assert torch.equal(right, record.right("transfer-pgd20"))
 
 
 def test_records_keep_the_first_example_of_each_image(model, split):
@@ -275,8 +267,64 @@ def test_the_loss_of_pgd_kl_is_towards_the_clean_output(model, split):
     attack = PGD(EPS, EPS / 4, 10, keep="best")
     with torch.no_grad():
         z = model(x)
-    x_adv = attack(model, x, target_logits=z, loss="kl", index=split.index)
+    x_adv = attack(model, x, y, target_logits=z, loss="kl", index=split.index)
     with torch.no_grad():
         p, q = (F.log_softmax(model(v), 1) for v in (x_adv, x))
-        assert torch.equal(p.argmax(1) == y, record.right("pgd-kl-10"))
+        right = (p.argmax(1) == y) & record.right("clean")
+        assert torch.equal(right, record.right("pgd-kl-10"))
     assert F.kl_div(p, q, log_target=True, reduction="sum") > 0
+
+
+def test_what_is_broken_at_x_stays_broken(model, split):
+    """Only the papers' attacks look again at what the model misclassifies as it is."""
+    record = evaluate.run(model, split, stages(["pgd20", "pgd-kl-20", "apgd-ce"], EPS / 16))
+    clean = record.right("clean")
+    for name in ("pgd-kl-20", "apgd-ce"):
+        assert not (record.right(name) & ~clean).any()
+        assert record.costs[name].images == clean.sum() < len(split)
+    assert record.costs["pgd20"].images == len(split)
+
+
+def test_a_suites_accuracy_is_its_worst_case(model, split):
+    each = [evaluate.correct(model, split, name, eps=EPS / 4) for name in evaluate.PAPER]
+    whole = evaluate.correct(model, split, "paper", eps=EPS / 4)
+    assert torch.equal(whole, torch.stack(each).all(0))
+    assert whole.sum() < min(right.sum() for right in each[1:3])
+
+
+def test_records_are_of_one_attack_and_one_split(model, split):
+    record = evaluate.run(model, split, stages(["fgsm"], EPS))
+    with pytest.raises(ValueError, match="record has fgsm by PGD.eps=0.06.*by PGD.eps=0.03"):
+        evaluate.run(model, split, stages(["fgsm"], EPS / 2), record=record)
+    with pytest.raises(ValueError, match=r"split and record have \[80, 80, 80, 5\] images"):
+        evaluate.run(model, split, stages(["fgsm"], EPS), record=Record(5))
+    short = ImageSet(split.images, split.labels[:70], split.index)
+    with pytest.raises(ValueError, match=r"split and record have \[80, 70, 80, 70\] images"):
+        evaluate.run(model, short, stages(["fgsm"], EPS))
+    for options, match in (({"batch_size": 0}, "batch_size is 0"), ({"seed": -1}, "seed is -1")):
+        with pytest.raises(ValueError, match=match):
+            evaluate.run(model, split, stages(["fgsm"], EPS), **options)
+
+
+def test_a_model_that_cannot_be_copied_is_attacked_as_it_is(model, split, caplog):
+    stubborn = copy.deepcopy(model)
+    stubborn.kept = torch.ones(1, requires_grad=True) * 2  # deepcopy refuses it
+    steps = stages(["pgd20"], EPS)
+    found, expected = (evaluate.run(net, split, steps).right("pgd20") for net in (stubborn, model))
+    assert torch.equal(found, expected)
+    assert "Sequential is attacked as it is, slower: " in caplog.text
+
+
+def test_examples_are_of_their_evaluation(tmp_path):
+    path, images = tmp_path / "adversarial.npy", torch.full((3, 1, 2, 2), 51, dtype=torch.uint8)
+    examples = open_examples(path, images, begun=False)
+    assert (examples == np.float32(0.2)).all()
+    examples[1] = 1
+    examples.flush()
+    assert (open_examples(path, images, begun=True)[1] == 1).all()
+    with pytest.raises(ValueError, match="adversarial.npy: missing or damaged"):
+        open_examples(path, images[:2], begun=True)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="adversarial.npy: missing or damaged"):
+        open_examples(path, images, begun=True)
+    assert (open_examples(path, images, begun=False) == np.float32(0.2)).all()

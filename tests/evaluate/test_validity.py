@@ -75,12 +75,12 @@ def test_train_mode_is_told_and_kept(batch):
 def test_probabilities_are_told_and_attacked_through_their_logarithm(batch):
     x, y = batch
     soft = nn.Sequential(linear(scale=9.0), nn.Softmax(1)).eval()
-    model, _, found = validity.probe(soft, x, y, [])
+    model, _, found = validity.probe(soft, x, y, stages(["clean"], EPS))
     assert [text[:30] for text in found] == ["the model returns probabilitie"]
     logits = model(x)
     assert torch.allclose(logits.softmax(1), soft(x), atol=1e-6)
     hard = nn.Sequential(linear(scale=1e4), nn.Softmax(1)).eval()
-    assert validity.probe(hard, x, y, [])[0](x).isfinite().all()
+    assert validity.probe(hard, x, y, stages(["clean"], EPS))[0](x).isfinite().all()
 
 
 def test_too_few_classes(batch):
@@ -91,7 +91,7 @@ def test_too_few_classes(batch):
         assert [name for name in names if name not in ("aa:fab-t", "aa:square")] == left
         assert f"aa:apgd-t left out: needs 4 classes, not {classes}" in found
         assert all("aa:apgd-t" not in stage.after for stage in kept)
-    with pytest.raises(ValueError, match=r"model returned shape \(60, 1\), must be"):
+    with pytest.raises(ValueError, match=r"model returned \(60, 1\), must be logits"):
         validity.probe(linear(1), x, y * 0, [])
     with pytest.raises(ValueError, match="y has labels from 0 to 4, must be in"):
         validity.probe(linear(4), x, y, [])
@@ -171,3 +171,44 @@ def test_weaker_attacks_that_win_are_suspicious():
     assert one_step.startswith("one step (fgsm) breaks more images than 20 (pgd20)")
     record.costs["pgd20"].invalid = 3
     assert validity.review(record, suite)[0].startswith("pgd20 left the ball or the box at 3 image")
+
+
+def test_batches_that_decide_an_images_logits_are_told(batch):
+    x, y = batch
+
+    class Centred(nn.Module):
+        def forward(self, x):
+            return linear()(x - x.mean(0))
+
+    (found,) = warned(Centred().eval(), x, y)
+    assert found.startswith("an image's logits depend on the rest of its batch, by ")
+
+
+def test_without_a_gradient_what_needs_none_is_left(batch):
+    x, y = batch
+
+    class Opaque(nn.Module):
+        def forward(self, x):
+            return linear()(x).detach()
+
+    names = ["pgd20", "square", "transfer-pgd20"]
+    _, left, found = validity.probe(Opaque().eval(), x, y, stages(names, EPS))
+    assert [stage.name for stage in left] == ["clean", "square", "transfer-pgd20"]
+    assert found[0].startswith("the model has no gradient to its input: ")
+    assert found[1] == "pgd20 left out: needs a gradient"
+
+
+@pytest.mark.parametrize(
+    ("net", "match"),
+    [
+        (nn.Identity(), r"model returned \(60, 1, 8, 8\), must be logits"),
+        (nn.LSTM(8, 8), "model raised .*Error: "),
+        (nn.Sequential(linear(2), nn.Threshold(9, float("nan"))), "model returned NaN or infinite"),
+    ],
+)
+def test_models_that_return_no_logits_are_refused(batch, net, match):
+    x, y = batch
+    with pytest.raises(ValueError, match=match):
+        validity.probe(net.eval(), x, y % 2, stages(["clean"], EPS))
+    with pytest.raises(ValueError, match="no attack is left: apgd-t left out: needs 4 classes"):
+        validity.probe(linear(2), x, y % 2, stages(["apgd-t"], EPS)[1:])
