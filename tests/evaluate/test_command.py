@@ -220,9 +220,9 @@ def test_probabilities_are_attacked_as_logits_and_said(npz, teacher, tmp_path, m
 def test_runs_on_other_data_are_not_compared(npz, teacher, tmp_path):
     other = tmp_path / "other.npz"
     other.write_bytes(npz.read_bytes())
-    model, run = evaluate.from_run(teacher)
-    fields = {"config": vars(run) | {"data_dir": str(other)}, "num_classes": 3, "in_channels": 1}
-    checkpoint.save(tmp_path / "b.safetensors", model.state_dict(), fields)
+    tensors, fields = checkpoint.load(teacher)
+    fields["config"]["data_dir"] = str(other)
+    checkpoint.save(tmp_path / "b.safetensors", tensors, fields)
     line = ["--checkpoint", str(teacher), str(tmp_path / "b.safetensors"), "--attacks", "clean"]
     with pytest.raises(ValueError, match="data is missing: the runs were trained on .*other.npz"):
         main(line)
