@@ -43,7 +43,7 @@ def define_loss(name, arguments, check):
         check=check,
         reference=plain,
         native=native,
-        kernel=name if name in ("cross_entropy", "margin", "dlr", "softmax_entropy",) else None,
+        kernel=name,
         fake=fake,
     )
     gradients_from_forward(op, (0,))
