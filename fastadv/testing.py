@@ -140,7 +140,7 @@ def check_values(case, layouts=LAYOUTS):
     plain = getattr(reference, case.op)
     exact = run(plain, case.mapped(lambda t: t.double() if t.is_floating_point() else t))
     same = run(plain, case.mapped(lambda t: t.contiguous()))
-    for isa in _isas() or [_library.ops[case.op].cpu]:
+    for isa in isas():
         with using_isa(isa):
             for layout, variant in _variants(case, layouts):
                 with guarded_memory():
@@ -164,9 +164,10 @@ def _variants(case, layouts):
                 yield layout, variant
 
 
-def _isas():
-    """The instruction sets to test: none where the ops do not run on the native kernels."""
-    return _native.isas() if _library.backend() in ("auto", "native") else []
+def isas():
+    """The instruction sets to test; where the ops run on another backend, its name alone."""
+    native = _library.backend() in ("auto", "native") and _native.isas()
+    return native or [_library.backend()]
 
 
 def _check_repeatable(case):

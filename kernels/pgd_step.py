@@ -10,17 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .rows import clamp, is_dense
+
 # Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
 LINF = {"BLOCK": 1024, "num_warps": 4}
 L2 = {"BLOCK": 2048, "num_warps": 8}
-
-ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _clamp(v, low, high):
-    """min(max(v, low), high), NaN where any of them is."""
-    return tl.minimum(tl.maximum(v, low, propagate_nan=ALL), high, propagate_nan=ALL)
 
 
 @triton.jit
@@ -47,8 +41,8 @@ def linf_kernel(
     g = tl.load(grad + at, inside, 0.0)
     origin = tl.load(x + at, inside, 0.0)
     moved = tl.load(x_adv + at, inside, 0.0) + tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
-    projected = _clamp(moved, origin - eps, origin + eps)
-    tl.store(out + at, _clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), inside)
+    projected = clamp(moved, origin - eps, origin + eps)
+    tl.store(out + at, clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), inside)
 
 
 @triton.jit
@@ -108,7 +102,7 @@ def l2_kernel(
         origin, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
         projected = origin + delta * shrink
         tl.store(
-            out + at, _clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), at < SIZE
+            out + at, clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), at < SIZE
         )
 
 
@@ -128,7 +122,7 @@ def pgd_step_(x_adv, *args):
 
 def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     """Writes the step into `out`, which may be x_adv."""
-    if not _is_dense(x_adv):
+    if not is_dense(x_adv):
         dense = x_adv.contiguous()
         _into(dense, dense, grad, x, eps_per_sample, eps, step_size, norm, lo, hi)
         out.copy_(dense)
@@ -174,10 +168,3 @@ def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
                 **L2,
                 enable_fp_fusion=False,
             )
-
-
-def _is_dense(tensor):
-    """Whether the elements fill one block of memory, one sample after another."""
-    return tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )

@@ -14,27 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
-WIDEST_TILE = 4096  # classes; wider rows are looped over
-TILE = 512  # elements of a tile of several narrow rows
-PER_WARP = 256  # elements of a tile per warp: 8 a thread
-LOOP = {"BLOCK": 2048, "num_warps": 8}
+from .rows import LOG2_E, product, reciprocal, tiling
 
-LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
-
-
-@triton.jit
-def _reciprocal(v):
-    """1 / v to the last bit: the approximate division and a Newton step."""
-    r = 1.0 / v
-    return tl.fma(r, tl.fma(-v, r, 1.0), r)
-
-
-@triton.jit
-def _product(q, gap):
-    """q gap, 0 where q is 0 (the gap is then infinite or NaN for a masked class)."""
-    return tl.where(q == 0, 0.0, q * gap)
 
 
 @triton.jit
@@ -78,11 +60,11 @@ def tile_kernel(
     t -= tl.max(t, 1)[:, None]
     p, q = tl.exp2(s * per_t), tl.exp2(t * per_t)
     p_sum, q_sum = tl.sum(p, 1), tl.sum(q, 1)
-    p *= _reciprocal(p_sum)[:, None]
-    q *= _reciprocal(q_sum)[:, None]
-    centre = _centre(tl.sum(_product(q, t - s), 1))
+    p *= reciprocal(p_sum)[:, None]
+    q *= reciprocal(q_sum)[:, None]
+    centre = _centre(tl.sum(product(q, t - s), 1))
     gap = t - s - centre[:, None]
-    rest = tl.sum(_product(q, gap), 1)
+    rest = tl.sum(product(q, gap), 1)
     kl = (centre + rest) / temperature + tl.log(p_sum / q_sum)
     scale = tl.full([ROWS], factor, tl.float32)
     if grad_weight is not None:
@@ -95,7 +77,7 @@ def tile_kernel(
         tl.store(grad_student + at * C + column, (p - q) * scale, inside)
     if grad_teacher is not None:
         scale /= temperature
-        to_teacher = _product(q, gap - rest[:, None]) * scale
+        to_teacher = product(q, gap - rest[:, None]) * scale
         tl.store(grad_teacher + at * C + column, to_teacher, inside)
 
 
@@ -132,11 +114,12 @@ def loop_kernel(
     STUDENT_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of any width, in passes: normalisers, centre, KL and d/dstudent, d/dteacher.
 
-    Arguments as for tile_kernel.
+    Arguments as for tile_kernel; ROWS is 1.
     """
     temperature = tl.cast(temperature, tl.float32)
     row = tl.program_id(0).to(tl.int64)
@@ -152,7 +135,7 @@ def loop_kernel(
         at = first + columns
         s_max, p_sum = _online(student, at, C, s_max, p_sum, per_t)
         t_max, q_sum = _online(teacher, at, C, t_max, q_sum, per_t)
-    p_scale, q_scale = _reciprocal(p_sum), _reciprocal(q_sum)
+    p_scale, q_scale = reciprocal(p_sum), reciprocal(q_sum)
 
     row_scale = tl.cast(factor, tl.float32)
     if weight is not None:
@@ -162,14 +145,14 @@ def loop_kernel(
     for first in tl.range(0, C, BLOCK):
         at = first + columns
         _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
-        terms += _product(q, gap)
+        terms += product(q, gap)
     centre = _centre(tl.sum(terms, 0))
 
     terms = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         at = first + columns
         p, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
-        terms += _product(q, gap - centre)
+        terms += product(q, gap - centre)
         if grad_student is not None:
             tl.store(grad_student + row * C + at, (p - q) * scale, at < C)
     rest = tl.sum(terms, 0)
@@ -183,7 +166,7 @@ def loop_kernel(
         for first in tl.range(0, C, BLOCK):
             at = first + columns
             _, q, gap = _block(student, teacher, at, C, s_max, t_max, p_scale, q_scale, per_t)
-            tl.store(grad_teacher + row * C + at, _product(q, gap - centre - rest) * scale, at < C)
+            tl.store(grad_teacher + row * C + at, product(q, gap - centre - rest) * scale, at < C)
 
 
 def softmax_kl(
@@ -207,15 +190,10 @@ def softmax_kl(
     grads = [
         torch.empty(t.shape if asked else 0, dtype=t.dtype, device=t.device) for t, asked in inputs
     ]
-    block = triton.next_power_of_2(classes)
-    if block <= WIDEST_TILE:
-        tile = max(block, TILE)
-        kernel, count = tile_kernel, tile // block
-        config = {"ROWS": count, "BLOCK": block, "num_warps": max(4, tile // PER_WARP)}
-    else:
-        kernel, count, config = loop_kernel, 1, LOOP
+    config = tiling(classes)
+    kernel = tile_kernel if classes <= config["BLOCK"] else loop_kernel
     with torch.cuda.device_of(student):
-        kernel[(triton.cdiv(batch, count),)](
+        kernel[(triton.cdiv(batch, config["ROWS"]),)](
             student,
             teacher,
             None if weight is None else weight.contiguous(),
@@ -223,7 +201,7 @@ def softmax_kl(
             *(g if g.numel() else None for g in grads),
             batch,
             temperature,
-            LOG2_E / temperature,
+            LOG2_E.value / temperature,
             factor,
             student.stride(0),
             teacher.stride(0),

@@ -43,6 +43,7 @@ def define_loss(name, arguments, check):
         check=check,
         reference=plain,
         native=native,
+        kernel=name,
         fake=fake,
     )
     gradients_from_forward(op, (0,))

@@ -41,6 +41,7 @@ _augment = define(
     check=_check,
     reference=reference.augment,
     native=_cpu,
+    kernel="augment",
     fake=_empty,
 )
 

@@ -53,6 +53,7 @@ _feature_distance = define(
     check=_check,
     reference=reference.feature_distance,
     native=_cpu,
+    kernel="feature_distance",
     fake=_fake,
 )
 gradients_from_forward(_feature_distance, (0, 1))

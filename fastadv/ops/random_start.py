@@ -63,6 +63,7 @@ _random_start = define(
     check=_check,
     reference=reference.random_start,
     native=_cpu,
+    kernel="random_start",
     fake=lambda x, *args: torch.empty_like(x),
 )
 

@@ -16,8 +16,30 @@ import tempfile
 import pytest
 
 ARCHS = (80, 90, 100)
-REGISTERS = {"linf_kernel": 40, "l2_kernel": 64, "tile_kernel": 64, "loop_kernel": 96}
-TYPES = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}
+REGISTERS = {  # at most, of 255; 64 keep half of an SM's threads resident
+    "linf_kernel": 40,
+    "l2_kernel": 64,
+    "shift_kernel": 48,
+    "ball_kernel": 80,
+    "augment_kernel": 40,
+    "difference_kernel": 64,
+    "cosine_kernel": 96,
+    "tile_kernel": 64,
+    "loop_kernel": 96,
+    "cross_entropy_kernel": 80,
+    "margin_kernel": 64,
+    "dlr_kernel": 88,
+    "softmax_entropy_kernel": 80,
+    "mart_bce_kernel": 80,
+}
+TYPES = {
+    "torch.float32": "*fp32",
+    "torch.bfloat16": "*bf16",
+    "torch.float16": "*fp16",
+    "torch.int64": "*i64",
+    "torch.uint8": "*u8",
+    "torch.bool": "*i1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +57,8 @@ def report(tmp_path_factory):
 
 
 def pairs(report, arch):
-    assert len(report) == len(list(calls()))
-    return [(name, facts[str(arch)]) for name, facts in report.items()]
+    assert len(report) == len(list(calls()))  # names are unique
+    return [(name, facts[str(arch)]) for name, facts in report.items() if str(arch) in facts]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -49,51 +71,106 @@ def test_registers_suffice(report, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_accesses_are_128_bits_wide(report, arch):
-    """All but per-sample values, where the rows are aligned."""
+    """All but what is per sample or a byte, where the rows are aligned."""
     for name, code in pairs(report, arch):
-        if "C=10 " in name or "C=21841" in name:
+        if code["narrow"] is None:
             continue
-        scalars = name.count("weight") + name.count("per sample")
         loads, stores = (re.findall(rf"\b{op}\.E\S*", code["sass"]) for op in ("LDG", "STG"))
-        wide_loads, wide_stores = ([a for a in all_ if ".128" in a] for all_ in (loads, stores))
-        assert len(wide_loads) >= 2, f"{name}: {loads}"
-        assert len(loads) - len(wide_loads) <= scalars, f"{name}: {loads}"
-        assert wide_stores, f"{name}: {stores}"
-        if name.startswith("linf"):
-            assert len(wide_loads) == 3 * len(wide_stores) == 6, f"{name}: {loads} {stores}"
+        narrow = [load for load in loads if ".128" not in load]
+        assert len(narrow) == code["narrow"], f"{name}: {loads}"
+        assert len(narrow) < len(loads) or name.startswith("augment"), f"{name}: {loads}"
+        assert any(".128" in store for store in stores), f"{name}: {stores}"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_linf_has_no_fused_multiply_add(report, arch):
+def test_what_fits_in_a_tile_is_read_once(report, arch):
+    """Whatever the passes over it: 1000 bfloat16 are one access of 128 threads."""
     for name, code in pairs(report, arch):
-        if name.startswith("linf"):
-            assert "FFMA" not in code["sass"]
-            assert "FADD" in code["sass"]
+        if "C=1000 bfloat16" in name:
+            tensors = 2 if name.startswith("tile_kernel") else 1
+            loads = re.findall(r"\bLDG\.E\.128\b", code["sass"])
+            assert len(loads) == tensors, f"{name}: {loads}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_must_have_cpus_bits_has_no_fused_multiply_add(report, arch):
+    for name, code in pairs(report, arch):
+        if name.startswith(("linf", "shift")):
+            assert "FFMA" not in code["sass"], name
+            assert "FADD" in code["sass"], name
 
 
 def calls():
-    """(name, module, arguments of its function) of every variant."""
-    for norm in ("linf", "l2"):
-        for eps in ("", " per sample"):
-            yield f"{norm}_kernel{eps}", "pgd_step", (norm, eps)
-    for classes in (10, 1000, 4096, 21841, 32768):
-        for dtype, asked in (("float32", "student teacher weight"), ("bfloat16", "student")):
-            kernel = "tile_kernel" if classes <= 4096 else "loop_kernel"
-            yield f"{kernel} C={classes} {dtype} {asked}", "softmax_kl", (classes, dtype, asked)
+    """(name, op, arguments of its launcher, narrow loads or None where rows are not aligned) of
+    every variant. A name begins with the kernel's, whose first variant is compiled for all ARCHS,
+    the others for sm_90."""
+    yield from images()
+    yield from features()
+    yield from rows()
 
 
-def arguments(module, spec):
+def images():
     import torch
 
-    if module == "pgd_step":
-        norm, eps = spec
-        x = torch.empty(64, 3, 32, 32)
-        return x, x, x, torch.empty(64) if eps else None, 0.1, 0.1, norm, 0.0, 1.0
-    classes, dtype, asked = spec
-    logits = torch.empty(64, classes, dtype=getattr(torch, dtype))
-    weight = torch.empty(64) if "weight" in asked else None
-    grads = [name in asked for name in ("student", "teacher", "weight")]
-    return logits, logits, weight, 1.0, "batchmean", *grads
+    x = torch.empty(64, 3, 32, 32)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    each, ids = torch.empty(64), torch.empty(64, dtype=torch.int64)
+    for norm in ("linf", "l2"):
+        for eps in (None, each):
+            name = f"{norm}_kernel{'' if eps is None else ' per sample'}"
+            narrow = 0 if eps is None else 1
+            yield name, "pgd_step", (x, x, x, eps, 0.1, 0.1, norm, 0.0, 1.0), narrow
+    for name, laid, init, norm, narrow in (
+        ("shift_kernel uniform", x, "uniform", "linf", 2),
+        ("shift_kernel gaussian", x, "gaussian", "linf", 1),
+        ("ball_kernel", x, "uniform", "l2", 2),
+        ("ball_kernel channels_last", nhwc, "uniform", "l2", None),
+    ):
+        seed = torch.tensor(2**40)
+        box = 0.1, 3, 2**32 - 1, 0.0, 1.0
+        yield name, "random_start", (laid, seed, ids, each, 0.1, init, norm, *box), narrow
+    for last in (False, True):
+        args = x.to(torch.uint8), ids, ids, ids.bool(), 4, last
+        yield f"augment_kernel channels_last={last}", "augment", args, 3 + 8
+
+
+def features():
+    import torch
+
+    for size, dtype, distance in (
+        (512, "float32", "mse"),
+        (1024, "bfloat16", "cosine"),
+        (65536, "bfloat16", "l2"),
+        (65536, "float32", "cosine"),
+    ):
+        kernel = "cosine_kernel" if distance == "cosine" else "difference_kernel"
+        v = torch.empty(64, size, dtype=getattr(torch, dtype))
+        name = f"{kernel} size={size} {dtype} {distance}"
+        yield name, "feature_distance", (v, v, distance, True, True), 0
+
+
+def rows():
+    import torch
+
+    y, weight = torch.empty(64, dtype=torch.int64), torch.empty(64)
+    asked = True, True, True
+    for classes, dtype in ((1000, torch.bfloat16), (32768, torch.float32)):
+        z = torch.empty(64, classes, dtype=dtype)
+        kind = f"C={classes} {dtype}".replace("torch.", "")
+        kernel = "tile_kernel" if classes <= 4096 else "loop_kernel"
+        yield f"{kernel} {kind}", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), 1
+        # Of a label's op: the label, and its logit.
+        yield f"margin_kernel {kind}", "margin", (z, y, True), 2
+        yield f"dlr_kernel {kind}", "dlr", (z, y, True), 2
+        yield f"mart_bce_kernel {kind}", "mart_bce", (z, y, True), 2
+        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, True), 2
+        offset = 0.0 if classes == 32768 else 1e-5
+        yield f"softmax_entropy_kernel {kind}", "softmax_entropy", (z, 2.0, offset, True), 0
+    name = "cross_entropy_kernel C=32768 probabilities"
+    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, True), 0
+    z = torch.empty(64, 10)
+    yield "tile_kernel C=10", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), None
+    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, True), None
 
 
 class Recorder:
@@ -123,6 +200,8 @@ def source(kernel, values):
             constants[parameter.name] = value
             continue
         kind = {float: "fp32", int: "i32"}.get(type(value))
+        if kind == "i32" and not -(2**31) <= value < 2**31:
+            kind = "i64"
         signature[parameter.name] = TYPES[str(value.dtype)] if is_tensor else kind
         if is_tensor or (isinstance(value, int) and value % 16 == 0):
             attributes[i,] = [["tt.divisibility", 16]]
@@ -153,17 +232,19 @@ def facts(kernel, values, arch):
 def main():
     import importlib
 
-    report = {}
-    for name, module, spec in calls():
-        launcher = importlib.import_module(f"fastadv.kernels.{module}")
+    report, seen = {}, set()
+    for name, op, args, narrow in calls():
+        launcher = importlib.import_module(f"fastadv.kernels.{op}")
         for kernel in [n for n in vars(launcher) if n.endswith("_kernel")]:
             if not isinstance(getattr(launcher, kernel), Recorder):
                 setattr(launcher, kernel, Recorder(getattr(launcher, kernel)))
-        getattr(launcher, module)(*arguments(module, spec))
+        getattr(launcher, op)(*args)
         kernel, values = Recorder.last
         assert name.startswith(kernel.__name__), (name, kernel.__name__)
         assert values["enable_fp_fusion"] is False, name
-        report[name] = {arch: facts(kernel, values, arch) for arch in ARCHS}
+        archs = (90,) if kernel in seen else ARCHS
+        seen.add(kernel)
+        report[name] = {arch: facts(kernel, values, arch) | {"narrow": narrow} for arch in archs}
     print(json.dumps(report))
 
 

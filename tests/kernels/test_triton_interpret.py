@@ -22,18 +22,52 @@ def run(arguments, cwd, **env):
     )
 
 
-@pytest.mark.parametrize("op", ["pgd_step", "softmax_kl"])
-def test_interpreted(op, tmp_path):
-    arguments = ["-m", "pytest", TESTS / f"ops/test_{op}.py"]
-    env = {"TRITON_INTERPRET": "1", "FASTADV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    done = run(arguments, tmp_path, **env)
+# What runs by default, the interpreter being slow; the whole files are among the slow tests.
+SELECTED = {
+    "pgd_step": "test_sizes[33-linf] test_sizes[33-l2] test_bits_are_those_of_plain_torch "
+    "test_mixed_layouts_do_not_mix_pixels test_nan_and_zero_gradients_do_not_move",
+    "softmax_kl": "test_half[10-dtype0] test_nan_stays_in_its_wide_row TestExtremes",
+    "cross_entropy": "test_op[0.1-False] test_sizes[16-dtype1] TestExtremes "
+    "test_rows_wider_than_the_stash[4097]",
+    "margin": "test_sizes[16-dtype1] test_sizes[17-dtype0] test_a_large_row[dtype0] "
+    "test_labels_far_out_of_range_read_nothing",
+    "random_start": "test_op[True-uniform-linf] test_known_answers test_edges "
+    "test_uniform_bits_are_those_of_the_reference test_bits_are_those_of_the_cpu_kernels",
+    "feature_distance": "test_op[cosine] test_sizes[17-mse-dtype1] test_shapes[shape0-l2] "
+    "test_shapes[shape1-mse] test_every_half_is_read_and_written_as_torch_does[0.0-dtype0] "
+    "test_mixed_layouts_do_not_mix_pixels test_nan_and_infinity_stay_in_their_sample "
+    "test_zero_vectors_and_zero_distance_have_gradient_zero",
+    "augment": "test_op[shape1-True] test_shapes[shape0-False] test_shapes[shape5-False] "
+    "test_identity_is_torchs_division test_offsets_outside_read_zeros[True-12]",
+    "dlr": "test_sizes[16-dtype1] test_sizes[17-dtype0] test_a_large_row[dtype0] "
+    "test_leaders_a_block_apart_in_a_wide_row test_labels_far_out_of_range_read_nothing",
+    "softmax_entropy": "test_sizes[16-0.0-dtype1] test_sizes[17-0.1-dtype0] TestExtremes "
+    "test_rows_wider_than_the_stash[dtype1-1e-05-4097] test_small_entropies_are_accurate",
+    "mart_bce": "test_sizes[16-dtype1] test_sizes[17-dtype0] TestExtremes "
+    "test_rows_wider_than_the_stash[dtype0-4097]",
+}
+INTERPRETED = {"TRITON_INTERPRET": "1", "FASTADV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+
+
+def test_interpreted(tmp_path):
+    tests = [
+        f"{TESTS}/ops/test_{op}.py::{name}" for op in SELECTED for name in SELECTED[op].split()
+    ]
+    done = run(["-m", "pytest", *tests], tmp_path, **INTERPRETED)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", SELECTED)
+def test_interpreted_in_full(op, tmp_path):
+    done = run(["-m", "pytest", TESTS / f"ops/test_{op}.py"], tmp_path, **INTERPRETED)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 def test_an_interpreted_run_is_on_the_kernels(tmp_path):
     code = "from fastadv import _library; print({op.cpu for op in _library.ops.values()})"
-    done = run(["-c", code], tmp_path, TRITON_INTERPRET="1", FASTADV_BACKEND="triton")
-    assert "triton (interpreted)" in done.stdout, done.stderr
+    done = run(["-c", code], tmp_path, **INTERPRETED)
+    assert done.stdout.strip() == "{'triton (interpreted)'}", done.stdout + done.stderr
 
 
 def test_triton_without_a_device_is_refused(tmp_path):
@@ -45,5 +79,5 @@ def test_triton_without_a_device_is_refused(tmp_path):
 
 def test_kernels_import_without_a_device(tmp_path):
     alone = {"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "-1", "FASTADV_BACKEND": ""}
-    done = run(["-c", "from fastadv.kernels import pgd_step, softmax_kl"], tmp_path, **alone)
+    done = run(["-c", f"from fastadv.kernels import {', '.join(SELECTED)}"], tmp_path, **alone)
     assert done.returncode == 0, done.stderr

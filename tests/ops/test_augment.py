@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _native, ops
-from fastadv.testing import OpCase, check_op, check_values, using_isa
+from fastadv import ops
+from fastadv.testing import OpCase, check_op, check_values, isas, using_isa
 
-ISAS = _native.isas() or ["reference"]
+ISAS = isas()
 
 
 def make(shape, padding=4, channels_last=False, seed=0, outside=0):

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _library, _native, ops, reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, using_isa
+from fastadv import _library, ops, reference
+from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=_native.isas() or ["reference"])
+@pytest.fixture(params=isas())
 def isa(request):
     with using_isa(request.param):
         yield
@@ -152,13 +152,13 @@ class TestExtremes:
         assert grad[5].any()
 
     @pytest.mark.skipif(
-        _library.ops["cross_entropy"].cpu != "native",
-        reason="fp32 torch rounds it to 0: only the kernel promises more",
+        _library.ops["cross_entropy"].cpu.startswith("reference"),
+        reason="fp32 torch rounds it to 0: only the kernels promise more",
     )
     def test_gradient_does_not_vanish_at_a_confident_row(self):
-        """p_y - 1 is -1e-10, which fp32 probabilities round to 0."""
+        """p_y - 1 is -4e-9, which fp32 probabilities round to 0."""
         logits = torch.zeros(1, 3)
-        logits[0, 0] = 23.72
+        logits[0, 0] = 20.0
         got = gradient(logits, torch.tensor([0]))
         exact = gradient(logits.double(), torch.tensor([0]))
         torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)

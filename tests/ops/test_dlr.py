@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _native, ops, reference
-from fastadv.testing import OpCase, check_op, check_values, using_isa
+from fastadv import ops, reference
+from fastadv.testing import OpCase, check_op, check_values, isas, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
-ISAS = _native.isas() or ["reference"]
+ISAS = isas()
 
 
 def plain(logits, y):
@@ -87,6 +88,16 @@ def test_of_equal_logits_the_first_wherever_the_peak():
     _, grad = torch.ops.fastadv.dlr(3 * torch.eye(70)[64:65], y[:1], True)
     moved = grad[0].abs() > 1e-6  # at pi1 the two slopes cancel
     assert moved.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_leaders_a_block_apart_in_a_wide_row():
+    """One after another in the same lane, in any order: a kernel that goes over the row in blocks
+    must keep all three."""
+    logits = torch.zeros(6, 9000)
+    for row, order in zip(logits, itertools.permutations((5, 2053, 4101)), strict=True):
+        row[list(order)] = torch.tensor([4.0, 2.0, 1.0])
+    y = torch.tensor([5, 2053, 4101, 0, 5, 8999])
+    check_values(OpCase("dlr", (logits, y, True)), ("contiguous",))
 
 
 VALUES = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, 2.0, 2.0, 4.0, math.inf, math.nan])

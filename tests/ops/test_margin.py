@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _native, ops, reference
-from fastadv.testing import OpCase, check_op, check_values, using_isa
+from fastadv import ops, reference
+from fastadv.testing import OpCase, check_op, check_values, isas, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
-ISAS = _native.isas() or ["reference"]
+ISAS = isas()
 
 
 def plain(logits, y):

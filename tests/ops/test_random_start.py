@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastadv import _native, ops, reference
-from fastadv.testing import OpCase, check_op, check_values, using_isa
+from fastadv.testing import OpCase, check_op, check_values, isas, using_isa
 
 EPS = 8 / 255
-ISAS = _native.isas() or ["reference"]
+ISAS = isas()
 KINDS = [("uniform", "linf"), ("uniform", "l2"), ("gaussian", "linf")]
 NHWC = {"memory_format": torch.channels_last}
 
@@ -72,6 +72,22 @@ def test_uniform_bits_are_those_of_the_reference():
     for isa in ISAS:
         with using_isa(isa):
             assert torch.equal(case.overload(*case.args), expected)
+
+
+@pytest.mark.skipif(bool(_native.missing), reason="needs the compiled kernels")
+@pytest.mark.parametrize(("init", "norm"), KINDS)
+def test_bits_are_those_of_the_cpu_kernels(init, norm):
+    """Those of every backend but the reference, whose normal draws are fp64."""
+    if isas() == ["reference"]:
+        pytest.skip("the reference differs in the last bit")
+    _, *args = make((2, 3, 40, 41), init, norm, per_sample=True, ids=True, eps=0.5).args
+    x = torch.zeros(2, 3, 40, 41)
+    for laid in (x, x.contiguous(**NHWC)):
+        out = torch.empty_like(laid)
+        _native.random_start(out, laid, *args)
+        got = torch.ops.fastadv.random_start(laid, *args)
+        assert torch.equal(got, out)
+        assert got.stride() == out.stride()
 
 
 @pytest.mark.parametrize(("init", "norm"), KINDS)

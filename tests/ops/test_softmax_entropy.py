@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastadv import _native, ops, reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
 OFFSETS = (0.0, 1e-5, 0.1)
 
 
-@pytest.fixture(params=_native.isas() or ["reference"])
+@pytest.fixture(params=isas())
 def isa(request):
     with using_isa(request.param):
         yield

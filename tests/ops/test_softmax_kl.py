@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import _library, _native, losses, ops, reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
 
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 ALL = (True, True, True)
@@ -209,7 +209,7 @@ def test_shifting_the_logits_changes_nothing(values, shift):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 / temperature)
 
 
-@pytest.fixture(params=_native.isas() or ["reference"])
+@pytest.fixture(params=isas())
 def isa(request):
     with using_isa(request.param):
         yield

@@ -1,0 +1,91 @@
+"""cross_entropy in Triton: of softmax(logits) with labels or probabilities, with its gradient.
+
+    q = (1 - a) t + a / C,  Q = sum_c q_c,  Z = sum_c exp(z_c - max z)
+    loss = sum_c q_c (max z - z_c) + Q log Z,  grad = Q exp(z - max z) / Z - q
+
+t: the target, or the one-hot of its labels; a: label_smoothing. A class with q_c = 0 counts 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import exp, labels_of, launch, product, reciprocal, rows_of, tile, top_of
+
+
+@triton.jit
+def _weights(target, label, column, at, inside, keep, even):
+    """q of one tile; 0 past the end of the rows."""
+    if target is None:
+        t = tl.where(column == label[:, None], 1.0, 0.0)
+    else:
+        t = tl.load(target + at, inside, 0.0)
+    return tl.where(inside, t * keep + even, 0.0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    loss,
+    grad,
+    logits,
+    y,
+    target,
+    keep,
+    even,
+    batch,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS rows. loss: fp32 [batch]; logits: [batch, C], any float; grad: the same or None; y:
+    int64 [batch], or None and target: fp32 [batch, C]; keep, even: 1 - a and a / C. A label
+    outside [0, C): NaN, gradient 0.
+
+    At the label the gradient comes from the sum over the other classes: p - 1 would cancel.
+    """
+    keep, even = tl.cast(keep, tl.float32), tl.cast(even, tl.float32)
+    row = rows_of(ROWS)
+    top = top_of(logits, row, batch, C, ROWS, BLOCK)
+    label = tl.full([ROWS], -1, tl.int32)
+    own = tl.zeros([ROWS], tl.float32)
+    if y is not None:
+        label, own = labels_of(y, logits, row, batch, C)
+        own = exp(own - top)
+    others = tl.zeros([ROWS, BLOCK], tl.float32)
+    mass, far = others, others
+    for first in tl.range(0, C, BLOCK):
+        column, at, inside = tile(row, first, batch, C, BLOCK)
+        gap = tl.load(logits + at, inside, -float("inf")).to(tl.float32) - top[:, None]
+        others += tl.where(column == label[:, None], 0.0, exp(gap))
+        q = _weights(target, label, column, at, inside, keep, even)
+        mass += q
+        far -= product(q, gap)
+    others = tl.sum(others, 1)
+    total = others + own
+    mass = 1.0 if target is None else tl.sum(mass, 1)
+    if grad is not None:
+        scale = reciprocal(total)
+        at_label = (1.0 - keep - even - others * scale)[:, None]
+        for first in tl.range(0, C, BLOCK):
+            column, at, inside = tile(row, first, batch, C, BLOCK)
+            gap = tl.load(logits + at, inside, -float("inf")).to(tl.float32) - top[:, None]
+            q = _weights(target, label, column, at, inside, keep, even)
+            slope = exp(gap) * (mass * scale)[:, None] - q
+            if y is not None:
+                slope = tl.where(column == label[:, None], at_label, slope)
+                slope = tl.where((label >= 0)[:, None], slope, 0.0)
+            tl.store(grad + at, slope, inside)
+    log_total = tl.log(others.to(tl.float64) + own).to(tl.float32)  # of 1 + little, to its last bit
+    value = tl.sum(far, 1) + mass * log_total
+    if y is not None:
+        value = tl.where(label >= 0, value, float("nan"))
+    tl.store(loss + row, value, row < batch)
+
+
+def cross_entropy(logits, target, label_smoothing, grad):
+    """(loss, gradient) of logits [B, C], fp32, bf16 or fp16; see `rows.launch`. target: int64 [B],
+    or fp32 [B, C]."""
+    target = target.contiguous()
+    labels = (target, None) if target.dtype == torch.int64 else (None, target)
+    even = label_smoothing / logits.shape[1]
+    return launch(cross_entropy_kernel, logits, grad, *labels, 1 - label_smoothing, even)
