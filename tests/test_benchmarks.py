@@ -94,7 +94,9 @@ def test_the_train_step_benchmark_on_tiny_networks(bench, name):
     assert len(steps) == (4 if name == "rslad" else 1)
     for row in steps:
         assert sum(row[section] for section in module.SECTIONS) == pytest.approx(1, abs=1e-3)
-        assert (row["teacher"] > 0) == ("no teacher" not in row["provider"])
+    least = min(steps, key=lambda row: row["teacher"])
+    assert least["teacher"] > 0 or name == "rslad"
+    assert name != "rslad" or "no teacher" in least["provider"]
 
 
 def test_the_train_step_benchmark_refuses_another_loss(bench, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_runs import config, tensors, with_teachers
 
-from fastadv import checkpoint, evaluate, log, methods
+from fastadv import checkpoint, data, evaluate, log, methods
 from fastadv.cli import parse
 from fastadv.run import Run
 from fastadv.teacher_cache import TeacherCache
@@ -230,7 +230,7 @@ def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, opti
     assert torch.equal(saved["student.fc.weight"], rows[-1])
     model, _ = evaluate.from_run(tmp_path / "run/last.safetensors")
     assert torch.equal(model.fc.weight, saved["model.fc.weight"])
-    split = evaluate.data.load("npz", npz).val
+    split = data.load("npz", npz).val
     rate = evaluate.accuracies(model, split, ("clean",), eps=settings.eps)["clean"]
     assert rate == log.read(tmp_path / "run/metrics.jsonl")[-1]["clean_acc"]
 

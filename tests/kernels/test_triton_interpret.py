@@ -3,6 +3,7 @@
 Each runs in a process of its own, since TRITON_INTERPRET is read when triton is imported.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -65,9 +66,12 @@ def test_interpreted_in_full(op, tmp_path):
 
 
 def test_an_interpreted_run_is_on_the_kernels(tmp_path):
-    code = "from fastadv import _library; print({op.cpu for op in _library.ops.values()})"
+    code = "from fastadv import _library; print({n: op.cpu for n, op in _library.ops.items()})"
     done = run(["-c", code], tmp_path, **INTERPRETED)
-    assert done.stdout.strip() == "{'triton (interpreted)'}", done.stdout + done.stderr
+    backends = ast.literal_eval(done.stdout)
+    assert backends.pop("apgd_step_") == "reference (FASTADV_BACKEND=triton)"  # has no kernel yet
+    assert set(backends.values()) == {"triton (interpreted)"}
+    assert set(SELECTED) <= {name.rstrip("_") for name in backends}
 
 
 def test_triton_without_a_device_is_refused(tmp_path):
