@@ -73,7 +73,7 @@ def measure(case, seconds):
             **quantiles,
             "speedup": round(base / us, 2),
             "GB/s": round(nbytes / us / 1e3, 1) if nbytes else None,
-            "images/s": round(case.images / us * 1e6, 1) if case.images else None,
+            "images/s": float(f"{case.images / us * 1e6:.4g}") if case.images else None,
             "x floor": round(us / times[floor]["us"], 2) if floor else None,
             **facts.get(provider, {}),
             "left out": case.left_out,
