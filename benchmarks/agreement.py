@@ -38,7 +38,7 @@ from fastadv.train import train
 
 MARKS = "<!-- agreement table: benchmarks/agreement.py -->", "<!-- end of agreement table -->"
 SAME, OWN = ("apgd-ce", "apgd-dlr", "apgd-t"), ("fab-t", "square")
-COLUMNS = ("model", "attack", "starts", "images", "clean", "official", "fastadv", "differ")
+COLUMNS = ("model", "attack", "starts", "images", "clean", "official", "ours", "differ")
 
 
 def start(x, eps):
@@ -105,7 +105,7 @@ def pgd_row(model, split, eps):
     with torch.no_grad():
         counts = [int((model(v).argmax(1) == y).sum()) for v in (theirs, ours)]
     pixels = [(v != theirs).double().mean().item() for v in (algorithm, ours)]
-    keys = ("official", "fastadv", "pixels", "pixels_own")
+    keys = ("official", "ours", "pixels", "pixels_own")
     return dict(zip(keys, (*counts, *pixels), strict=True))
 
 
@@ -128,14 +128,14 @@ def compared(name, theirs, ours):
         "attack": name,
         "starts": "same" if name in SAME else "own",
         "official": int(theirs.sum()),
-        "fastadv": int(ours.sum()),
+        "ours": int(ours.sum()),
         "differ": int((theirs != ours).sum()),
     }
 
 
 def agrees(row):
     """Whether a row is within what may be apart."""
-    apart, bound = row["fastadv"] - row["official"], max(0.003 * row["images"], 2)
+    apart, bound = row["ours"] - row["official"], max(0.003 * row["images"], 2)
     near = apart <= bound and (apart >= -bound or row["attack"] == "square")
     return near and row.get("pixels", 0) < 0.001
 

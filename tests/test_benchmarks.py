@@ -185,14 +185,14 @@ def test_every_method_becomes_robust_on_the_digits(tmp_path):
 
 def test_agreement_is_of_counts_and_pixels(bench):
     agrees = bench("agreement").agrees
-    row = {"attack": "aa", "images": 300, "official": 100, "fastadv": 102}
+    row = {"attack": "aa", "images": 300, "official": 100, "ours": 102}
     assert agrees(row)
-    assert not agrees(row | {"fastadv": 103})
-    assert agrees(row | {"fastadv": 98})
-    assert not agrees(row | {"fastadv": 97})
-    assert agrees(row | {"fastadv": 90, "attack": "square"})
-    assert not agrees(row | {"fastadv": 103, "attack": "square"})
-    assert agrees(row | {"images": 1000, "fastadv": 103})
+    assert not agrees(row | {"ours": 103})
+    assert agrees(row | {"ours": 98})
+    assert not agrees(row | {"ours": 97})
+    assert agrees(row | {"ours": 90, "attack": "square"})
+    assert not agrees(row | {"ours": 103, "attack": "square"})
+    assert agrees(row | {"images": 1000, "ours": 103})
     assert agrees(row | {"pixels": 0.0009})
     assert not agrees(row | {"pixels": 0.001})
 
