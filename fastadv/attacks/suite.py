@@ -107,7 +107,7 @@ def single(name, eps, norm="linf"):
 
 
 def cascade(names, eps, norm="linf", prefix=""):
-    """ "clean" and the stages of `names`, each on what those before it left robust."""
+    """The stage "clean" and those of `names`, each on what those before it left robust."""
     found = [single("clean", eps, norm)]
     for name in names:
         before = tuple(stage.name for stage in found)

@@ -216,8 +216,8 @@ def main(argv=None):
         split = split.take(torch.arange(min(args.limit, len(split))))
     results = {subject.label: evaluate(subject, dataset, split, args, source) for subject in found}
     if len(results) > 1:
-        root = Path(os.path.commonpath(results))
-        short = {str(Path(label).relative_to(root)): rates for label, rates in results.items()}
+        root = os.path.commonpath(map(os.path.abspath, results))
+        short = {os.path.relpath(label, root): rates for label, rates in results.items()}
         stages = next(iter(short.values()))
         rows = {stage: {label: rates[stage] for label, rates in short.items()} for stage in stages}
         print("\n" + report.table(short, rows))
