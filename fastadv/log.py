@@ -38,11 +38,9 @@ def plot(path, curves, title):
 
     curves: {label: rows of a metrics.jsonl}. Draws nothing where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure((7, 4.5))
+    if figure is None:
         return
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (label, rows) in enumerate(curves.items()):
         rows = [row for row in rows if "clean_acc" in row]
@@ -53,6 +51,20 @@ def plot(path, curves, title):
     axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 100), title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def new_figure(size):
+    """An empty figure of (width, height) in inches, None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure, path):
+    """Writes it as a PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())

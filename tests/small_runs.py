@@ -1,7 +1,5 @@
 """Short runs on a few images, for the tests of the trainer and of evaluation."""
 
-from safetensors import safe_open
-
 from fastadv import methods
 from fastadv.config import Config
 
@@ -23,11 +21,6 @@ def config(npz, out, **changed):
         "teacher_cache": "memory",
     }
     return Config(**(settings | changed))
-
-
-def tensors(path):
-    with safe_open(path, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
 def with_teachers(settings, teacher):

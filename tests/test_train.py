@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from small_runs import config, tensors, with_teachers
+from safetensors.torch import load_file
+from small_runs import config, with_teachers
 
 from fastadv import checkpoint, data, evaluate, log, methods
 from fastadv.cli import parse
@@ -81,7 +82,7 @@ def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, run, monkeypatch):
     train(resumed, resume)
 
     for name in ("last.safetensors", "best.safetensors"):
-        a, b = tensors(tmp_path / "whole" / name), tensors(tmp_path / "cut" / name)
+        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
     drop = ("images_per_s", "teacher_cached", "clean_teacher_cached")
@@ -154,7 +155,7 @@ def test_a_second_run_asks_no_teacher_and_ends_in_the_same_bits(
     rows = train(config(npz, tmp_path / "second", **settings, **cache))
     shares = {key: value for row in rows for key, value in row.items() if key.endswith("_cached")}
     assert set(shares.values()) == {1.0}
-    a, b = (tensors(tmp_path / run / "last.safetensors") for run in ("first", "second"))
+    a, b = (load_file(tmp_path / run / "last.safetensors") for run in ("first", "second"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -225,7 +226,7 @@ def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, opti
 
     monkeypatch.setattr(Run, "end_epoch", note)
     train(settings)
-    saved = tensors(tmp_path / "run/last.safetensors")
+    saved = load_file(tmp_path / "run/last.safetensors")
     torch.testing.assert_close(saved["model.fc.weight"], average_by_hand(rows, settings))
     assert torch.equal(saved["student.fc.weight"], rows[-1])
     model, _ = evaluate.from_run(tmp_path / "run/last.safetensors")
@@ -264,7 +265,7 @@ def test_bfloat16_trains(npz, tmp_path, teacher):
         config(npz, tmp_path / "run", method="rslad", teacher_checkpoint=str(teacher), **half)
     )
     assert rows[-1]["loss"] < rows[0]["loss"]
-    weights = tensors(tmp_path / "run/last.safetensors")
+    weights = load_file(tmp_path / "run/last.safetensors")
     assert weights["model.fc.weight"].dtype == torch.float32
 
 

@@ -125,19 +125,12 @@ def subjects(args):
     return found, dataset
 
 
-def digest(model, split):
-    """sha256 of a network's tensors and of the images and labels, by name."""
-
-    def of(tensors):
-        total = hashlib.sha256()
-        for tensor in tensors:
-            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return total.hexdigest()[:16]
-
-    return {
-        "weights_sha256": of(model.state_dict().values()),
-        "images_sha256": of((split.images, split.labels)),
-    }
+def digest(tensors):
+    """Of their bytes, by sha256."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
 
 
 def folder(out, label):
@@ -172,8 +165,12 @@ def evaluate(subject, dataset, split, args, source):
         flush=True,
     )
     out = args.out and folder(args.out, subject.label)
-    settings |= digest(subject.model, split) | {"saved": args.save_adversarial} | versions()
-    settings["source"] = source and digest(source, split)["weights_sha256"]
+    settings |= {
+        "weights_sha256": digest(subject.model.state_dict().values()),
+        "images_sha256": digest((split.images, split.labels)),
+        "source": source and digest(source.state_dict().values()),
+        "saved": args.save_adversarial,
+    } | versions()
     record = Record(len(split), settings, out)
     if args.save_adversarial:
         begun = bool(record.verdicts)

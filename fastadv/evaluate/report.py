@@ -1,15 +1,12 @@
 """What an evaluation leaves behind: a table, RobustBench's JSON, and two figures."""
 
-import io
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ..attacks.suite import CASCADES
-from ..checkpoint import atomic_write
-from ..config import versions
+from ..log import new_figure, save_figure
 
 SHOWN = 8  # images of the grid
 
@@ -85,13 +82,12 @@ def as_json(record, stages, settings, warnings):
     fields |= {"number_forward_passes": "1", "unreliable": bool(warnings), "warnings": warnings}
     largest = max(record.costs[stage.name].largest for stage in stages)
     fields |= {"max_perturbation": largest, "attacks": attacks}
-    return json.dumps(fields | versions(), indent=2)
+    return json.dumps(fields, indent=2)
 
 
 def grid(path, record, stages, images, eps):
     """A PNG of the first SHOWN images that an attack broke: clean, adversarial, and their
-    difference. Draws nothing where there are
-    none or matplotlib is not installed."""
+    difference. Draws nothing where there are none or matplotlib is not installed."""
     broken = record.right(stages[0].name) & ~worst_case(record, stages)
     rows = broken.nonzero()[:SHOWN, 0]
     if not len(rows):
@@ -101,7 +97,7 @@ def grid(path, record, stages, images, eps):
     difference = 0.5 + (adversarial - clean) / (2 * eps)
     parts = (F.pad(part, (1, 1, 1, 1), value=1.0) for part in (clean, adversarial, difference))
     panels = torch.cat([torch.cat(list(part), 2) for part in parts], 1)
-    figure = _figure((1.2 * len(rows), 4))
+    figure = new_figure((1.2 * len(rows), 4))
     if figure is None:
         return
     axes = figure.subplots()
@@ -115,13 +111,13 @@ def grid(path, record, stages, images, eps):
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def comparison(path, columns, results):
     """A PNG of bars over the columns of {label: {column: accuracy}}. Draws nothing where matplotlib
     is not installed."""
-    figure = _figure((8, 4.5))
+    figure = new_figure((8, 4.5))
     if figure is None:
         return
     axes = figure.subplots()
@@ -133,18 +129,4 @@ def comparison(path, columns, results):
     axes.set(ylabel="accuracy, %", ylim=(0, 100))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
-    _save(figure, path)
-
-
-def _figure(size):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=size, layout="constrained")
-
-
-def _save(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(Path(path), buffer.getvalue())
+    save_figure(figure, path)
