@@ -121,7 +121,7 @@ void softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
 }
 
 template <void (*Table::*kernel)(const Convolution&, int) noexcept>
-void convolution(uintptr_t in, uintptr_t weight, uintptr_t start, uintptr_t taps, int64_t groups,
+void convolution(uintptr_t in, uintptr_t weight, uintptr_t start, uintptr_t taps, int64_t images,
                  int64_t in_pixels, int64_t out_pixels, int64_t in_blocks, int64_t out_blocks,
                  int64_t kernel_size, int dtype, bool backward, int activation, float cap,
                  uintptr_t out, uintptr_t active, uintptr_t slope, uintptr_t before,
@@ -138,7 +138,7 @@ void convolution(uintptr_t in, uintptr_t weight, uintptr_t start, uintptr_t taps
                          at<const float>(scale),
                          at<const float>(shift)};
   (::active->*kernel)({at<const void>(in), at<const void>(weight), at<const int32_t>(start),
-                       at<const int32_t>(taps), groups, in_pixels, out_pixels, in_blocks,
+                       at<const int32_t>(taps), images, in_pixels, out_pixels, in_blocks,
                        out_blocks, kernel_size, static_cast<DType>(dtype), finish},
                       threads);
 }

@@ -70,12 +70,13 @@ struct Finish {
 
 // Sums over taps: sum[p] = sum over (source, tap) of p's list of weight[tap] in[source]. The list
 // of output pixel p is taps[start[p]] to taps[start[p + 1]], pairs (source pixel, tap).
+// Of the last group's 16 images those beyond `images` are not written.
 // weight of a dense convolution: dtype [out_blocks, taps, in_blocks, 32 / n, 32, n], n = 2 for bf16
 // (pairs of input channels) and 1 for fp32; of a depthwise one: fp32 [taps, blocks * 32].
 struct Convolution {
   const void *in, *weight;
   const int32_t *start, *taps;
-  int64_t groups, in_pixels, out_pixels, in_blocks, out_blocks, kernel;
+  int64_t images, in_pixels, out_pixels, in_blocks, out_blocks, kernel;
   DType dtype;
   Finish finish;
 };

@@ -332,17 +332,17 @@ def softmax_kl(
     )
 
 
-def convolution(blocks, weight, taps, out_blocks, *, depthwise=False, dtype, **finish):
-    """A convolution of blocks [G, P, C, 16, 32] and its finish; see `Convolution` and `Finish` in
-    csrc/table.h. taps: (start int32 [out pixels + 1], pairs int32 [n, 2], taps of the kernel)."""
+def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dtype, **finish):
+    """A convolution of blocks [G, P, C, 16, 32], for so many images, and its finish; see
+    `Convolution` and `Finish` in csrc/table.h. taps: (start int32 [out pixels + 1], pairs int32 [n, 2], taps of the kernel)."""
     start, pairs, kernel = taps
-    groups, in_pixels, in_blocks = blocks.shape[:3]
+    in_pixels, in_blocks = blocks.shape[1:3]
     (_C.depthwise if depthwise else _C.convolution)(
         _address("blocks", _row("blocks", blocks), dtype),
         _address("weight", _row("weight", weight), torch.float32 if depthwise else dtype),
         _address("start", _row("start", start), torch.int32),
         _address("pairs", _row("pairs", pairs), torch.int32),
-        groups,
+        images,
         in_pixels,
         len(start) - 1,
         in_blocks,

@@ -75,9 +75,11 @@ static inline F sigmoid(F z) {
   return z < 0 ? small * larger : larger;
 }
 
-// The finish of one block of sums, fp32 [16, 32]: see Finish. `block`: its number in memory.
+// The finish of one block of sums, fp32 [16, 32], of the first `images`: see Finish. `block`: its
+// number in memory.
 template <typename T, bool backward, Activation activation>
-static inline void finish_block(const Finish& f, const float* sums, int64_t block, int64_t column) {
+static inline void finish_block(const Finish& f, const float* sums, int images, int64_t block,
+                                int64_t column) {
   const int64_t at = block * block_size;
   const auto in = [&](const void* base, int64_t e) {
     return load(static_cast<const T*>(base) + e);
@@ -89,7 +91,7 @@ static inline void finish_block(const Finish& f, const float* sums, int64_t bloc
     scale[j] = f.scale ? load(f.scale + column + j * W) : splat(1.0f);
     shift[j] = f.shift ? load(f.shift + column + j * W) : F{};
   }
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < images; ++r) {
     uint32_t bits = 0;
     if (backward && activation == Activation::relu) {
       bits = static_cast<const uint32_t*>(f.slope)[block * rows + r];

@@ -9,12 +9,19 @@
 constexpr int64_t chunk_pixels = 32;   // keeps a chunk's inputs and one block of weights in L2
 constexpr int64_t resident = 1 << 20;  // bytes of weights that stay in L2 as a whole
 
-// Calls body(first group, output pixel, output block) for all, two groups at a time. A task is a
-// chunk of pixels of two groups, for all output blocks or, where tasks are few, a part of them:
-// pixel by pixel where L2 holds the weights, else block by block.
+// How many images a group has, of 16: fewer in the last one, none beyond it.
+static inline int images_of(const Convolution& c, int64_t group) {
+  const int64_t left = c.images - group * rows;
+  return left < 0 ? 0 : left < rows ? static_cast<int>(left) : rows;
+}
+
+// Calls body.task(first group, loop), where loop(one) calls one(output pixel, output block), so
+// that all outputs are computed, two groups at a time. A task is a chunk of pixels of two groups,
+// for all output blocks or, where tasks are few, a part of them: pixel by pixel where L2 holds the
+// weights, else block by block.
 template <typename Body>
 static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads, const Body& body) {
-  const int64_t pairs = (c.groups + 1) / 2;
+  const int64_t pairs = (c.images + 2 * rows - 1) / (2 * rows);
   const int64_t chunks = (c.out_pixels + chunk_pixels - 1) / chunk_pixels;
   const int64_t wanted = (4 * threads + pairs * chunks - 1) / (pairs * chunks);
   const int64_t parts = wanted < c.out_blocks ? wanted : c.out_blocks;
@@ -23,27 +30,42 @@ static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads,
     const int64_t p0 = chunk * chunk_pixels, end = p0 + chunk_pixels;
     const int64_t p1 = end < c.out_pixels ? end : c.out_pixels;
     const int64_t o0 = part * c.out_blocks / parts, o1 = (part + 1) * c.out_blocks / parts;
-    body.task([&](const auto& one) {
+    body.task(2 * pair, [&](const auto& one) {
       if (weight_bytes <= resident) {
         for (int64_t p = p0; p < p1; ++p) {
-          for (int64_t o = o0; o < o1; ++o) one(2 * pair, p, o);
+          for (int64_t o = o0; o < o1; ++o) one(p, o);
         }
       } else {
         for (int64_t o = o0; o < o1; ++o) {
-          for (int64_t p = p0; p < p1; ++p) one(2 * pair, p, o);
+          for (int64_t p = p0; p < p1; ++p) one(p, o);
         }
       }
     });
   });
 }
 
-// Adds a [16, 32] block times a [32, 32] block of weights to R rows and two vectors of sums.
-constexpr int R = W == 16 ? 8 : 4;
+// Calls body(N, row) for runs of N rows that together are the first `images`, N a constant, at most
+// `most` and a power of two. What lies beyond them is not read: it may hold denormals, which cost
+// hundreds of cycles each.
+template <int most, typename Body>
+static inline void for_rows(int images, const Body& body) {
+  int row = 0;
+  for (; row + most <= images; row += most) body(std::integral_constant<int, most>{}, row);
+  if constexpr (most > 1) {
+    if (row < images) {
+      for_rows<most / 2>(images - row, [&](auto n, int next) { body(n, row + next); });
+    }
+  }
+}
 
-static inline void multiply_add(F (&sum)[R][2], const float* a, const float* w) {
+// Adds a [16, 32] block times a [32, 32] block of weights to N rows and two vectors of sums.
+constexpr int R = W == 16 ? 8 : 4;  // as many rows as fit in the registers
+
+template <int N>
+static inline void multiply_add(F (&sum)[N][2], const float* a, const float* w) {
   for (int k = 0; k < columns_of_block; ++k, w += columns_of_block) {
     const F w0 = load(w), w1 = load(w + W);
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < N; ++r) {
       const F v = splat(a[r * columns_of_block + k]);
       sum[r][0] = fma(v, w0, sum[r][0]);
       sum[r][1] = fma(v, w1, sum[r][1]);
@@ -54,12 +76,13 @@ static inline void multiply_add(F (&sum)[R][2], const float* a, const float* w) 
 static inline F low_halves(U pairs) { return reinterpret_cast<F>(pairs << 16); }
 static inline F high_halves(U pairs) { return reinterpret_cast<F>(pairs & 0xffff0000); }
 
-static inline void multiply_add(F (&sum)[R][2], const BF16* a, const BF16* w) {
+template <int N>
+static inline void multiply_add(F (&sum)[N][2], const BF16* a, const BF16* w) {
   for (int k = 0; k < columns_of_block; k += 2, w += 2 * columns_of_block) {
     U w0, w1;
     std::memcpy(&w0, w, sizeof w0);
     std::memcpy(&w1, w + 2 * W, sizeof w1);
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < N; ++r) {
       uint32_t pair;
       std::memcpy(&pair, a + r * columns_of_block + k, sizeof pair);
       const F low = low_halves(U{} + pair), high = high_halves(U{} + pair);
@@ -69,15 +92,17 @@ static inline void multiply_add(F (&sum)[R][2], const BF16* a, const BF16* w) {
   }
 }
 
-// The sums of one output block in vector registers, R rows and 2 W columns at a time.
+// The sums of one output block in vector registers, R rows and 2 W columns at a time, for the
+// first `images` of the group.
 template <typename T>
-static void sum_block(const Convolution& c, float* sums, int64_t group, int64_t p, int64_t o) {
+static void sum_block(const Convolution& c, float* sums, int64_t group, int images, int64_t p,
+                      int64_t o) {
   const T* in = static_cast<const T*>(c.in) + group * c.in_pixels * c.in_blocks * block_size;
   constexpr int square = columns_of_block * columns_of_block, pair = sizeof(T) == 2 ? 2 : 1;
   const T* weight = static_cast<const T*>(c.weight) + o * c.kernel * c.in_blocks * square;
   for (int column = 0; column < columns_of_block; column += 2 * W) {
-    for (int row = 0; row < rows; row += R) {
-      F sum[R][2] = {};
+    for_rows<R>(images, [&](auto n, int row) {
+      F sum[n][2] = {};
       for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
         const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + row * columns_of_block;
         const T* w = weight + c.taps[2 * t + 1] * c.in_blocks * square + column * pair;
@@ -85,16 +110,17 @@ static void sum_block(const Convolution& c, float* sums, int64_t group, int64_t 
           multiply_add(sum, a + i * block_size, w + i * square);
         }
       }
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < n; ++r) {
         store(sums + (row + r) * columns_of_block + column, sum[r][0]);
         store(sums + (row + r) * columns_of_block + column + W, sum[r][1]);
       }
-    }
+    });
   }
 }
 
 #if defined(__AMX_BF16__)
-// Every tile 16 rows of 64 bytes, while this lives.
+// Tiles of 64 bytes a row, while this lives: 0, 1 and 4 with a row for each image of a first group,
+// 2, 3 and 5 of a second, 6 and 7 with 16 of weights.
 struct Tiles {
   struct alignas(64) {
     uint8_t palette, start_row, reserved[14];
@@ -102,9 +128,13 @@ struct Tiles {
     uint8_t row_count[16];
   } config = {};
 
-  Tiles() {
+  Tiles(int first, int second) {
+    const int row_count[] = {first, first, second, second, first, second, rows, rows};
     config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.row_count[i] = 16;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.row_count[i] = static_cast<uint8_t>(row_count[i] ? row_count[i] : rows);
+    }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~Tiles() { _tile_release(); }
@@ -152,60 +182,70 @@ struct Dense {
   const Convolution& c;
 
   template <typename Loop>
-  void task(const Loop& loop) const {
+  void task(int64_t group, const Loop& loop) const {
+    const int images[] = {images_of(c, group), images_of(c, group + 1)};
     with_finish<T>(c.finish, [&](auto finish) {
       alignas(64) float sums[2 * block_size];
 #if defined(__AMX_BF16__)
-      constexpr bool tiled = std::is_same_v<T, BF16>;
-      std::conditional_t<tiled, Tiles, int> tiles{};
-      (void)tiles;
+      const Tiles tiles(images[0], images[1]);
 #endif
-      loop([&](int64_t group, int64_t p, int64_t o) {
-        const bool both = group + 1 < c.groups;
+      loop([&](int64_t p, int64_t o) {
 #if defined(__AMX_BF16__)
-        if constexpr (tiled) {
-          both ? sum_tiles<true>(c, sums, group, p, o) : sum_tiles<false>(c, sums, group, p, o);
+        if constexpr (std::is_same_v<T, BF16>) {
+          images[1] ? sum_tiles<true>(c, sums, group, p, o)
+                    : sum_tiles<false>(c, sums, group, p, o);
         } else
 #endif
         {
-          sum_block<T>(c, sums, group, p, o);
-          if (both) sum_block<T>(c, sums + block_size, group + 1, p, o);
+          for (int64_t g = 0; g < 2 && images[g]; ++g) {
+            sum_block<T>(c, sums + g * block_size, group + g, images[g], p, o);
+          }
         }
-        for (int64_t g = 0; g <= both; ++g) {
+        for (int64_t g = 0; g < 2 && images[g]; ++g) {
           const int64_t block = ((group + g) * c.out_pixels + p) * c.out_blocks + o;
-          finish(c.finish, sums + g * block_size, block, o * columns_of_block);
+          finish(c.finish, sums + g * block_size, images[g], block, o * columns_of_block);
         }
       });
     });
   }
 };
 
-// Each channel by itself: in_blocks == out_blocks.
+// The sums of one block, each channel by itself, for the first `images` of its group.
+template <typename T>
+static inline void sum_channels(const Convolution& c, float* sums, int64_t group, int images,
+                                int64_t p, int64_t o) {
+  const T* in = static_cast<const T*>(c.in) + (group * c.in_pixels * c.in_blocks + o) * block_size;
+  const float* weight = static_cast<const float*>(c.weight) + o * columns_of_block;
+  for (int column = 0; column < columns_of_block; column += W) {
+    for_rows<rows>(images, [&](auto n, int row) {
+      const int64_t first = row * columns_of_block + column;
+      F sum[n] = {};
+      for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
+        const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + first;
+        const F w = load(weight + c.taps[2 * t + 1] * c.in_blocks * columns_of_block + column);
+        for (int r = 0; r < n; ++r) sum[r] = fma(load(a + r * columns_of_block), w, sum[r]);
+      }
+      for (int r = 0; r < n; ++r) store(sums + first + r * columns_of_block, sum[r]);
+    });
+  }
+}
+
+// in_blocks == out_blocks.
 template <typename T>
 struct Depthwise {
   const Convolution& c;
 
   template <typename Loop>
-  void task(const Loop& loop) const {
+  void task(int64_t first, const Loop& loop) const {
     with_finish<T>(c.finish, [&](auto finish) {
       alignas(64) float sums[block_size];
-      loop([&](int64_t group, int64_t p, int64_t o) {
-        for (int64_t g = group; g < group + 2 && g < c.groups; ++g) {
-          const T* in =
-              static_cast<const T*>(c.in) + (g * c.in_pixels * c.in_blocks + o) * block_size;
-          for (int column = 0; column < columns_of_block; column += W) {
-            F sum[rows] = {};
-            for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
-              const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + column;
-              const F w = load(static_cast<const float*>(c.weight) +
-                               (c.taps[2 * t + 1] * c.in_blocks + o) * columns_of_block + column);
-              for (int r = 0; r < rows; ++r) {
-                sum[r] = fma(load(a + r * columns_of_block), w, sum[r]);
-              }
-            }
-            for (int r = 0; r < rows; ++r) store(sums + r * columns_of_block + column, sum[r]);
-          }
-          finish(c.finish, sums, (g * c.out_pixels + p) * c.out_blocks + o, o * columns_of_block);
+      loop([&](int64_t p, int64_t o) {
+        for (int64_t g = first; g < first + 2; ++g) {
+          const int images = images_of(c, g);
+          if (!images) break;
+          sum_channels<T>(c, sums, g, images, p, o);
+          const int64_t block = (g * c.out_pixels + p) * c.out_blocks + o;
+          finish(c.finish, sums, images, block, o * columns_of_block);
         }
       });
     });

@@ -107,7 +107,7 @@ class Trunk:
                     shape = tuple(finish["active"].shape)
                     slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
                     finish["slope"] = slopes[stage] = plan.memory.take(*slope)
-            self._convolve(blocks, stage, step, 0, blocks_of(stage.channels), finish)
+            self._convolve(blocks, len(x), stage, step, 0, blocks_of(stage.channels), finish)
             for dead in self.forward_ends[self.number[stage]]:
                 del found[dead]
         blocks = found[self.stages[-1], "out"]
@@ -128,13 +128,13 @@ class Trunk:
                 finish = {"activation": stage.activation, "scale": stage.scale}
                 finish["slope"] = slopes.get(stage)
                 if stage.readers["out"]:
-                    finish["after"] = self._collect(stage, "out", grads, plan, {})
+                    finish["after"] = self._collect(stage, "out", batch, grads, plan, {})
             side = "active" if stage.readers["active"] else "out"
-            grads[stage] = self._collect(stage, side, grads, plan, finish)
+            grads[stage] = self._collect(stage, side, batch, grads, plan, finish)
             for dead in self.backward_ends[self.number[stage]]:
                 del grads[dead]
         first = self.stages[0]
-        patches = self._back(first, grads[first], plan, plan.offsets.shape[1], {})
+        patches = self._back(first, batch, grads[first], plan, plan.offsets.shape[1], {})
         shape, size = (batch, *plan.shape), plan.shape.numel()
         image = grad.new_empty_strided(shape, (size, *plan.strides))
         flat = image.as_strided((batch, size), (size, 1))
@@ -147,31 +147,34 @@ class Trunk:
         order = sorted(range(3), key=lambda d: -plan.strides[d])
         return scale.permute(order).contiguous()
 
-    def _collect(self, stage, side, grads, plan, finish):
+    def _collect(self, stage, side, batch, grads, plan, finish):
         """The sum of the gradients that the readers of this side of a stage send, finished."""
         convolved = [r for r in stage.readers[side] if r.source == Ref(stage, side)]
         added = [r for r in stage.readers[side] if r.before == Ref(stage, side)]
         before = grads[added[0]] if added else None
         for reader in convolved[:-1]:
-            before = self._back(reader, grads[reader], plan, stage.channels, {"before": before})
+            added_up = {"before": before}
+            before = self._back(reader, batch, grads[reader], plan, stage.channels, added_up)
         if not convolved:
             return before
         finish = finish | {"before": before}
-        return self._back(convolved[-1], grads[convolved[-1]], plan, stage.channels, finish)
+        last = convolved[-1]
+        return self._back(last, batch, grads[last], plan, stage.channels, finish)
 
-    def _back(self, reader, grad, plan, channels, finish):
+    def _back(self, reader, batch, grad, plan, channels, finish):
         """The gradient that a stage sends to what it convolves."""
         step = plan.steps[self.number[reader]]
         out = plan.blocks(len(grad), len(step.backward[0]) - 1, channels, self.dtype)
         finish = finish | {"out": out, "backward": True}
-        self._convolve(grad, reader, step, 1, blocks_of(channels), finish)
+        self._convolve(grad, batch, reader, step, 1, blocks_of(channels), finish)
         return out
 
-    def _convolve(self, blocks, stage, step, direction, out_blocks, finish):
+    def _convolve(self, blocks, batch, stage, step, direction, out_blocks, finish):
         taps = (step.forward, step.backward)[direction]
         weight = stage.weights[direction] if stage.weights else step.mean
         _native.convolution(
             blocks,
+            batch,
             weight,
             taps,
             out_blocks,
