@@ -27,9 +27,10 @@ class Square:
     (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
     Raises ValueError on a radius in the wrong unit and other values that make no sense.
 
-    Differences from the authors' code: each sample draws windows of its own; these reach the last
-    row and column, as in the paper, which breaks more 8x8 images; the l2 start has 5 x 5 tiles for
-    any size of image. Both halves of an l2 window have the same norm, as in that code.
+    As in the authors' code, from which the published numbers are, and other than in the paper, a
+    window smaller than the image never reaches its last row or column, and both halves of an l2
+    window have the same norm. Differences from that code: each sample draws windows of its own; the
+    l2 start has 5 x 5 tiles for any size of image.
     """
 
     eps: float = 8 / 255
@@ -217,8 +218,9 @@ def _sign(u, x):
 
 def _local(u, sides, size):
     """int64 [B, Q, size]: a pixel's place in the interval of length sides [Q] that u [B, Q] puts
-    among `size` pixels, -1 outside it."""
-    place = torch.arange(size, device=u.device) - (u * (size + 1 - sides)).long()[..., None]
+    among the first size - 1 pixels (all, where it takes as many), -1 outside it."""
+    starts = (size - sides).clamp(min=1)
+    place = torch.arange(size, device=u.device) - (u * starts).long()[..., None]
     return torch.where(place < sides[:, None], place, -1).clamp(min=-1)
 
 

@@ -83,14 +83,15 @@ def start_of_one(x, eps, norm, u):
 def window_of_one(x_adv, x, eps, norm, h, u):
     """Algorithms 2 and 3: the next query from the numbers u."""
     c, height, width = x.shape
-    r, s = int(u[0] * (height - h + 1)), int(u[1] * (width - h + 1))
+    rows, columns = max(height - h, 1), max(width - h, 1)  # the paper has one more of each
+    r, s = int(u[0] * rows), int(u[1] * columns)
     if norm == "linf":
         delta = torch.zeros_like(x)
         for i in range(c):
             delta[i, r : r + h, s : s + h] = 2 * eps if u[2 + i] >= 0.5 else -2 * eps
         moved = torch.maximum(torch.minimum(x_adv + delta, x + eps), x - eps)
         return moved.clamp(0, 1)
-    r2, s2 = int(u[2] * (height - h + 1)), int(u[3] * (width - h + 1))
+    r2, s2 = int(u[2] * rows), int(u[3] * columns)
     nu = x_adv - x
     new = nu.clone()
     either = torch.zeros(height, width, dtype=torch.bool)
