@@ -333,8 +333,9 @@ def softmax_kl(
 
 
 def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dtype, **finish):
-    """A convolution of blocks [G, P, C, 16, 32], for so many images, and its finish; see
-    `Convolution` and `Finish` in csrc/table.h. taps: (start int32 [out pixels + 1], pairs int32 [n, 2], taps of the kernel)."""
+    """A convolution of blocks [G, P, C, 16, 32] of so many images, and its finish; see
+    `Convolution` and `Finish` in csrc/table.h. taps: (start int32 [out pixels + 1], pairs int32
+    [n, 2], taps of the kernel)."""
     start, pairs, kernel = taps
     in_pixels, in_blocks = blocks.shape[1:3]
     (_C.depthwise if depthwise else _C.convolution)(
