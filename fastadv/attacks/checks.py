@@ -35,15 +35,14 @@ def check_images(x, lo, hi):
         )
 
 
-def check_labels(y, logits):
-    """y: int64 [B] with 0 <= y < C."""
-    if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
+def check_labels(y, shape):
+    """y: int64 [B] with 0 <= y < C for logits of this shape, (B, C)."""
+    batch, classes = shape
+    if y.dtype != torch.int64 or y.shape != (batch,):
+        raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({batch},)")
+    if y.numel() and not (y.min() >= 0 and y.max() < classes):
         raise ValueError(
-            f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({logits.shape[0]},)"
-        )
-    if y.numel() and not (y.min() >= 0 and y.max() < logits.shape[1]):
-        raise ValueError(
-            f"y has labels from {y.min()} to {y.max()}, must be in [0, {logits.shape[1] - 1}]"
+            f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]"
         )
 
 
@@ -63,7 +62,7 @@ def checked_logits(model, x, y):
     """The logits [B, C] of x, after a look at them and at the labels."""
     logits = model(x)
     check_logits(logits, len(x))
-    check_labels(y, logits)
+    check_labels(y, logits.shape)
     return logits
 
 

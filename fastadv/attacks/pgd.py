@@ -76,7 +76,7 @@ class PGD:
             if not checked:  # the first forward pass vouches for the rest
                 check_logits(logits, len(x_adv))
                 if loss != "kl":
-                    check_labels(target, logits)
+                    check_labels(target, logits.shape)
                 checked.append(True)
             value = OBJECTIVES[loss](logits, target)
             if self.keep == "best" or last:
@@ -104,18 +104,25 @@ class PGD:
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
         and constant. The building block of training methods: no checks; modes and the refresh of
         twins are the caller's."""
-        self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
-        if start is not None and start.shape != x.shape:
-            raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
-        x_adv = self._start(x, index) if start is None else start.detach().clone()
-        for _ in range(self.steps if x.numel() else 0):
-            grad = input_gradient(inner, x_adv, *targets)
-            self.bad_gradients += (~grad.sum(dim=tuple(range(1, grad.dim()))).isfinite()).sum()
-            with torch.no_grad():
-                ops.pgd_step_(x_adv, grad, x, self.eps, self.step_size, self.norm, self.lo, self.hi)
+        x_adv = self.start(x, index) if start is None else start.detach().clone()
+        if x_adv.shape != x.shape:
+            raise ValueError(f"start has shape {tuple(x_adv.shape)}, must be {tuple(x.shape)}")
+        self.bad_gradients = self.climb(inner, x_adv, x, *targets).sum()
         return x_adv
 
-    def _start(self, x, index, **counter):
+    def climb(self, inner, x_adv, x, *targets):
+        """The steps from x_adv on, in place; int64 [B], how many of each sample's gradients had NaN
+        or infinity in them."""
+        bad = torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device)
+        for _ in range(self.steps if x.numel() else 0):
+            grad = input_gradient(inner, x_adv, *targets)
+            bad += ~grad.reshape(len(x), -1).sum(1).isfinite()
+            with torch.no_grad():
+                ops.pgd_step_(x_adv, grad, x, self.eps, self.step_size, self.norm, self.lo, self.hi)
+        return bad
+
+    def start(self, x, index=None, **counter):
+        """x_adv to begin from; counter: of `ops.random_start`."""
         clip = self.init == "uniform" if self.clip_start is None else self.clip_start
         keys = {"index": index} | ({"lo": self.lo, "hi": self.hi} if clip else {}) | counter
         return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, **keys)
@@ -124,7 +131,7 @@ class PGD:
         """[restarts * B, ...]: of one seed, so that a sample's starts are its own in any batch."""
         seed = torch.randint(2**63 - 1, (), device="cpu")
         return torch.cat(
-            [self._start(x, index, seed=seed, restart=count) for count in range(self.restarts)]
+            [self.start(x, index, seed=seed, restart=count) for count in range(self.restarts)]
         )
 
 

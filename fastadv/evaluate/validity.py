@@ -39,7 +39,7 @@ def probe(model, x, y, stages):
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         given = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise ValueError(f"model returned {given}, must be logits [B, 2 or more]")
-    check_labels(y, logits)
+    check_labels(y, logits.shape)
     if not logits.isfinite().all():
         raise ValueError("model returned NaN or infinite logits")
     found = ["the model was in train mode: it is evaluated in eval mode"] if training else []

@@ -1,0 +1,135 @@
+"""An attack as one CUDA graph: all its steps in a single launch."""
+
+import functools
+import itertools
+
+import torch
+from torch import nn
+
+from .attacks.checks import check_images, check_labels, evaluating
+from .attacks.pgd import OBJECTIVES
+from .frozen import Frozen
+
+
+class Captured:
+    """A PGD that records its steps as a CUDA graph and replays it, once an attack is like the one
+    before: images and targets of one shape and layout, one objective and the same networks.
+
+    The networks' tensors are read where they lie, so that new weights need no new recording:
+    optimisers write in place, and so does the refresh of a twin of `freeze`. A smaller batch is
+    filled up with former images, for samples do not depend on each other. Attacked step by step are
+    images on other devices, networks in train mode, and objectives that cannot be recognised: those
+    that are no functools.partial, or have tensors among its arguments.
+
+    attack: a PGD with one restart that keeps the last iterate; ValueError for others.
+    bad_gradients: as of a PGD.
+    """
+
+    def __init__(self, attack):
+        if attack.restarts != 1 or attack.keep != "last":
+            raise ValueError(
+                f"attack has restarts={attack.restarts} and keep={attack.keep!r}, must have 1 and "
+                "'last'"
+            )
+        self.attack, self.bad_gradients = attack, 0
+        self.seen = self.recording = None
+        self.model = self.classes = None  # the last that an attack has checked
+
+    def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
+        """As `PGD.__call__`; the logits of a model are checked in its first call alone."""
+        target = target_logits if loss == "kl" else y
+        if model is not self.model or not on_gpu(x) or loss not in OBJECTIVES or target is None:
+            given = {"target_logits": target_logits, "start": start, "index": index}
+            x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
+            with torch.no_grad(), evaluating(model):
+                self.model, self.classes = model, model(x[:1]).shape[1]
+            return x_adv
+        check_images(x, self.attack.lo, self.attack.hi)
+        if loss != "kl":
+            check_labels(y, (len(x), self.classes))
+        if isinstance(model, Frozen):
+            model.refresh()
+        inner = functools.partial(_objective, model, loss)
+        with evaluating(model):
+            return self.ascend(inner, x, target.detach(), start=start, index=index)
+
+    @torch.inference_mode(False)
+    def ascend(self, inner, x, *targets, start=None, index=None):
+        """As `PGD.ascend`."""
+        key = _likeness(inner, x, targets) if on_gpu(x) else None
+        if key is None or key != self.seen:
+            self.seen = key
+            self.recording = None  # frees its memory
+            return self._noted(self.attack.ascend(inner, x, *targets, start=start, index=index))
+        start = self.attack.start(x, index) if start is None else start.detach()
+        if start.shape != x.shape:
+            raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
+        if self.recording is None or len(x) > self.recording.batch:
+            self.recording = None
+            self.recording = Recording(self.attack, inner, x, targets)
+        x_adv, bad = self.recording(start, x, *targets)
+        self.bad_gradients = bad.sum()
+        return x_adv
+
+    def _noted(self, x_adv):
+        self.bad_gradients = self.attack.bad_gradients
+        return x_adv
+
+
+class Recording:
+    """The steps of an attack on memory of their own, for batches of up to the first one's size."""
+
+    def __init__(self, attack, inner, x, targets):
+        self.batch = len(x)
+        self.x_adv, *inputs = self.inputs = [v.detach().clone() for v in (x, x, *targets)]
+        self.replay, self.bad = record(lambda: attack.climb(inner, self.x_adv, *inputs))
+
+    def __call__(self, start, *inputs):
+        """(x_adv, bad gradients [B]) from `start` on."""
+        for memory, value in zip(self.inputs, (start, *inputs), strict=True):
+            memory[: len(start)].copy_(value)
+        self.replay()
+        return self.x_adv[: len(start)].clone(), self.bad[: len(start)].clone()
+
+
+def record(function):
+    """(a call that replays `function` as a CUDA graph, what it returned when recorded)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # what libraries allocate once per stream is no part of a graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = function()
+    return graph.replay, returned
+
+
+def on_gpu(x):
+    return x.is_cuda and x.numel() > 0
+
+
+def _objective(model, loss, x_adv, target):
+    return OBJECTIVES[loss](model(x_adv), target)
+
+
+def _likeness(inner, x, targets):
+    """What attacks of one recording have in common; None where that cannot be known."""
+    if not isinstance(inner, functools.partial):
+        return None
+    arguments = *inner.args, *inner.keywords.values()
+    nets = list(_networks(arguments))
+    if any(isinstance(v, torch.Tensor) for v in arguments) or any(net.training for net in nets):
+        return None
+    tensors = itertools.chain(*((*net.parameters(), *net.buffers()) for net in nets))
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    images = [(v.dtype, v.device, v.shape[1:], v.stride()) for v in (x, *targets)]
+    return inner.func, inner.args, inner.keywords, images, addresses
+
+
+def _networks(values):
+    """The modules among these values and in their fields."""
+    for value in values:
+        for part in (value, *getattr(value, "__dict__", {}).values()):
+            if isinstance(part, nn.Module):
+                yield part
