@@ -163,6 +163,7 @@ def test_what_cannot_be_recognised_is_never_recorded(model, player):
     captured = graphs.Captured(pgd())
     for _ in range(3):
         captured.ascend(lambda v, y: _ce(model.eval(), v, y), x, y)
+    for _ in range(3):
         captured.ascend(functools.partial(_ce, model, y=y), x)  # other labels would pass unseen
     model.train()
     for _ in range(3):
