@@ -122,9 +122,15 @@ def run(function, case):
 
 def _clone(tensor):
     """A copy with the same strides, between sentinels that `check_values` looks at."""
-    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    buffer = tensor.new_full((max(span, 0) + 2 * GUARD,), 77)
+    buffer = tensor.new_full((_span(tensor) + 2 * GUARD,), 77)
     return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).copy_(tensor)
+
+
+def _span(tensor):
+    """From its first element in memory to its last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _assert_guards(outputs):
@@ -136,19 +142,28 @@ def _assert_guards(outputs):
 
 
 def check_values(case, layouts=LAYOUTS):
-    """Every instruction set and layout against the fp64 reference; thread count changes nothing."""
+    """Every instruction set and layout, and the GPU where there is one, against the fp64 reference;
+    thread count changes nothing, nor does a CUDA graph."""
     plain = getattr(reference, case.op)
     exact = run(plain, case.mapped(lambda t: t.double() if t.is_floating_point() else t))
     same = run(plain, case.mapped(lambda t: t.contiguous()))
+
+    def compare(where, variant):
+        with guarded_memory():
+            got = run(case.overload, variant)
+            _assert_guards(got)
+        for i, (found, *expected) in enumerate(zip(got, exact, same, strict=True)):
+            assert_close(f"{case.op}[{i}] {where}", found.cpu(), *expected)
+
     for isa in isas():
         with using_isa(isa):
             for layout, variant in _variants(case, layouts):
-                with guarded_memory():
-                    got = run(case.overload, variant)
-                    _assert_guards(got)
-                for i, parts in enumerate(zip(got, exact, same, strict=True)):
-                    assert_close(f"{case.op}[{i}] {isa} {layout}", *parts)
+                compare(f"{isa} {layout}", variant)
             _check_repeatable(case)
+    if torch.cuda.is_available():
+        for layout, variant in _variants(case, layouts):
+            compare(f"cuda {layout}", on_gpu(variant))
+        _check_capturable(on_gpu(case))
 
 
 def _variants(case, layouts):
@@ -168,6 +183,36 @@ def isas():
     """The instruction sets to test; where the ops run on another backend, its name alone."""
     native = _library.backend() in ("auto", "native") and _native.isas()
     return native or [_library.backend()]
+
+
+def on_gpu(case):
+    """The case with its tensors on the GPU, strides and offsets kept; a seed stays on the CPU."""
+
+    def moved(tensor):
+        end = tensor.storage_offset() + _span(tensor)
+        buffer = torch.zeros(end, dtype=tensor.dtype, device="cuda")
+        strided = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return strided.copy_(tensor)
+
+    names = [argument.name for argument in case.overload._schema.arguments]
+    args = [
+        moved(arg) if isinstance(arg, torch.Tensor) and name != "seed" else arg
+        for name, arg in zip(names, case.args, strict=True)
+    ]
+    return replace(case, args=tuple(args))
+
+
+def _check_capturable(case):
+    """A CUDA graph of the call, which a host sync or a foreign stream would break, gives its
+    result."""
+    expected = run(case.overload, case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(case.overload, case)
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.nan_to_num(nan=123.0), b.nan_to_num(nan=123.0)), "a graph differs"
 
 
 def _check_repeatable(case):
