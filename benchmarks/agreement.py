@@ -12,9 +12,10 @@ images that are classified right under each attack of pyautoattack and of fastad
 "same": both sides begin at x plus one noise, so that what differs is the algorithm. "own": each
 side's own draws, and for Square, a random search, the official count of a second seed too. "aa" is
 the standard version as a whole, "aa bf16" fastadv's with the search in bfloat16 against the
-official one in fp32. fastadv's count may be max(0.3 points, 2 images) from the official one (of two,
-from the nearer), and for "pgd20" on torch's loss and the model itself fewer than 0.1 % of
-torchattacks' pixels may differ; else the exit status is 1. Rows are appended to benchmarks/results/agreement.jsonl.
+official one in fp32. fastadv's count may be max(0.3 points, 2 images) from the official one (the
+nearer of two), and for "pgd20" on torch's loss and the model itself fewer than 0.1 % of
+torchattacks' pixels may differ; else the exit status is 1. Rows are appended to
+benchmarks/results/agreement.jsonl.
 """
 
 import argparse

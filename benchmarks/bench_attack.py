@@ -31,6 +31,7 @@ from torch import nn
 from fastadv import freeze, models
 from fastadv.attacks import PGD
 from fastadv.attacks.pgd import OBJECTIVES, input_gradient
+from fastadv.graphs import Captured
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEASURED = ("published", "fastadv_bf16")  # in memory
@@ -53,12 +54,17 @@ def attacks(model, x, y):
     """{provider: attack(steps, start) -> x_adv}, those of this file's own making."""
     compiled = torch.compile(model)
     losses = {net: lambda v, net=net: F.cross_entropy(net(v), y) for net in (model, compiled)}
-    return {
+    found = {
         "published": partial(published.pgd, losses[model], x),
         "published_backward": partial(published.pgd, losses[model], x, backward=True),
         "compiled": partial(published.pgd, losses[compiled], x),
         **{f"fastadv_{name}": fastadv(model, x, y, dtype) for name, dtype in DTYPES.items()},
     }
+    if x.is_cuda:
+        twin = frozen(model, torch.bfloat16)
+        found["fastadv_bf16 graph"] = captured(twin, x, y)
+        found["fastadv_bf16 graph compiled"] = captured(torch.compile(twin), x, y)
+    return found
 
 
 def frozen(model, dtype):
@@ -73,6 +79,20 @@ def fastadv(model, x, y, dtype):
     def attack(steps=STEPS, start=None):
         return PGD(EPS, STEP_SIZE, steps, "gaussian")(twin, x, y, start=start)
 
+    return attack
+
+
+def captured(twin, x, y):
+    """The attack on a twin as a CUDA graph of STEPS steps, step by step with others."""
+    graph = Captured(PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def attack(steps=STEPS, start=None):
+        attack = graph if steps == STEPS else PGD(EPS, STEP_SIZE, steps, "gaussian")
+        return attack(twin, x, y, start=start)
+
+    for _ in range(3):
+        attack()
     return attack
 
 
@@ -142,7 +162,8 @@ def agreement(model, x, y):
 
 
 def peak(name, provider, **options):
-    """What one attack of two steps adds to the memory of a fresh process, in MB; Linux only."""
+    """What one attack of two steps on the CPU adds to the memory of a fresh process, in MB; Linux
+    only."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
     command = [sys.executable, __file__, name, provider]
@@ -190,6 +211,8 @@ def case(name, batch=64, rivals=True, samples=5, **size):
             floor()
 
     def facts():
+        if x.is_cuda:
+            return agreed
         measured = {provider: peak(name, provider, batch=batch, **size) for provider in MEASURED}
         return {key: agreed.get(key, {}) | measured.get(key, {}) for key in agreed | measured}
 
@@ -199,7 +222,7 @@ def case(name, batch=64, rivals=True, samples=5, **size):
         providers | floors,
         gate,
         images=batch,
-        floors={f"fastadv_{key}": f"conv_{key}" for key in DTYPES},
+        floors={key: f"conv_{key[8:12]}" for key in providers if key.startswith("fastadv")},
         facts=facts,
         left_out=left_out,
         calls=0,

@@ -34,7 +34,7 @@ def case(plain, *shape):
         return ops.random_start(x, EPS, *kind, SIGMA, seed=seed, lo=0.0, hi=1.0)
 
     def gate():
-        seed = torch.tensor(1)
+        seed = torch.tensor(1, device="cpu")
         expected = reference.random_start(
             x[:8], seed, None, None, EPS, *kind, SIGMA, 0, 0, 0.0, 1.0
         )

@@ -28,6 +28,7 @@ from timing import Case
 from fastadv import data, freeze, methods
 from fastadv.attacks import PGD
 from fastadv.data.dataset import image_set
+from fastadv.graphs import Captured
 from fastadv.teacher_cache import TeacherCache
 from fastadv.trained import Trained
 
@@ -96,12 +97,13 @@ class Mark(torch.autograd.Function):
         return gradient, None
 
 
-def image_loader(count):
+def image_loader(count, device):
     """A Loader over random colour images of 32x32 with all 162 views."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 32, 32), generator=random, dtype=torch.uint8)
     split = image_set(pixels.numpy(), (torch.arange(count) % 10).numpy())
-    return data.Loader(split, count, padding=4, flips=2, shuffle=True, channels_last=True)
+    options = {"shuffle": True, "channels_last": True, "device": device}
+    return data.Loader(split, count, padding=4, flips=2, **options)
 
 
 def published_step(name, student, teacher, optimizer, x):
@@ -121,6 +123,8 @@ class Engine:
         twin = freeze(student, low)
         self.nets = methods.Nets(Trained(student, low), self.teacher, student_twin=twin)
         self.method = methods.get(name, attack=PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
+        if loader.images.is_cuda:
+            self.method.attack = Captured(self.method.attack)
         self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9)
         self.loader, self.rows = loader, torch.arange(len(loader.images))
         self.cache = TeacherCache(self.teacher, loader, ("logits",), Path(tempfile.mkdtemp()))
@@ -186,11 +190,11 @@ def check(name, student, teacher, x):
     torch.testing.assert_close(method.outer(nets, batch, {})[0], loss, rtol=1e-3, atol=1e-5)
 
 
-def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, **size):
+def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, device="cpu", **size):
     """Of the student size holds what `models.get` takes."""
     torch.manual_seed(0)
     student, teacher = network(student_name, **size), network(teacher_name)
-    loader = image_loader(batch)
+    student, teacher, loader = student.to(device), teacher.to(device), image_loader(batch, device)
     engine = Engine(name, student, teacher, loader)
     x, optimizer = engine.batch().x.contiguous(), torch.optim.SGD(student.parameters(), 1e-3, 0.9)
     steps = engine.variants()
@@ -218,7 +222,7 @@ def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, **siz
         providers,
         gate,
         images=batch,
-        facts=lambda: {provider: engine.shares(step) for provider, step in steps.items()},
+        facts=lambda: {key: engine.shares(step) for key, step in steps.items() if not x.is_cuda},
         calls=0,
         samples=samples,
     )

@@ -5,6 +5,7 @@
     python benchmarks/run.py --suite train [--only adaad]        # whole training steps
     python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
     python benchmarks/run.py --suite eval                        # AutoAttack's standard version
+    python benchmarks/run.py --suite gpu                         # all of it on a GPU, see gpu.py
     python benchmarks/run.py [--suite cache] --table             # README's table anew
 
 Rows are appended to benchmarks/results/<suite>.jsonl, a table has the newest of each case.
@@ -28,25 +29,38 @@ SUITES = {
 END_TO_END = {module for modules in SUITES.values() for module in modules}
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 SUITES["ops"] = [module for module in MODULES if module not in END_TO_END]
-COLUMNS = ("GB/s", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
+COLUMNS = ("GB/s", "of copy", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
 COLUMNS += ("data", "teacher", "attack", "outer")
 README = Path(__file__).parents[1] / "README.md"
 
 
 def run(suite, only, seconds):
+    """Appends the rows of a suite's cases to its file."""
+    if suite == "gpu":
+        import gpu
+
+        gpu.prepare()
+        found, results = gpu.rows(measure, seconds), gpu.results()
+    else:
+        found, results = rows(suite, only, seconds), RESULTS / f"{suite}.jsonl"
     where = machine()
     RESULTS.mkdir(exist_ok=True)
     print(where)
     ran = False
-    for case in chosen(suite, only):
+    for row in found:
         ran = True
-        for row in measure(case, seconds):
-            print(line(row), flush=True)
-            with open(RESULTS / f"{suite}.jsonl", "a") as file:
-                file.write(json.dumps({"suite": suite} | row | where) + "\n")
-        torch.compiler.reset()
+        print(line(row), flush=True)
+        with open(results, "a") as file:
+            file.write(json.dumps({"suite": suite} | row | where) + "\n")
     if not ran:
         sys.exit(f"--only is {only!r}, which suite {suite} has no case of")
+
+
+def rows(suite, only, seconds):
+    """Of the suite's cases, or of some."""
+    for case in chosen(suite, only):
+        yield from measure(case, seconds)
+        torch.compiler.reset()
 
 
 def chosen(suite, only):
@@ -134,7 +148,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
+    parser.add_argument("--suite", choices=sorted([*SUITES, "gpu"]), default="ops")
     parser.add_argument("--only", help="one op, method or network")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case")
     parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")

@@ -47,24 +47,35 @@ class Case:
         return self.exceptions.get(provider, self.nbytes)
 
 
+def finish():
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def interleave(case, seconds=2.0):
     """Seconds per call, {name: [samples]}: one sample of each in turn until time is up.
 
-    A sample repeats a short call until about a millisecond has passed.
+    A sample repeats a short call until about a millisecond has passed, and ends with what
+    it gave a GPU to do.
     """
     repeats = dict.fromkeys(case.providers, 1)
     for name, call in case.providers.items():
         for _ in range(case.calls):
+            finish()
             start = time.perf_counter()
             call()
+            finish()
             repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
     samples = {name: [] for name in case.providers}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[name]) < case.samples:
         for name, call in case.providers.items():
+            finish()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
+            finish()
             samples[name].append((time.perf_counter() - start) / repeats[name])
     return samples
 

@@ -183,6 +183,62 @@ def test_every_method_becomes_robust_on_the_digits(tmp_path):
             assert row["pgd20"] > rates["natural"]["pgd20"] + 0.5, name
 
 
+@pytest.fixture
+def commands(monkeypatch):
+    """What `gpu.prepare` would run."""
+    found = []
+
+    def run(command, **_):
+        found.append(" ".join(map(str, command)))
+        return SimpleNamespace(returncode="sanitizer" in found[-1])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return found
+
+
+def test_the_gpu_suite_says_that_there_is_none(bench, commands, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU is present: what needs none has run, nothing was"):
+        bench("run").run("gpu", None, 0)
+    build, tests = commands
+    assert build.endswith("setup.py build_ext --inplace")
+    assert tests.endswith("-m not gpu and not slow tests/kernels tests/test_graphs.py")
+
+
+def test_the_gpu_suite_stops_where_a_check_fails(bench, commands, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(SystemExit, match="failed: /usr/bin/compute-sanitizer"):
+        gpu.prepare()
+    assert [command.split()[-1] for command in commands] == ["--inplace", "gpu", "tests/kernels"]
+
+
+def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
+    gpu, train = bench("gpu"), bench("bench_train_step")
+    tiny = {"batch": 2, "device": "cpu", "teacher_name": "wrn10_1", "samples": 1, "width": 4}
+    make = train.case
+
+    def there(make, *args, **options):
+        args = [min(a, 8) if isinstance(a, int) else a for a in args]
+        if options:
+            name = args[0] if args[0] != "wrn34_10" else "wrn10_1"
+            return make(name, **options | {"batch": 2, "samples": 1, "width": 4})
+        return make(*args)
+
+    monkeypatch.setattr(gpu, "there", there)
+    monkeypatch.setattr(bench("bench_attack"), "peak", lambda *_, **__: {})
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(train, "case", lambda method, name, **_: make(method, name, **tiny))
+    rows = list(gpu.rows(bench("run").measure, 0))
+    ops = {"pgd_step", "random_start linf", "softmax_kl", "augment"}
+    assert {row["op"] for row in rows} == {*ops, "PGD-10", "RSLAD step", "AdvFunMatch step"}
+    for row in rows:
+        assert ("of copy" in row) == (row["op"] in ops)
+        if "of copy" in row:
+            assert row["of copy"] == pytest.approx(row["GB/s"] / 10, abs=0.01)
+
+
 def test_agreement_is_of_counts_and_pixels(bench):
     agrees = bench("agreement").agrees
     row = {"attack": "aa", "images": 300, "official": 100, "ours": 102}

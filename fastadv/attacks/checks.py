@@ -41,9 +41,7 @@ def check_labels(y, shape):
     if y.dtype != torch.int64 or y.shape != (batch,):
         raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({batch},)")
     if y.numel() and not (y.min() >= 0 and y.max() < classes):
-        raise ValueError(
-            f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]"
-        )
+        raise ValueError(f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]")
 
 
 def check_logits(logits, batch):
