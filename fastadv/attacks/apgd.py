@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from ..frozen import Frozen
-from .checks import check_budget, check_images, checked_logits, evaluating
+from .checks import attacked, check_budget
 from .iterates import better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
 
@@ -63,14 +62,10 @@ class APGD:
         "targeted"); it runs in eval mode, its modes are put back and its parameters' `.grad` stays
         untouched. Raises ValueError or TypeError naming the argument.
         """
-        check_images(x, self.lo, self.hi)
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        if isinstance(model, Frozen):
-            model.refresh()
-        with evaluating(model):
-            logits = checked_logits(model, x, y)
+        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):
@@ -89,7 +84,6 @@ class APGD:
             targets = likeliest_others(logits, y, self.target_classes)
         x_adv, wrong = x.clone(), logits.argmax(1) != y
         loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-        index = torch.arange(len(x), device=x.device) if index is None else index
         seed = torch.randint(2**63 - 1, (), device="cpu")
         for counter in range(targets.shape[1] * self.restarts):
             rows = (~wrong).nonzero()[:, 0]  # the one host sync of a round

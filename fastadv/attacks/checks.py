@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+from ..frozen import Frozen
+
 
 def check_budget(eps, step_size, norm, lo, hi):
     """Refuses eps in the wrong unit and warns of a step beyond the ball."""
@@ -80,3 +82,18 @@ def evaluating(model):
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def attacked(model, x, y, index, lo, hi):
+    """(logits [B, C] of x, index [B], in order where None is given), after a look at everything;
+    within it the model is in eval mode, and a twin up to date."""
+    check_images(x, lo, hi)
+    if index is None:
+        index = torch.arange(len(x), device=x.device)
+    elif index.shape != x.shape[:1]:
+        raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
+    if isinstance(model, Frozen):
+        model.refresh()
+    with evaluating(model):
+        yield checked_logits(model, x, y), index

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import ops
-from ..frozen import Frozen
 from ..reference import per_sample
-from .checks import check_budget, check_images, checked_logits, evaluating
+from .checks import attacked, check_budget
 from .iterates import gradient, likeliest_others
 
 ALPHA_MAX = 0.1  # the most that an iterate is drawn towards x
@@ -61,14 +60,10 @@ class FAB:
         modes are put back and its parameters' `.grad` stays untouched. Raises ValueError or
         TypeError naming the argument.
         """
-        check_images(x, self.lo, self.hi)
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        if isinstance(model, Frozen):
-            model.refresh()
-        with evaluating(model):
-            logits = checked_logits(model, x, y)
+        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
             if logits.shape[1] < 2:
                 raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C], C >= 2")
             return self._rounds(model, x.detach(), y, logits, index)
@@ -83,7 +78,6 @@ class FAB:
 
         targets = likeliest_others(logits, y, self.target_classes)
         x_adv, wrong = x.clone(), logits.argmax(1) != y
-        index = torch.arange(len(x), device=x.device) if index is None else index
         seed = torch.randint(2**63 - 1, (), device="cpu")
         for counter in range(targets.shape[1] * self.restarts):
             rows = (~wrong).nonzero()[:, 0]  # the one host sync of a round

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..frozen import Frozen
-from .checks import check_budget, check_images, checked_logits, evaluating
+from .checks import attacked, check_budget
 from .iterates import where
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -60,20 +59,15 @@ class Square:
         maps x to logits; it runs in eval mode and its modes are put back. Raises ValueError or
         TypeError naming the argument.
         """
-        check_images(x, self.lo, self.hi)
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, C, H, W]")
         if not x.numel():
             return x.detach().clone()
-        if isinstance(model, Frozen):
-            model.refresh()
-        with evaluating(model):
-            logits = checked_logits(model, x, y)
+        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
             return self._restarts(model, x.detach(), y, logits, index)
 
     def _restarts(self, model, x, y, logits, index):
         x_adv, loss, wrong = x.clone(), ops.margin(logits, y), logits.argmax(1) != y
-        index = torch.arange(len(x), device=x.device) if index is None else index
         seed = torch.randint(2**63 - 1, (), device="cpu")
         for restart in range(self.restarts):
             rows = (~wrong).nonzero()[:, 0]

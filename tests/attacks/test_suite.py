@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from fastadv.attacks import APGD, PGD, suite
 
@@ -86,3 +87,11 @@ def test_a_radius_is_positive_and_in_the_unit_of_x(eps):
 def test_stages_know_the_classes_they_need():
     needs = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "pgd-dlr-9": 3, "pgd-kl-9": 2, "cw": 2}
     assert {name: suite.single(name, 1).classes for name in needs} == needs
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "fab-t", "square"])
+def test_an_index_of_another_length_is_refused(name, model):
+    x, y = torch.rand(3, 3, 8, 8), torch.zeros(3, dtype=torch.int64)
+    attack = suite.single(name, 8 / 255).attack
+    with pytest.raises(ValueError, match=r"index has shape \(2,\), must be \(3,\)"):
+        attack(model, x, y, index=torch.arange(2))
