@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SANITIZED := build/sanitized
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 .PHONY: install demo test test-slow bench lint sanitize clean
 
