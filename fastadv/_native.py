@@ -61,10 +61,8 @@ def cuda_missing():
         return "fastadv._C was built without nvcc 12.8 or newer"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    built, driver = (
-        "{}.{}".format(*divmod(v // 10, 100)) for v in (_C.cuda_built, _C.cuda_driver())
-    )
-    if _C.cuda_driver() // 1000 < _C.cuda_built // 1000:
+    built, driver = _C.cuda_built // 1000, _C.cuda_driver() // 1000
+    if driver < built:
         return f"fastadv._C was built with CUDA {built}, the driver is for CUDA {driver}"
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
