@@ -8,6 +8,7 @@ GPU to the emulation.
 import contextlib
 import ctypes
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,6 +50,8 @@ ALL = True, True, True
 def library(tmp_path_factory):
     out = tmp_path_factory.mktemp("emulate") / "emulate.so"
     command = ["g++", *FLAGS.split(), "-Wno-unknown-pragmas", SOURCE, "-o", out]
+    if "asan" in os.environ.get("LD_PRELOAD", ""):  # make sanitize
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(out)
     for name, signature in SIGNATURES.items():
@@ -184,7 +187,7 @@ def test_random_start_writes_what_it_should_and_no_more(emulating):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 1, 1, 1), (4, 4, 7, 15), (3, 3, 31, 33), (5, 3, 8, 8)]
+    "shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 1, 1, 1), (4, 4, 7, 15), (3, 3, 31, 33), (5, 3, 4, 5)]
 )
 def test_augment(emulating, shape, channels_last):
     g = torch.Generator().manual_seed(0)
