@@ -30,7 +30,7 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/kernels/emulate.cpp
 
 # The op tests and the CUDA kernels' emulation again, with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
