@@ -33,10 +33,18 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", build], check=True)
+            try:
+                self.build(configure, build)
+            except subprocess.CalledProcessError:
+                print("Once more without CUDA, whose compiler may be what failed")
+                self.build([*configure, "-DCMAKE_CUDA_COMPILER="], build)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"fastadv._C was not built ({error})") from error
+
+    @staticmethod
+    def build(configure, build):
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
 
 
 setup(

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/kernels.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -167,6 +168,58 @@ void patches_backward(uintptr_t grad, uintptr_t patches, uintptr_t offsets, int6
                            static_cast<DType>(dtype), threads);
 }
 
+#ifdef FASTADV_HAS_CUDA
+constexpr const char* no_kernel = "no CUDA kernel takes this norm or init";
+
+// The arguments of the CPU kernels, but for the last two in place of the threads. Each returns what
+// went wrong, or None.
+const char* cuda_pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x,
+                          uintptr_t eps_per_sample, int64_t batch, int64_t size, float eps,
+                          float step_size, int norm, float lo, float hi, int device,
+                          uintptr_t stream) {
+  if (static_cast<Norm>(norm) != Norm::linf) return no_kernel;
+  return cuda::pgd_step(
+      {at<float>(out), at<const float>(x_adv), at<const float>(grad), at<const float>(x),
+       at<const float>(eps_per_sample), batch, size, eps, step_size, lo, hi},
+      {device, stream});
+}
+
+const char* cuda_random_start(uintptr_t out, uintptr_t x, uintptr_t seed, uintptr_t index,
+                              uintptr_t eps_per_sample, int64_t batch, int64_t channels,
+                              int64_t plane, float eps, int init, int norm, float, uint32_t step,
+                              uint32_t restart, float lo, float hi, int device, uintptr_t stream) {
+  if (static_cast<Init>(init) != Init::uniform || static_cast<Norm>(norm) != Norm::linf) {
+    return no_kernel;
+  }
+  return cuda::random_start(
+      {at<float>(out), at<const float>(x), *at<const uint64_t>(seed), at<const int64_t>(index),
+       at<const float>(eps_per_sample), batch, channels, plane, eps, step, restart, lo, hi},
+      {device, stream});
+}
+
+const char* cuda_augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx,
+                         uintptr_t flip, int64_t batch, int64_t channels, int64_t height,
+                         int64_t width, int64_t padding, bool channels_last, int device,
+                         uintptr_t stream) {
+  return cuda::augment(
+      {at<float>(out), at<const uint8_t>(images), at<const int64_t>(dy), at<const int64_t>(dx),
+       at<const bool>(flip), batch, channels, height, width, padding, channels_last},
+      {device, stream});
+}
+
+const char* cuda_softmax_kl(uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
+                            uintptr_t grad_weight, uintptr_t student, uintptr_t teacher,
+                            uintptr_t weight, int64_t batch, int64_t classes,
+                            int64_t student_stride, int64_t teacher_stride, double temperature,
+                            double factor, bool reduced, int dtype, int device, uintptr_t stream) {
+  return cuda::softmax_kl(
+      {at<float>(loss), at<void>(grad_student), at<void>(grad_teacher), at<float>(grad_weight),
+       at<const void>(student), at<const void>(teacher), at<const float>(weight), batch, classes,
+       student_stride, teacher_stride, temperature, factor, reduced, static_cast<DType>(dtype)},
+      {device, stream});
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -191,4 +244,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("fold", fold, unlocked);
   module.def("patches", patches, unlocked);
   module.def("patches_backward", patches_backward, unlocked);
+#ifdef FASTADV_HAS_CUDA
+  module.attr("cuda_built") = cuda::built_version();
+  module.def("cuda_driver", cuda::driver_version,
+             "The newest CUDA that the driver supports, 1000 major + 10 minor; 0: no driver.");
+  module.def("cuda_pgd_step", cuda_pgd_step, unlocked);
+  module.def("cuda_random_start", cuda_random_start, unlocked);
+  module.def("cuda_augment", cuda_augment, unlocked);
+  module.def("cuda_softmax_kl", cuda_softmax_kl, unlocked);
+#endif
 }

@@ -15,6 +15,15 @@ import torch
 
 from . import _native
 
+# What `auto` runs on a GPU where an op has both. Provisional, by the cost of a launch: no kernel
+# has been timed on a GPU yet. Calls that CUDA C++ does not take go to Triton in any case.
+ON_GPU = {
+    "pgd_step": "cuda",
+    "pgd_step_": "cuda",
+    "random_start": "cuda",
+    "augment": "cuda",
+    "softmax_kl": "cuda",
+}
 BACKENDS = ("auto", "native", "triton", "cuda", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what losses take
 _library = torch.library.Library("fastadv", "DEF")
@@ -42,8 +51,10 @@ def backend():
         raise RuntimeError(f"FASTADV_BACKEND is native, but {_native.missing}")
     if choice == "triton" and triton_missing():
         raise RuntimeError(f"FASTADV_BACKEND is triton, but {triton_missing()}")
-    if choice == "cuda":
-        raise RuntimeError("FASTADV_BACKEND is cuda, but this version has no CUDA C++ kernels")
+    if choice == "cuda" and _native.cuda_missing():
+        raise RuntimeError(f"FASTADV_BACKEND is cuda, but {_native.cuda_missing()}")
+    if choice == "auto" and torch.cuda.is_available() and _native.cuda_missing():
+        _log.warning("CUDA ops run without CUDA C++: %s", _native.cuda_missing())
     if choice == "auto" and _native.missing:
         _log.warning("CPU ops run as plain torch: %s", _native.missing)
     return choice
@@ -73,13 +84,37 @@ def expect(name, tensor, *, dtype=None, like=None, shape=None):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
 
 
-def define(schema, *, check, reference, fake, native=None, kernel=None):
+def on_gpu(name, reference, native, kernel, cuda):
+    """(what an op runs on a GPU, what `fastadv.info` says of it); arguments as for `define`."""
+    if backend() in ("native", "reference"):
+        return reference, f"reference (FASTADV_BACKEND={backend()})"
+    missing = triton_missing() if kernel else "no kernel"
+    function, chosen = reference, f"reference ({missing})"
+    if not missing:
+        triton = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
+        chosen = "triton"
+
+        def function(*args):
+            return (reference if args[0].dtype == torch.float64 else triton)(*args)
+
+    wanted = backend() == "cuda" or (backend() == "auto" and ON_GPU.get(name) == "cuda")
+    if not (cuda and wanted) or _native.cuda_missing():
+        return function, chosen
+
+    def cuda_first(*args):
+        return (native if cuda(*args) else function)(*args)
+
+    return cuda_first, f"cuda, else {chosen}"
+
+
+def define(schema, *, check, reference, fake, native=None, kernel=None, cuda=None):
     """Registers an op and returns its overload. All callables take the schema's arguments.
 
     `check` raises on arguments outside the contract and runs before every implementation;
     `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
     of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
-    Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted.
+    Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted. `cuda` says of a call
+    whether there is a CUDA C++ kernel for it, which is also run by `native`.
     """
     name = schema.split("(")[0]
 
@@ -93,25 +128,19 @@ def define(schema, *, check, reference, fake, native=None, kernel=None):
     _library.define(schema)
     impl(reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
-    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else None
-    chosen = Backends(
-        f"reference ({why or 'fastadv._C is missing' if native else 'no kernel'})",
-        f"reference ({why or triton_missing() if kernel else 'no kernel'})",
-    )
+    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else "fastadv._C is missing"
+    gpu, name_on_gpu = on_gpu(name, reference, native, kernel, cuda)
+    if gpu is not reference and not torch.cuda.is_available():
+        name_on_gpu = "reference (no CUDA device)"  # Triton's interpreter
+    chosen = Backends(f"reference ({why if native else 'no kernel'})", name_on_gpu)
     if native and backend() in ("auto", "native") and not _native.missing:
         impl(native, "CPU")
         chosen.cpu = "native"
-    if kernel and backend() in ("auto", "triton") and not triton_missing():
-        triton_function = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
-
-        def function(*args):
-            return (reference if args[0].dtype == torch.float64 else triton_function)(*args)
-
+    if gpu is not reference:
         if torch.cuda.is_available():
-            impl(function, "CUDA")
-            chosen.cuda = "triton"
+            impl(gpu, "CUDA")
         if backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            impl(function, "CPU")
+            impl(gpu, "CPU")
             chosen.cpu = "triton (interpreted)"
     ops[name] = chosen
     return getattr(torch.ops.fastadv, name).default

@@ -4,8 +4,13 @@ Raw pointers carry no safety of their own. An op's `check` has seen to shapes an
 function here makes sure of dtype and strides (naming the argument at fault), makes no
 temporaries, passes torch's thread count and bumps the version counter of what it mutates. The
 interpreter lock is released in `csrc/bind.cpp`.
+
+`pgd_step` (linf), `random_start` (uniform linf), `augment` and `softmax_kl` (few classes) take
+tensors on a GPU as well: their CUDA kernels go to torch's current stream of that GPU, nothing waits
+for them, and a CUDA graph can capture them after a first call outside, as with torch's own ops.
 """
 
+import functools
 import os
 
 import torch
@@ -47,6 +52,26 @@ def use_isa(name):
     _C.use_isa(name)
 
 
+@functools.cache
+def cuda_missing():
+    """Why the CUDA kernels cannot run here, or None."""
+    if missing:
+        return missing
+    if not hasattr(_C, "cuda_built"):
+        return "fastadv._C was built without nvcc 12.8 or newer"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    built, driver = _C.cuda_built // 1000, _C.cuda_driver() // 1000
+    if driver < built:
+        return f"fastadv._C was built with CUDA {built}, the driver is for CUDA {driver}"
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            found = "{}.{}".format(*capability)
+            return f"cuda:{device} has compute capability {found}, must be 8.0 or higher"
+    return None
+
+
 def is_dense(tensor):
     """Whether the elements fill one block of memory, one sample after another."""
     return tensor.is_contiguous() or (
@@ -72,13 +97,26 @@ def empty(shape, like, dtype=None, memory_format=torch.contiguous_format):
     )
 
 
-def _address(name, tensor, dtype=torch.float32):
-    """The address of a tensor of this dtype; 0 for None."""
+def _address(name, tensor, dtype=torch.float32, device=-1):
+    """The address of a tensor of this dtype on this GPU, or on the CPU if -1; 0 for None."""
     if tensor is None:
         return 0
-    if tensor.dtype != dtype or not tensor.is_cpu:
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, must be {dtype} on cpu")
+    there = tensor.is_cpu if device < 0 else tensor.is_cuda and tensor.get_device() == device
+    if tensor.dtype != dtype or not there:
+        place = "cpu" if device < 0 else f"cuda:{device}"
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, must be {dtype} on {place}")
     return tensor.data_ptr()
+
+
+def _run(kernel, device, *args):
+    """Calls a kernel on torch's threads or, where device is a GPU, on torch's stream of it."""
+    if device < 0:
+        getattr(_C, kernel)(*args, torch.get_num_threads())
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    error = getattr(_C, f"cuda_{kernel}")(*args, device, stream)
+    if error:
+        raise RuntimeError(f"{kernel} on cuda:{device}: {error}")
 
 
 def _row(name, tensor):
@@ -97,13 +135,15 @@ def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     """Writes the step into `out`, which may be `x_adv`. fp32, one shape, one dense layout."""
     if not same_layout(x_adv, out, grad, x):
         raise ValueError("out, x_adv, grad and x must be dense with equal strides")
-    batch = x_adv.shape[0] if x_adv.dim() else 1
-    _C.pgd_step(
-        _address("out", out),
-        _address("x_adv", x_adv),
-        _address("grad", grad),
-        _address("x", x),
-        _address("eps", _row("eps", eps_per_sample)),
+    batch, device = x_adv.shape[0] if x_adv.dim() else 1, x_adv.get_device()
+    _run(
+        "pgd_step",
+        device,
+        _address("out", out, device=device),
+        _address("x_adv", x_adv, device=device),
+        _address("grad", grad, device=device),
+        _address("x", x, device=device),
+        _address("eps", _row("eps", eps_per_sample), device=device),
         batch,
         x_adv.numel() // max(batch, 1),
         eps,
@@ -111,7 +151,6 @@ def pgd_step(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
         NORMS[norm],
         lo,
         hi,
-        torch.get_num_threads(),
     )
     if out is x_adv:
         _mutated(out)
@@ -176,12 +215,15 @@ def random_start(
     if not same_layout(x, out):
         raise ValueError("out and x must be dense with equal strides")
     batch, channels = x.shape[0], 1 if x.is_contiguous() else x.shape[1]
-    _C.random_start(
-        _address("out", out),
-        _address("x", x),
+    device = x.get_device()
+    _run(
+        "random_start",
+        device,
+        _address("out", out, device=device),
+        _address("x", x, device=device),
         _address("seed", seed, torch.int64),
-        _address("index", _row("index", index), torch.int64),
-        _address("eps", _row("eps", eps_per_sample)),
+        _address("index", _row("index", index), torch.int64, device),
+        _address("eps", _row("eps", eps_per_sample), device=device),
         batch,
         channels,
         x.numel() // max(batch * channels, 1),
@@ -193,7 +235,6 @@ def random_start(
         restart,
         lo,
         hi,
-        torch.get_num_threads(),
     )
 
 
@@ -202,16 +243,18 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if out.shape != images.shape or not out.is_contiguous(memory_format=layout):
         raise ValueError(f"out has strides {out.stride()}, must be {layout} of images' shape")
-    _C.augment(
-        _address("out", out),
-        _address("images", _row("images", images), torch.uint8),
-        _address("dy", _row("dy", dy), torch.int64),
-        _address("dx", _row("dx", dx), torch.int64),
-        _address("flip", _row("flip", flip), torch.bool),
+    device = images.get_device()
+    _run(
+        "augment",
+        device,
+        _address("out", out, device=device),
+        _address("images", _row("images", images), torch.uint8, device),
+        _address("dy", _row("dy", dy), torch.int64, device),
+        _address("dx", _row("dx", dx), torch.int64, device),
+        _address("flip", _row("flip", flip), torch.bool, device),
         *images.shape,
         padding,
         channels_last,
-        torch.get_num_threads(),
     )
 
 
@@ -312,14 +355,17 @@ def softmax_kl(
     for name, logits in (("student", student), ("teacher", teacher)):
         if classes > 1 and logits.stride(1) != 1:
             raise ValueError(f"{name} has strides {logits.stride()}, must have unit class stride")
-    _C.softmax_kl(
-        _address("loss", loss),
-        _address("grad_student", grad_student, dtype),
-        _address("grad_teacher", grad_teacher, dtype),
-        _address("grad_weight", grad_weight),
-        _address("student", student, dtype),
-        _address("teacher", teacher, dtype),
-        _address("weight", _row("weight", weight)),
+    device = student.get_device()
+    _run(
+        "softmax_kl",
+        device,
+        _address("loss", loss, device=device),
+        _address("grad_student", grad_student, dtype, device),
+        _address("grad_teacher", grad_teacher, dtype, device),
+        _address("grad_weight", grad_weight, device=device),
+        _address("student", student, dtype, device),
+        _address("teacher", teacher, dtype, device),
+        _address("weight", _row("weight", weight), device=device),
         batch,
         classes,
         student.stride(0),
@@ -328,7 +374,6 @@ def softmax_kl(
         factor,
         reduced,
         DTYPES[dtype],
-        torch.get_num_threads(),
     )
 
 

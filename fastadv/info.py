@@ -26,13 +26,14 @@ def engine():
 def report():
     """The text that `python -m fastadv.info` prints."""
     compiled = _native.missing or f"{_native.isa()} in use; can run {', '.join(_native.isas())}"
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [
         f"fastadv {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"CPU kernels:    {compiled}; {torch.get_num_threads()} threads",
         f"attack engine:  {engine()}",
+        f"CUDA kernels:   {_native.cuda_missing() or 'can run'}",
         f"Triton kernels: {_library.triton_missing() or 'can run'}",
-        f"CUDA:           {cuda}",
+        f"GPU:            {gpu}",
         "",
         f"{'op':18} {'on cpu':38} on cuda",
         *(f"{name:18} {op.cpu:38} {op.cuda}" for name, op in _library.ops.items()),

@@ -28,7 +28,7 @@ def _empty(images, dy, dx, flip, padding, channels_last):
     return _native.empty(images.shape, images, torch.float32, layout)
 
 
-def _cpu(images, dy, dx, flip, padding, channels_last):
+def _compiled(images, dy, dx, flip, padding, channels_last):
     out = _empty(images, dy, dx, flip, padding, channels_last)
     tensors = (tensor.contiguous() for tensor in (images, dy, dx, flip))
     _native.augment(out, *tensors, padding, channels_last)
@@ -40,8 +40,9 @@ _augment = define(
     " -> Tensor",
     check=_check,
     reference=reference.augment,
-    native=_cpu,
+    native=_compiled,
     kernel="augment",
+    cuda=lambda *args: True,
     fake=_empty,
 )
 

@@ -43,7 +43,7 @@ def _native_ok(x_adv):
     return x_adv.dtype == torch.float32 and _native.is_dense(x_adv)
 
 
-def _cpu(x_adv, *args):
+def _compiled(x_adv, *args):
     if not _native_ok(x_adv):
         return reference.pgd_step(x_adv, *args)
     out = _native.empty_like(x_adv)
@@ -51,10 +51,14 @@ def _cpu(x_adv, *args):
     return out
 
 
-def _cpu_(x_adv, *args):
+def _compiled_(x_adv, *args):
     if not _native_ok(x_adv):
         return reference.pgd_step_(x_adv, *args)
     return _into(x_adv, x_adv, *args)
+
+
+def _cuda(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
+    return norm == "linf" and _native_ok(x_adv)
 
 
 def _fake(x_adv, *args):
@@ -66,16 +70,18 @@ _pgd_step = define(
     f"pgd_step(Tensor x_adv, {_ARGS}) -> Tensor",
     check=_check,
     reference=reference.pgd_step,
-    native=_cpu,
+    native=_compiled,
     kernel="pgd_step",
+    cuda=_cuda,
     fake=_fake,
 )
 _pgd_step_ = define(
     f"pgd_step_(Tensor(a!) x_adv, {_ARGS}) -> ()",
     check=_check_in_place,
     reference=reference.pgd_step_,
-    native=_cpu_,
+    native=_compiled_,
     kernel="pgd_step",
+    cuda=_cuda,
     fake=_check,
 )
 

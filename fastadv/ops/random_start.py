@@ -47,7 +47,7 @@ def _check(x, seed, index, eps_per_sample, eps, init, norm, sigma, step, restart
             raise ValueError(f"{name} is {count}, must be in [0, 2^32)")
 
 
-def _cpu(x, seed, index, eps_per_sample, eps, init, *rest):
+def _compiled(x, seed, index, eps_per_sample, eps, init, *rest):
     if x.dtype != torch.float32 or init == "zero":
         return reference.random_start(x, seed, index, eps_per_sample, eps, init, *rest)
     dense = x if _native.is_dense(x) else x.contiguous()
@@ -57,13 +57,18 @@ def _cpu(x, seed, index, eps_per_sample, eps, init, *rest):
     return out if dense is x else torch.empty_like(x).copy_(out)
 
 
+def _cuda(x, seed, index, eps_per_sample, eps, init, norm, *rest):
+    return x.dtype == torch.float32 and init == "uniform" and norm == "linf"
+
+
 _random_start = define(
     "random_start(Tensor x, Tensor seed, Tensor? index, Tensor? eps_per_sample, float eps, "
     "str init, str norm, float sigma, int step, int restart, float lo, float hi) -> Tensor",
     check=_check,
     reference=reference.random_start,
-    native=_cpu,
+    native=_compiled,
     kernel="random_start",
+    cuda=_cuda,
     fake=lambda x, *args: torch.empty_like(x),
 )
 

@@ -49,7 +49,7 @@ def _rows(logits):
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _cpu(student, teacher, weight, temperature, reduction, *wanted):
+def _compiled(student, teacher, weight, temperature, reduction, *wanted):
     if student.dtype == torch.float64:
         return reference.softmax_kl(student, teacher, weight, temperature, reduction, *wanted)
     outputs = _outputs(student, teacher, weight, temperature, reduction, *wanted)
@@ -65,13 +65,20 @@ def _cpu(student, teacher, weight, temperature, reduction, *wanted):
     return outputs
 
 
+def _cuda(student, teacher, weight, temperature, reduction, *wanted):
+    """A thread of the CUDA kernel has a row, and one block of threads all that are summed up."""
+    few = student.shape[1] <= 64 and (reduction == "none" or student.numel() <= 16384)
+    return few and student.dtype in _native.DTYPES
+
+
 _softmax_kl = define(
     "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, str reduction, "
     "bool student_grad, bool teacher_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     reference=reference.softmax_kl,
-    native=_cpu,
+    native=_compiled,
     kernel="softmax_kl",
+    cuda=_cuda,
     fake=_fake,
 )
 gradients_from_forward(_softmax_kl, inputs=(0, 1, 2))

@@ -1,0 +1,96 @@
+// All CUDA kernels: the bodies of the ops, each behind one of two __global__ functions. Compiled
+// without contraction into FMA, so that results have the CPU kernels' bits.
+#include <cuda_runtime_api.h>
+
+#include "body.h"
+
+namespace fastadv::cuda {
+namespace {
+#include "augment.inl"
+#include "pgd_step.inl"
+#include "random_start.inl"
+#include "softmax_kl.inl"
+
+constexpr int sum_block = 1024;
+
+// At most 64 registers, so that half of a multiprocessor's threads are there at once.
+template <typename Body>
+__global__ void __launch_bounds__(Body::block, 1024 / Body::block) grid_kernel(const Body body) {
+  body(int64_t{blockIdx.x} * Body::block + threadIdx.x, int64_t{gridDim.x} * Body::block);
+}
+
+// total = the threads' sums, added pairwise in an order that depends on nothing.
+template <typename Body>
+__global__ void __launch_bounds__(sum_block) sum_kernel(const Body body, float* total) {
+  __shared__ double part[sum_block];
+  const int thread = threadIdx.x;
+  part[thread] = body(thread, sum_block);
+  for (int n = sum_block / 2; n > 0; n /= 2) {
+    __syncthreads();
+    if (thread < n) part[thread] += part[thread + n];
+  }
+  if (thread == 0) *total = static_cast<float>(part[0]);
+}
+
+struct Launch {
+  cudaStream_t stream;
+  int multiprocessors;
+
+  template <typename Body>
+  void operator()(const Body& body, int64_t work) const {
+    const int64_t blocks = blocks_for(work, Body::block, multiprocessors);
+    if (blocks > 0) {
+      grid_kernel<<<static_cast<unsigned>(blocks), Body::block, 0, stream>>>(body);
+    }
+  }
+
+  template <typename Body>
+  void sum(const Body& body, float* total) const {
+    sum_kernel<<<1, sum_block, 0, stream>>>(body, total);
+  }
+};
+
+// Calls body(Launch) with the device current; returns what went wrong.
+template <typename Body>
+const char* on(Place place, const Body& body) {
+  int before = place.device, multiprocessors = 0;
+  cudaGetDevice(&before);
+  cudaError_t error = cudaSetDevice(place.device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, place.device);
+  }
+  if (error == cudaSuccess) {
+    body(Launch{reinterpret_cast<cudaStream_t>(place.stream), multiprocessors});
+    error = cudaGetLastError();
+  }
+  if (before != place.device) cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* pgd_step(const PgdStep& args, Place place) noexcept {
+  return on(place, [&](const Launch& launch) { pgd_step_with(args, launch); });
+}
+
+const char* random_start(const RandomStart& args, Place place) noexcept {
+  return on(place, [&](const Launch& launch) { random_start_with(args, launch); });
+}
+
+const char* augment(const Augment& args, Place place) noexcept {
+  return on(place, [&](const Launch& launch) { augment_with(args, launch); });
+}
+
+const char* softmax_kl(const SoftmaxKL& args, Place place) noexcept {
+  return on(place, [&](const Launch& launch) { softmax_kl_with(args, launch); });
+}
+
+int built_version() noexcept { return CUDART_VERSION; }
+
+int driver_version() noexcept {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
+}
+
+}  // namespace fastadv::cuda
