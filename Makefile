@@ -32,12 +32,14 @@ lint: install
 	$(BIN)/ruff format --check -q .
 	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/kernels/emulate.cpp
 
-# The op tests and the CUDA kernels' emulation again, with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The tests of the ops and of the CUDA kernels' emulation again, with the C++ under AddressSanitizer
+# and UndefinedBehaviorSanitizer.
 sanitize: install
 	rm -rf $(SANITIZED)
 	CMAKE_ARGS=-DFASTADV_SANITIZE=ON $(BIN)/pip install -q --no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/ops tests/kernels/test_cuda_emulate.py -m 'not slow and not gpu'
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest \
+	tests/ops tests/kernels/test_cuda_emulate.py -m 'not slow and not gpu'
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastadv/*.so

@@ -211,7 +211,8 @@ def test_the_gpu_suite_stops_where_a_check_fails(bench, commands, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     with pytest.raises(SystemExit, match="failed: /usr/bin/compute-sanitizer"):
         gpu.prepare()
-    assert [command.split()[-1] for command in commands] == ["--inplace", "gpu", "tests/kernels"]
+    tests = "tests/kernels/test_cuda_device.py"
+    assert [command.split()[-1] for command in commands] == ["--inplace", "gpu", tests]
 
 
 def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
