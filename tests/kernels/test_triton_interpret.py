@@ -50,9 +50,7 @@ SELECTED = {
 INTERPRETED = {"TRITON_INTERPRET": "1", "FASTADV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
 
 
-CHOSEN = [
-    f"{TESTS}/ops/test_{op}.py::{name}" for op in SELECTED for name in SELECTED[op].split()
-]
+CHOSEN = [f"{TESTS}/ops/test_{op}.py::{name}" for op in SELECTED for name in SELECTED[op].split()]
 
 
 def test_interpreted(tmp_path):
