@@ -4,7 +4,7 @@ convolutions at once.
     scale = gamma / sqrt(var + eps)
     weight_out[o, ...] = weight[o, ...] scale[o];  bias_out = bias scale + beta - mean scale
 
-weight: float32 [O, ...]; bias, mean, var, gamma, beta: float32 [O]; weight_out: shape of weight,
+weight: float32 [O, I, ...]; bias, mean, var, gamma, beta: float32 [O]; weight_out: shape of weight,
 bias_out: [O, ...] with O elements, float32 or bfloat16. Computed in float32. Not differentiable.
 
 A function, no op of torch.library: nothing traces or differentiates it, and a schema of mutated
@@ -38,7 +38,8 @@ def fold_bn_(weights_out, biases_out, weights, biases, norms):
     they have four dimensions, else contiguous. Raises TypeError or ValueError that names the
     argument at fault.
     """
-    for i, (out, weight) in enumerate(zip(weights_out, weights, strict=True)):
+    sequences = weights_out, weights, biases_out, biases, norms
+    for i, (out, weight, *_) in enumerate(zip(*sequences, strict=True)):
         dtype = torch.bfloat16 if weights_out[0].dtype == torch.bfloat16 else weight.dtype
         expect(f"weights_out[{i}]", out, dtype=dtype, like=weight, shape=weight.shape)
         layout = torch.channels_last if out.dim() == 4 else torch.contiguous_format

@@ -34,6 +34,12 @@ def test_agrees_with_torch(name, dtype):
     assert error(ours[0], exact[0]) > (1e-4 if dtype == torch.bfloat16 else 0)
 
 
+def test_activations_have_their_cap():
+    model, x, weight = network("plain"), 40 * torch.rand(4, 3, 8, 8), torch.randn(4, 1)
+    pairs = zip(results(folded(model), x, weight), results(model, x, weight), strict=True)
+    assert all(error(found, expected.double()) < 1e-5 for found, expected in pairs)
+
+
 @pytest.mark.parametrize("name", ["wrn", "plain"])
 def test_follows_the_model_where_its_weights_are(name):
     """Without a new address: optimisers' steps, BatchNorm's statistics, .data, new tensors."""

@@ -19,11 +19,12 @@ ARCHS = (80, 90, 100)
 REGISTERS = {  # at most, of 255; 64 keep half of an SM's threads resident
     "linf_kernel": 40,
     "l2_kernel": 64,
-    "linf_ascent_kernel": 64,
+    "linf_ascent_kernel": 72,
     "l2_ascent_kernel": 64,
     "shift_kernel": 48,
     "ball_kernel": 80,
     "augment_kernel": 40,
+    "fold_bn_kernel": 48,
     "difference_kernel": 64,
     "cosine_kernel": 96,
     "tile_kernel": 64,
@@ -136,6 +137,11 @@ def images():
         seed = torch.tensor(2**40)
         box = 0.1, 3, 2**32 - 1, 0.0, 1.0
         yield name, "random_start", (laid, seed, ids, each, 0.1, init, norm, *box), narrow
+    weight, bias = torch.empty(64, 32, 3, 3), torch.empty(64)
+    for dtype in (torch.bfloat16, torch.float32):
+        norm = bias, bias, bias, bias, 1e-5
+        args = [weight.to(dtype)], [bias.to(dtype)], [weight], [bias], [norm]
+        yield f"fold_bn_kernel {dtype}", "fold_bn_", args, None
     for last in (False, True):
         args = x.to(torch.uint8), ids, ids, ids.bool(), 4, last
         yield f"augment_kernel channels_last={last}", "augment", args, 3 + 8

@@ -44,6 +44,8 @@ SELECTED = {
     "test_zero_vectors_and_zero_distance_have_gradient_zero",
     "augment": "test_op[shape1-True] test_shapes[shape0-False] test_shapes[shape5-False] "
     "test_identity_is_torchs_division test_offsets_outside_read_zeros[True-12]",
+    "fold_bn": "test_values[layout0-dtype1] test_values[layout1-dtype0] test_tables_are_made_once "
+    "test_a_weight_that_no_three_strides_describe test_follows_new_values_and_new_tensors",
     "dlr": "test_sizes[16-dtype1] test_sizes[17-dtype0] test_a_large_row[dtype0] "
     "test_leaders_a_block_apart_in_a_wide_row test_labels_far_out_of_range_read_nothing",
     "softmax_entropy": "test_sizes[16-0.0-dtype1] test_sizes[17-0.1-dtype0] TestExtremes "
