@@ -49,7 +49,8 @@ class Frozen(InPrecision):
         if on_cpu and _native.isa() != "amx":
             dtype = torch.float32  # without tiles bfloat16 would gain nothing
         try:
-            self.trunk, head = lower(self.net, dtype)
+            trunk, head = lower(self.net, dtype)
+            vars(self)["trunk"] = trunk  # so that it is no submodule either
             self._head.append(head)
             self.refresh()
         except Unsupported as reason:

@@ -98,7 +98,7 @@ def results(model, x, weight):
 def twin(net, dtype=torch.float32):
     """A Frozen whose trunk computes in `dtype` on any machine."""
     frozen = freeze(net, dtype)
-    frozen.trunk, head = lower(frozen.net, dtype)
+    vars(frozen)["trunk"], head = lower(frozen.net, dtype)
     frozen._head = [head]
     return frozen
 

@@ -145,7 +145,10 @@ def test_without_gradients_memory_is_freed_on_the_way(monkeypatch):
 def test_devices_choose_the_executor():
     with torch.device("meta"):
         net = models.get("resnet18", width=4)
-    assert isinstance(freeze(net).trunk, Folded)
+    frozen = freeze(net)
+    assert isinstance(frozen.trunk, Folded)
+    assert len(list(frozen.buffers())) == len(list(net.buffers()))  # nobody sees the folded ones
+    assert not any(module.training for module in frozen.modules())
     with pytest.raises(Unsupported, match=r"its weights are torch\.float64"):
         lower(net.double().eval(), torch.float32)
     net.linear.to_empty(device="cpu")
