@@ -17,10 +17,11 @@ import triton.language as tl
 CONFIG = {"BLOCK": 1024, "num_warps": 4}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
-FIELDS = tl.constexpr(14)  # of a tensor's entry: 8 addresses, 0 for None, and
-OUT_STRIDE, IN_STRIDE, TAP_STRIDE = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # of weight
-IN_CHANNELS, TAPS = tl.constexpr(11), tl.constexpr(12)
-FIRST = tl.constexpr(13)  # the first program of this tensor
+# Of a tensor's entry: the addresses, 0 for None, then weight's strides and extents, and the first of
+# its programs.
+(WEIGHT_OUT, BIAS_OUT, WEIGHT, BIAS, MEAN, VAR, GAMMA, BETA) = map(tl.constexpr, range(8))
+(OUT_STRIDE, IN_STRIDE, TAP_STRIDE, IN_CHANNELS, TAPS, FIRST) = map(tl.constexpr, range(8, 14))
+FIELDS = tl.constexpr(14)
 
 
 @triton.jit
@@ -39,19 +40,19 @@ def fold_bn_kernel(entries, eps, tensor_of, OUT: tl.constexpr, BLOCK: tl.constex
     tensor = tl.load(tensor_of + tl.program_id(0))
     entry = entries + tensor * FIELDS
     channel = tl.program_id(0) - tl.load(entry + FIRST)
-    bias, mean = _value(entry, 3, channel, 0.0), _value(entry, 4, channel, 0.0)
-    var, gamma = _value(entry, 5, channel, 1.0), _value(entry, 6, channel, 1.0)
-    beta = _value(entry, 7, channel, 0.0)
+    bias, mean = _value(entry, BIAS, channel, 0.0), _value(entry, MEAN, channel, 0.0)
+    var, gamma = _value(entry, VAR, channel, 1.0), _value(entry, GAMMA, channel, 1.0)
+    beta = _value(entry, BETA, channel, 0.0)
     scale = tl.div_rn(gamma, tl.sqrt_rn(var + tl.load(eps + tensor)))
-    bias_out = tl.load(entry + 1)
+    bias_out = tl.load(entry + BIAS_OUT)
     shift = bias * scale + (beta - mean * scale)
     tl.store(bias_out.to(tl.pointer_type(OUT)) + channel, shift.to(OUT), bias_out != 0)
 
     ins = tl.load(entry + IN_CHANNELS).to(tl.int32)
     size = ins * tl.load(entry + TAPS).to(tl.int32)
     in_stride, tap_stride = tl.load(entry + IN_STRIDE), tl.load(entry + TAP_STRIDE)
-    out = tl.load(entry).to(tl.pointer_type(OUT)) + channel * size
-    weight = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    out = tl.load(entry + WEIGHT_OUT).to(tl.pointer_type(OUT)) + channel * size
+    weight = tl.load(entry + WEIGHT).to(tl.pointer_type(tl.float32))
     weight += channel * tl.load(entry + OUT_STRIDE)
     first = tl.cast(0, tl.int32)
     while first < size:  # no range: interpreters before 3.9 take no tensor for its end
