@@ -17,7 +17,7 @@ import triton.language as tl
 CONFIG = {"BLOCK": 1024, "num_warps": 4}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
-# Of a tensor's entry: the addresses, 0 for None, then weight's strides and extents, and the first of
+# Of a tensor's entry: addresses, 0 for None, then weight's strides and extents, then the first of
 # its programs.
 (WEIGHT_OUT, BIAS_OUT, WEIGHT, BIAS, MEAN, VAR, GAMMA, BETA) = map(tl.constexpr, range(8))
 (OUT_STRIDE, IN_STRIDE, TAP_STRIDE, IN_CHANNELS, TAPS, FIRST) = map(tl.constexpr, range(8, 14))
