@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, error, folded, network, results
 from torch import nn
 
-from fastadv import _library, freeze, models
+from fastadv import _library, freeze
 from fastadv.engine import Folded, Unsupported, lower
 
 
@@ -143,14 +143,14 @@ def test_without_gradients_memory_is_freed_on_the_way(monkeypatch):
 
 @pytest.mark.skipif(_library.backend() == "reference", reason="freeze() then lowers nothing")
 def test_devices_choose_the_executor():
-    with torch.device("meta"):
-        net = models.get("resnet18", width=4)
+    net = network("normalized").to("meta")
     frozen = freeze(net)
     assert isinstance(frozen.trunk, Folded)
     assert len(list(frozen.buffers())) == len(list(net.buffers()))  # nobody sees the folded ones
     assert not any(module.training for module in frozen.modules())
+    assert frozen.trunk(torch.rand(2, 3, 8, 8, device="meta")).is_meta  # with nothing on the CPU
     with pytest.raises(Unsupported, match=r"its weights are torch\.float64"):
-        lower(net.double().eval(), torch.float32)
-    net.linear.to_empty(device="cpu")
+        lower(net.double(), torch.float32)
+    net.mu = torch.zeros(1, 3, 1, 1)
     with pytest.raises(Unsupported, match="its tensors are on 2 devices"):
-        lower(net.eval(), torch.float32)
+        lower(net, torch.float32)
