@@ -17,7 +17,7 @@ def published(folds):
             weight, bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
         weight_out.copy_(weight)
         if bias_out is not None:
-            bias_out.copy_(bias.view_as(bias_out))
+            bias_out.copy_(bias)
 
 
 @torch.no_grad()

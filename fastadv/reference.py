@@ -187,7 +187,7 @@ def fold_bn_(weights_out, biases_out, weights, biases, norms):
             bias = shift if bias is None else bias * scale + shift
         weight_out.copy_(weight)
         if bias_out is not None:
-            bias_out.copy_(bias.view_as(bias_out))
+            bias_out.copy_(bias)
 
 
 def _at_least_fp32(tensor):

@@ -97,7 +97,7 @@ class Layer(nn.Module):
             norm = stage.norm and parts(stage.norm)
             yield self.weight, self.bias, stage.conv.weight, stage.conv.bias, norm
         if stage.affine is not None:
-            yield self.scale, self.shift, self.ones, None, parts(stage.affine)
+            yield self.scale, self.shift.flatten(), self.ones, None, parts(stage.affine)
 
     def forward(self, source):
         stage = self.stage

@@ -112,23 +112,31 @@ def test_tables_are_made_once():
 
 
 def test_bad_arguments_name_themselves():
-    arguments = make()
-    (weights_out, biases_out), weights = outputs(*arguments, torch.float32), arguments[0]
+    names = ["weights_out", "biases_out", "weights", "biases", "norms"]
+    good = make()
+    good = dict(zip(names, (*outputs(*good, torch.float32), *good), strict=True))
+    mean, var, *rest = good["norms"][0]
 
-    def fails(error, match, *outs):
+    def fails(error, match, i, **changed):
+        """With another i-th element of some sequences."""
+        columns = {n: [*good[n][:i], v, *good[n][i + 1 :]] for n, v in changed.items()}
         with pytest.raises(error, match=match):
-            ops.fold_bn_(outs, biases_out, *arguments)
+            ops.fold_bn_(**good | columns)
 
-    rest = weights_out[1:]
-    fails(TypeError, r"weights_out\[0\] is torch.float16", weights_out[0].half(), *rest)
-    fails(
-        TypeError,
-        r"weights_out\[1\] is .*float32, must be .*bfloat16",
-        weights_out[0].bfloat16(),
-        *rest,
-    )
-    fails(ValueError, r"weights_out\[0\] has shape \(3,", weights_out[0][:3], *rest)
-    fails(ValueError, r"weights_out\[0\] is on meta", weights_out[0].to("meta"), *rest)
-    fails(ValueError, r"weights_out\[0\] has strides \(27, 9, 3, 1\)", weights[0].clone(), *rest)
+    out, weight = good["weights_out"][0], good["weights"][0]
+    fails(TypeError, r"weights_out\[0\] is torch.float16", 0, weights_out=out.half())
+    second = good["weights_out"][1].bfloat16()
+    fails(TypeError, r"weights_out\[1\] is .*bfloat16, must be .*float32", 1, weights_out=second)
+    fails(ValueError, r"weights_out\[0\] has shape \(3,", 0, weights_out=out[:3])
+    fails(ValueError, r"weights_out\[0\] is on meta", 0, weights_out=out.to("meta"))
+    fails(ValueError, r"weights_out\[0\] has strides \(27, 9,", 0, weights_out=weight.clone())
+    fails(TypeError, r"biases_out\[0\] is torch.bfloat16", 0, biases_out=mean.bfloat16())
+    sparse = torch.empty(10)[::2]
+    fails(ValueError, r"biases_out\[0\] has stride 2, must be", 0, biases_out=sparse)
+    fails(TypeError, r"weights\[1\] is .*16, must be .*32", 1, weights=second)
+    fails(ValueError, r"biases\[0\] has shape \(1,\), must be \(5,\)", 0, biases=mean[:1])
+    fails(TypeError, r"mean\[0\] is torch.float64", 0, norms=(mean.double(), var, *rest))
+    fails(ValueError, r"var\[0\] is on meta", 0, norms=(mean, var.to("meta"), *rest))
+    fails(ValueError, r"var\[0\] has shape \(4,\)", 0, norms=(mean, var[:4], *rest))
     with pytest.raises(ValueError, match="shorter"):
-        ops.fold_bn_(weights_out, biases_out, weights, arguments[1][1:], arguments[2])
+        ops.fold_bn_(**good | {"biases": good["biases"][:-1]})
