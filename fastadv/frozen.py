@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _library, _native
-from .engine import Unsupported, hooked, lower
+from .engine import Folded, Unsupported, hooked, lower
 
 _log = logging.getLogger("fastadv")
 
@@ -33,7 +33,7 @@ class InPrecision(nn.Module):
 
 class Frozen(InPrecision):
     """What `freeze` returns. `net` shares the memory of the model's parameters and buffers; `trunk`
-    computes its convolutions with packed copies of them, None where the engine cannot."""
+    computes its convolutions with folded copies of them, None where the engine cannot."""
 
     def __init__(self, model, dtype=torch.float32):
         shared = {id(b): b for b in model.buffers()}
@@ -42,11 +42,15 @@ class Frozen(InPrecision):
         self.eval()
         self._source = [model]  # in a list, so that it is no submodule
         self.trunk, self._head = None, []
-        if _native.missing or _library.backend() not in ("auto", "native"):
+        on_cpu = all(p.is_cpu for p in self.net.parameters())
+        backends = ("auto", "native") if on_cpu else ("auto", "native", "triton", "cuda")
+        if _library.backend() not in backends or (on_cpu and _native.missing):
             return
+        if on_cpu and _native.isa() != "amx":
+            dtype = torch.float32  # without tiles bfloat16 would gain nothing
         try:
-            # Without tiles bfloat16 would gain nothing over float32.
-            self.trunk, head = lower(self.net, dtype if _native.isa() == "amx" else torch.float32)
+            trunk, head = lower(self.net, dtype)
+            vars(self)["trunk"] = trunk  # so that it is no submodule either
             self._head.append(head)
             self.refresh()
         except Unsupported as reason:
@@ -57,7 +61,7 @@ class Frozen(InPrecision):
         return super().train(False)
 
     def refresh(self):
-        """Follows the model to its present tensors, and packs the trunk's weights anew."""
+        """Follows the model to its present tensors, and folds the trunk's weights anew."""
         (model,) = self._source
         for mine, its in zip(self.net.parameters(), model.parameters(), strict=True):
             mine.data = its.detach()
@@ -70,30 +74,29 @@ class Frozen(InPrecision):
     def forward(self, x):
         if not (self._has_trunk() and self._suits(x)):
             return super().forward(x)
+        (head,) = self._head
         try:
-            features = self.trunk(x)
+            with torch.autocast(x.device.type, enabled=False):
+                return head(self.trunk(x)).float()
         except Unsupported as reason:
             self._go_without(reason)
             return super().forward(x)
-        (head,) = self._head
-        with torch.autocast("cpu", enabled=False):
-            return head(features).float()
 
     def _has_trunk(self):
         """Whether there is a trunk, and the weights are still as it takes them."""
         if self.trunk is None:
             return False
         weight = self.trunk.stages[0].conv.weight
-        return weight.is_cpu and weight.dtype == torch.float32
+        return weight.device == self.trunk.device and weight.dtype == torch.float32
 
     def _suits(self, x):
         """Whether the trunk takes this input, and nothing waits for what only modules compute."""
         channels = self.trunk.stages[0].conv.in_channels
         return (
             type(x) in (torch.Tensor, nn.Parameter)
-            and (x.is_cpu and x.dtype == torch.float32)
+            and (x.device == self.trunk.device and x.dtype == torch.float32)
             and (x.dim() == 4 and x.shape[1] == channels and len(x) > 0)
-            and _get_current_dispatch_mode() is None
+            and (isinstance(self.trunk, Folded) or _get_current_dispatch_mode() is None)
             and not any(map(hooked, self.net.modules()))
         )
 
@@ -111,13 +114,14 @@ def _say(message):
 def freeze(model, dtype=torch.float32):
     """The attack-time twin of `model`: frozen parameters, always in eval mode, float32 logits.
 
-    On a CPU the twin's convolutions run in kernels of our own (`fastadv.engine`), in float32 or, on
-    processors with AMX, in bfloat16 where that is the dtype; BatchNorm is folded into packed copies
-    of the weights, which each attack call makes anew by `refresh()`: a change of the model in
-    between shows in full after the next one. In float32, logits agree with the model's to rounding.
-    What the engine does not know (see `engine.lower`; a warning says what, once, and `trunk` is
-    then None) and other devices run the model's own modules on its own memory, under autocast for
-    bfloat16. Only the input gets a gradient, once; the model's mode and `.grad` stay as they are.
+    BatchNorm is folded into copies of the convolutions' weights, which each attack call makes anew
+    by `refresh()`: a change of the model in between shows in full after the next one. On a CPU the
+    convolutions run in kernels of our own (`fastadv.engine`), in float32 or, on processors with
+    AMX, in bfloat16 where that is the dtype; on other devices in torch's, in `dtype`, channels_last
+    and with weights that keep their addresses. In float32, logits agree with the model's to
+    rounding. What the engine does not know (see `engine.lower`; a warning says what, once, and
+    `trunk` is then None) runs as the model's own modules on its own memory, under autocast for
+    bfloat16. Only the input gets a gradient; the model's mode and `.grad` stay as they are.
     Raises ValueError for other dtypes.
     """
     if isinstance(model, Frozen):

@@ -165,6 +165,31 @@ def augment(images, dy, dx, flip, padding, channels_last):
     return (crop.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout)
 
 
+def bn_affine(mean, var, gamma, beta, eps):
+    """(scale, shift) [C] of a BatchNorm in eval mode: gamma / sqrt(var + eps), beta - mean scale;
+    gamma and beta may be None for 1 and 0."""
+    scale = (var + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def fold_bn_(weights_out, biases_out, weights, biases, norms):
+    """weight_out [O, ...] = weight scale, bias_out = bias scale + shift, of each convolution; scale
+    and shift of its BatchNorm `norm`, the arguments of `bn_affine`, or 1 and 0 for None."""
+    for weight_out, bias_out, weight, bias, norm in zip(
+        weights_out, biases_out, weights, biases, norms, strict=True
+    ):
+        if norm is not None:
+            scale, shift = bn_affine(*norm)
+            weight = weight * per_sample(scale, weight)
+            bias = shift if bias is None else bias * scale + shift
+        weight_out.copy_(weight)
+        if bias_out is not None:
+            bias_out.copy_(bias)
+
+
 def _at_least_fp32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

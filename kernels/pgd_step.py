@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .ball import l2_delta, l2_scale, l2_shrink, linf_point, square
 from .rows import clamp, is_dense
 
 # Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
@@ -38,21 +39,18 @@ def linf_kernel(
     inside = at < size
     at += start
     eps, step = tl.cast(eps, tl.float32), tl.cast(step_size, tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     g = tl.load(grad + at, inside, 0.0)
     origin = tl.load(x + at, inside, 0.0)
-    moved = tl.load(x_adv + at, inside, 0.0) + tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
-    projected = clamp(moved, origin - eps, origin + eps)
-    tl.store(out + at, clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), inside)
+    moved = linf_point(tl.load(x_adv + at, inside, 0.0), g, origin, eps, step, lo, hi)
+    tl.store(out + at, moved, inside)
 
 
 @triton.jit
-def _l2_delta(x_adv, grad, x, at, inside, scale):
-    """(x, x_adv + scale g - x): the step in fp64 until it is rounded, as step_size / ||g|| may
-    overflow fp32 while step_size g / ||g|| does not. No step where scale is 0."""
-    g = tl.load(grad + at, inside, 0.0).to(tl.float64)
-    step = tl.where(scale == 0, 0.0, g * scale).to(tl.float32)
-    origin = tl.load(x + at, inside, 0.0)
-    return origin, tl.load(x_adv + at, inside, 0.0) + step - origin
+def _step(x_adv, grad, x, at, scale, SIZE: tl.constexpr):
+    """(x, x_adv + scale g - x) of the elements `at`."""
+    g, origin = tl.load(grad + at, at < SIZE, 0.0), tl.load(x + at, at < SIZE, 0.0)
+    return origin, l2_delta(tl.load(x_adv + at, at < SIZE, 0.0), g, origin, scale)
 
 
 @triton.jit
@@ -79,31 +77,25 @@ def l2_kernel(
     if eps_per_sample is not None:
         eps = tl.load(eps_per_sample + sample)
     eps, step = tl.cast(eps, tl.float32), tl.cast(step_size, tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     block = tl.arange(0, BLOCK)
 
     squares = tl.zeros([BLOCK], tl.float64)
     for first in tl.range(0, SIZE, BLOCK):
         at = first + block
-        g = tl.load(grad + at, at < SIZE, 0.0).to(tl.float64)
-        squares += g * g
-    norm = tl.sqrt(tl.sum(squares, 0))
-    scale = tl.where(norm > 0, step.to(tl.float64) / norm, 0.0)
+        squares += square(tl.load(grad + at, at < SIZE, 0.0))
+    scale = l2_scale(step, tl.sqrt(tl.sum(squares, 0)))
 
     squares = tl.zeros([BLOCK], tl.float64)
     for first in tl.range(0, SIZE, BLOCK):
-        at = first + block
-        _, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
-        squares += delta.to(tl.float64) * delta.to(tl.float64)
-    norm = tl.sqrt(tl.sum(squares, 0))
-    shrink = tl.where(norm > eps, eps.to(tl.float64) / norm, 1.0).to(tl.float32)
+        _, delta = _step(x_adv, grad, x, first + block, scale, SIZE)
+        squares += square(delta)
+    shrink = l2_shrink(tl.sqrt(tl.sum(squares, 0)), eps)
 
     for first in tl.range(0, SIZE, BLOCK):
         at = first + block
-        origin, delta = _l2_delta(x_adv, grad, x, at, at < SIZE, scale)
-        projected = origin + delta * shrink
-        tl.store(
-            out + at, clamp(projected, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)), at < SIZE
-        )
+        origin, delta = _step(x_adv, grad, x, at, scale, SIZE)
+        tl.store(out + at, clamp(origin + delta * shrink, lo, hi), at < SIZE)
 
 
 def pgd_step(x_adv, *args):

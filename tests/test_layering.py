@@ -95,6 +95,12 @@ def test_imports_point_one_way():
     assert violations(files) == []
 
 
+def test_every_package_is_installed():
+    listed = (ROOT / "pyproject.toml").read_text()
+    for init in (ROOT / "fastadv").glob("*/__init__.py"):
+        assert f'"fastadv.{init.parent.name}"' in listed
+
+
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [

@@ -1,11 +1,14 @@
-"""The attack engine on CPUs: a network's convolutions in kernels of our own, input gradient only.
+"""The attack engine: an inference network's convolutions and what belongs to them, input gradient
+only.
 
 `lower` turns the leading part of a network, its trunk, into a plan of stages, each a convolution
-with all that follows it up to the next one; `Trunk` runs the plan forward and backward.
+with all that follows it up to the next one; `Trunk` runs the plan forward and backward in kernels
+of our own on CPUs, `Folded` in torch's convolutions on other devices.
 """
 
+from .folded import Folded
 from .lower import hooked, lower
 from .stage import Unsupported
 from .trunk import Trunk
 
-__all__ = ["Trunk", "Unsupported", "hooked", "lower"]
+__all__ = ["Folded", "Trunk", "Unsupported", "hooked", "lower"]

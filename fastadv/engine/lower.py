@@ -1,31 +1,40 @@
 """From a network to the plan of its trunk, by torch.fx."""
 
+import functools
 import operator
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .folded import Folded
 from .stage import Ref, Stage, Unsupported, pair
 from .trunk import Trunk
 
 
 def lower(net, dtype):
-    """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits.
+    """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits. The trunk is a Trunk
+    where the parameters are on a CPU, elsewhere a Folded.
 
-    The trunk takes convolutions (any stride, padding and dilation; dense, or one filter per
+    It takes convolutions (any stride, padding and dilation; dense, or one filter per
     channel), BatchNorm, ReLU, ReLU6, SiLU, residual sums, zero padding, average pooling and the
     input's normalisation; the head, what follows them, runs in torch. Raises Unsupported when the
-    network cannot be traced, has a convolution after something else, or branches otherwise.
+    network cannot be traced, has a convolution after something else, branches otherwise, or is
+    spread over devices.
     """
+    devices = {tensor.device for tensor in (*net.parameters(), *net.buffers())}
+    if len(devices) != 1:
+        raise Unsupported(f"its tensors are on {len(devices)} devices")
+    kind = devices.pop().type
+    autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     for name, module in net.named_modules():
         if "forward" in vars(module):
             raise Unsupported(f"the forward of {name or type(net).__name__} was replaced")
         if hooked(module):
             raise Unsupported(f"{name or type(net).__name__} has hooks")
     try:
-        with torch.autocast("cpu", enabled=False):  # the caller's is none of its own
-            graph = Tracer().trace(net)
+        with torch.autocast(autocast, enabled=False):  # the caller's is none of its own
+            graph = Tracer(autocast).trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
@@ -33,7 +42,23 @@ def lower(net, dtype):
     lowering = Lowering(net, graph)
     boundary = lowering.boundary()
     head = _head(net, graph, lowering.found, boundary)
-    return Trunk(lowering.finished(boundary), lowering.image_affine, dtype), head
+    executor = Trunk if kind == "cpu" else Folded
+    stages = lowering.finished(boundary)
+    affine = functools.partial(image_affine, net, stages[0].conv.weight, lowering.image.steps)
+    return executor(stages, affine, dtype), head
+
+
+def image_affine(net, weight, steps):
+    """(scale, shift) [C] of the image before the first convolution, of this weight."""
+    exact = {"dtype": torch.float32, "device": weight.device}
+    scale, shift = torch.ones(weight.shape[1], **exact), torch.zeros(weight.shape[1], **exact)
+    for operation, constant in steps:
+        if isinstance(constant, str):
+            constant = operator.attrgetter(constant)(net).flatten().float()
+        if operation in (torch.mul, torch.div):
+            scale = operation(scale, constant)
+        shift = operation(shift, constant)
+    return scale.contiguous(), shift.contiguous()
 
 
 def hooked(module):
@@ -47,11 +72,15 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self, autocast):
+        super().__init__()
+        self.autocast = autocast  # the kind of device
+
     def proxy(self, node):
         return Proxy(node, self)
 
     def create_node(self, *args, **kwargs):
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(self.autocast):
             raise Unsupported("its forward enters autocast, which a trace would forget")
         return super().create_node(*args, **kwargs)
 
@@ -203,19 +232,6 @@ class Lowering:
         elif not isinstance(constant, (int, float)):
             return None
         return Image((*image.steps, (operation, constant)))
-
-    def image_affine(self):
-        """(scale, shift) [C] of the image before the first convolution."""
-        channels = self.stages[0].conv.in_channels
-        exact = {"dtype": torch.float32, "device": "cpu"}
-        scale, shift = torch.ones(channels, **exact), torch.zeros(channels, **exact)
-        for operation, constant in self.image.steps:
-            if isinstance(constant, str):
-                constant = operator.attrgetter(constant)(self.net).flatten().float()
-            if operation in (torch.mul, torch.div):
-                scale = operation(scale, constant)
-            shift = operation(shift, constant)
-        return scale.contiguous(), shift.contiguous()
 
     def pad(self, node, _):
         (source, before), pad = self.source(node.args[0]), node.args[1]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _native
+from .. import _native, reference
 
 IMAGES, CHANNELS = 16, 32  # of a block, see csrc/table.h
 
@@ -109,11 +109,12 @@ class Ref:
 
 def affine(norm):
     """(scale, shift) fp32 [C] of a BatchNorm in eval mode."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    return reference.bn_affine(*parts(norm))
+
+
+def parts(norm):
+    """(mean, var, gamma, beta, eps) of a BatchNorm; gamma and beta are None where it has none."""
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
 
 
 def padded(values):

@@ -29,6 +29,8 @@ class Trunk:
     the last `refresh()`. An image's features do not depend on the others of its batch.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, stages, image_affine, dtype):
         self.stages = stages
         self.image_affine = image_affine

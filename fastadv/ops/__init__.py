@@ -6,6 +6,7 @@ from .augment import augment
 from .cross_entropy import cross_entropy
 from .dlr import dlr
 from .feature_distance import feature_distance
+from .fold_bn import fold_bn_
 from .margin import margin
 from .mart_bce import mart_bce
 from .pgd_step import pgd_step, pgd_step_
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "dlr",
     "feature_distance",
+    "fold_bn_",
     "margin",
     "mart_bce",
     "pgd_step",

@@ -56,6 +56,7 @@ _apgd_step_ = define(
     check=_check_in_place,
     reference=reference.apgd_step_,
     native=_cpu,
+    kernel="apgd_step",
     fake=_check,
 )
 

@@ -1,11 +1,14 @@
 """The networks of the engine's tests, and how they are compared with torch."""
 
+import importlib
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastadv import freeze, models
-from fastadv.engine import lower
+from fastadv.engine import Folded, lower
 
 
 class Plain(nn.Module):
@@ -95,9 +98,15 @@ def results(model, x, weight):
 def twin(net, dtype=torch.float32):
     """A Frozen whose trunk computes in `dtype` on any machine."""
     frozen = freeze(net, dtype)
-    frozen.trunk, head = lower(frozen.net, dtype)
+    vars(frozen)["trunk"], head = lower(frozen.net, dtype)
     frozen._head = [head]
     return frozen
+
+
+def folded(net, dtype=torch.float32):
+    """A Frozen with the executor of other devices than this one."""
+    with mock.patch.object(importlib.import_module("fastadv.engine.lower"), "Trunk", Folded):
+        return twin(net, dtype)
 
 
 def error(found, expected):

@@ -19,9 +19,12 @@ ARCHS = (80, 90, 100)
 REGISTERS = {  # at most, of 255; 64 keep half of an SM's threads resident
     "linf_kernel": 40,
     "l2_kernel": 64,
+    "linf_ascent_kernel": 72,
+    "l2_ascent_kernel": 64,
     "shift_kernel": 48,
     "ball_kernel": 80,
     "augment_kernel": 40,
+    "fold_bn_kernel": 48,
     "difference_kernel": 64,
     "cosine_kernel": 96,
     "tile_kernel": 64,
@@ -37,6 +40,7 @@ TYPES = {
     "torch.bfloat16": "*bf16",
     "torch.float16": "*fp16",
     "torch.int64": "*i64",
+    "torch.int32": "*i32",
     "torch.uint8": "*u8",
     "torch.bool": "*i1",
 }
@@ -120,6 +124,10 @@ def images():
             name = f"{norm}_kernel{'' if eps is None else ' per sample'}"
             narrow = 0 if eps is None else 1
             yield name, "pgd_step", (x, x, x, eps, 0.1, 0.1, norm, 0.0, 1.0), narrow
+    flags, count = [torch.empty(64, dtype=torch.bool)] * 3, torch.tensor(0)
+    for norm in ("linf", "l2"):
+        args = *[x] * 5, count, x, x, each, *flags, 0.1, 0.75, norm, 0.0, 1.0
+        yield f"{norm}_ascent_kernel", "apgd_step_", args, 4
     for name, laid, init, norm, narrow in (
         ("shift_kernel uniform", x, "uniform", "linf", 2),
         ("shift_kernel gaussian", x, "gaussian", "linf", 1),
@@ -129,6 +137,11 @@ def images():
         seed = torch.tensor(2**40)
         box = 0.1, 3, 2**32 - 1, 0.0, 1.0
         yield name, "random_start", (laid, seed, ids, each, 0.1, init, norm, *box), narrow
+    weight, bias = torch.empty(64, 32, 3, 3), torch.empty(64)
+    for dtype in (torch.bfloat16, torch.float32):
+        norm = bias, bias, bias, bias, 1e-5
+        args = [weight.to(dtype)], [bias.to(dtype)], [weight], [bias], [norm]
+        yield f"fold_bn_kernel {dtype}", "fold_bn_", args, None
     for last in (False, True):
         args = x.to(torch.uint8), ids, ids, ids.bool(), 4, last
         yield f"augment_kernel channels_last={last}", "augment", args, 3 + 8
@@ -234,7 +247,7 @@ def main():
 
     report, seen = {}, set()
     for name, op, args, narrow in calls():
-        launcher = importlib.import_module(f"fastadv.kernels.{op}")
+        launcher = importlib.import_module(f"fastadv.kernels.{op.rstrip('_')}")
         for kernel in [n for n in vars(launcher) if n.endswith("_kernel")]:
             if not isinstance(getattr(launcher, kernel), Recorder):
                 setattr(launcher, kernel, Recorder(getattr(launcher, kernel)))

@@ -119,6 +119,15 @@ def test_what_is_kept_and_where_it_goes_on(norm):
     assert torch.equal(after["x_adv"][rows], moved[rows])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_sample_with_many_holes_counts_once(norm):
+    case = make((3, 3000), norm)
+    grad = torch.ones(3, 3000)
+    grad[1] = math.inf
+    grad[2, 5] = grad[2, 2999] = math.nan
+    assert stepped(case, grad=grad)["bad_gradients"] == 7 + 2
+
+
 def test_mixed_layouts_do_not_mix_pixels():
     case = make((8, 3, 5, 4))
     expected = stepped(case)
