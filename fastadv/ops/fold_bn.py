@@ -22,9 +22,8 @@ from .._library import expect
 
 PARTS = ("mean", "var", "gamma", "beta")  # of a norm, before eps
 _chosen = _library.backend()
-_missing = (
-    _library.triton_missing() if _chosen in ("auto", "triton") else f"FASTADV_BACKEND={_chosen}"
-)
+_by_choice = f"FASTADV_BACKEND={_chosen}" if _chosen in ("native", "reference") else None
+_missing = _by_choice or _library.triton_missing()
 _interpreted = not _missing and os.environ.get("TRITON_INTERPRET") == "1"
 _on_cpu = _interpreted and _chosen == "triton"
 _kernel = None if _missing else importlib.import_module("fastadv.kernels.fold_bn").fold_bn_
