@@ -1,21 +1,17 @@
 """All that a machine with an NVIDIA GPU can say of fastadv; `--suite gpu` of run.py, eight minutes.
 
-Builds the compiled module, runs the tests that need a GPU and, where compute-sanitizer is there,
-those of the CUDA kernels under it; then times, on random images and networks of random weights: ops
-on tensors of 300 MB ("of copy": their bandwidth over that of a copy on the same GPU) and on small
-ones, the host's time to launch pgd_step, PGD-10 and whole training steps. "published" is the loop
-in float32 eager, as torch sets itself up, with convolutions in TF32 (see published.py); "graph"
-replays a CUDA graph, "graph compiled" one of a twin under torch.compile. Rows are appended to
-benchmarks/results/<gpu>.jsonl.
+    python benchmarks/run.py --suite gpu
 
-Without a GPU what needs none is run: the build, the Triton kernels interpreted and compiled, the
-CUDA kernels' bodies on the CPU and their machine code. Needs no network.
+Installs the checkout into this Python and runs the tests for a GPU, on CUDA kernels also under
+compute-sanitizer where that is there (see prepare.py); then times, on random images and networks of
+random weights: ops on tensors of 300 MB ("of copy": their bandwidth over that of a copy on the same
+GPU) and on small ones, PGD-10 and whole training steps. "published" is the loop in float32 eager,
+as torch sets itself up, with convolutions in TF32 (see published.py); "graph" replays a CUDA graph,
+"graph compiled" one of a twin under torch.compile. Rows are appended to
+benchmarks/results/<gpu>.jsonl. Without a GPU it runs what needs none and stops. Needs no network.
 """
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import json
 
 import bench_attack
 import bench_augment
@@ -24,28 +20,8 @@ import bench_random_start
 import bench_softmax_kl
 import bench_train_step
 import torch
-from timing import RESULTS, Case, interleave, summary
-
-ROOT = Path(__file__).parents[1]
-
-
-def prepare():
-    """Build and tests. Exits where they fail, and where there is no GPU to go on with."""
-    pytest = sys.executable, "-m", "pytest", "-m"
-    execute(sys.executable, "setup.py", "build_ext", "--inplace")
-    if not torch.cuda.is_available():
-        execute(*pytest, "not gpu and not slow", "tests/kernels", "tests/test_graphs.py")
-        sys.exit("no GPU is present: what needs none has run, nothing was timed")
-    execute(*pytest, "gpu")
-    if sanitizer := shutil.which("compute-sanitizer"):
-        tests = "gpu", "tests/kernels/test_cuda_device.py"
-        execute(sanitizer, "--error-exitcode", "1", *pytest, *tests)
-
-
-def execute(*command):
-    print(*command, flush=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        sys.exit(f"failed: {' '.join(map(str, command))}")
+from run import line, markdown, measure
+from timing import RESULTS, Case, interleave, machine, summary
 
 
 def there(make, *args, **options):
@@ -79,19 +55,29 @@ def copy_bandwidth():
     return 2 * source.nbytes / summary(interleave(case)["copy"])["us"] / 1e3
 
 
-def rows(measure, seconds):
-    """Of all cases, as `measure` of run.py makes them."""
+def rows(seconds):
+    """Of all cases."""
     copy = copy_bandwidth()
     print(f"copy: {copy:.0f} GB/s")
     for case in cases():
         for row in measure(case, seconds):
             share = {"of copy": round(row["GB/s"] / copy, 2)} if "GB/s" in row else {}
-            yield row | share
+            yield {"suite": "gpu"} | row | share
         torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
-def results():
-    """The file of this GPU's rows."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    return RESULTS / f"{name}.jsonl"
+def main():
+    """Times, prints and appends."""
+    where, found = machine(), []
+    results = RESULTS / f"{where['gpu'].lower().replace(' ', '-')}.jsonl"
+    for row in rows(seconds=1.0):
+        print(line(row), flush=True)
+        found.append(row)
+        with open(results, "a") as file:
+            file.write(json.dumps(row | where) + "\n")
+    print("\n".join(["", *markdown(found), "", str(where)]))
+
+
+if __name__ == "__main__":
+    main()

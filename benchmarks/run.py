@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from prepare import execute, prepare
 from timing import RESULTS, interleave, machine, summary
 
 SUITES = {
@@ -36,31 +37,19 @@ README = Path(__file__).parents[1] / "README.md"
 
 def run(suite, only, seconds):
     """Appends the rows of a suite's cases to its file."""
-    if suite == "gpu":
-        import gpu
-
-        gpu.prepare()
-        found, results = gpu.rows(measure, seconds), gpu.results()
-    else:
-        found, results = rows(suite, only, seconds), RESULTS / f"{suite}.jsonl"
     where = machine()
     RESULTS.mkdir(exist_ok=True)
     print(where)
     ran = False
-    for row in found:
+    for case in chosen(suite, only):
         ran = True
-        print(line(row), flush=True)
-        with open(results, "a") as file:
-            file.write(json.dumps({"suite": suite} | row | where) + "\n")
+        for row in measure(case, seconds):
+            print(line(row), flush=True)
+            with open(RESULTS / f"{suite}.jsonl", "a") as file:
+                file.write(json.dumps({"suite": suite} | row | where) + "\n")
+        torch.compiler.reset()
     if not ran:
         sys.exit(f"--only is {only!r}, which suite {suite} has no case of")
-
-
-def rows(suite, only, seconds):
-    """Of the suite's cases, or of some."""
-    for case in chosen(suite, only):
-        yield from measure(case, seconds)
-        torch.compiler.reset()
 
 
 def chosen(suite, only):
@@ -153,7 +142,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case")
     parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")
     args = parser.parse_args()
-    table(args.suite) if args.table else run(args.suite, args.only, args.seconds)
+    if args.suite == "gpu":
+        prepare()
+        execute(sys.executable, Path(__file__).with_name("gpu.py"))
+    elif args.table:
+        table(args.suite)
+    else:
+        run(args.suite, args.only, args.seconds)
 
 
 if __name__ == "__main__":

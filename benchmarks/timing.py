@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastadv
-from fastadv import info
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -93,6 +90,9 @@ def summary(samples):
 
 def machine():
     """Hardware, versions and commit of a result row."""
+    import fastadv  # here, so that run.py can install it first
+    from fastadv import info
+
     cpu = next(
         (
             line.split(":")[1].strip()

@@ -185,7 +185,7 @@ def test_every_method_becomes_robust_on_the_digits(tmp_path):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """What `gpu.prepare` would run."""
+    """What the suite for GPUs would run, compute-sanitizer with a failure."""
     found = []
 
     def run(command, **_):
@@ -193,26 +193,34 @@ def commands(monkeypatch):
         return SimpleNamespace(returncode="sanitizer" in found[-1])
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "gpu"])
     return found
 
 
 def test_the_gpu_suite_says_that_there_is_none(bench, commands, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU is present: what needs none has run, nothing was"):
-        bench("run").run("gpu", None, 0)
-    build, tests = commands
-    assert build.endswith("setup.py build_ext --inplace")
-    assert tests.endswith("-m not gpu and not slow tests/kernels tests/test_graphs.py")
+        bench("run").main()
+    install, tests = commands
+    assert install.endswith("--no-build-isolation --no-deps --disable-pip-version-check -e .")
+    assert "-m not gpu and not slow tests/kernels" in tests
 
 
-def test_the_gpu_suite_stops_where_a_check_fails(bench, commands, monkeypatch):
-    gpu = bench("gpu")
+@pytest.mark.parametrize("sanitizer", [None, "/bin/compute-sanitizer"])
+def test_the_gpu_suite_times_only_what_passes(bench, commands, monkeypatch, sanitizer):
+    prepare = bench("prepare")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    with pytest.raises(SystemExit, match="failed: /usr/bin/compute-sanitizer"):
-        gpu.prepare()
-    tests = "tests/kernels/test_cuda_device.py"
-    assert [command.split()[-1] for command in commands] == ["--inplace", "gpu", tests]
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: sanitizer)
+    ends = ["-e .", "pytest -m gpu"]
+    if sanitizer:
+        with pytest.raises(SystemExit, match="failed: /bin/compute-sanitizer"):
+            bench("run").main()
+        ends.append("-m gpu tests/kernels/test_cuda_device.py")
+    else:
+        bench("run").main()
+        ends.append("benchmarks/gpu.py")
+    assert all(map(str.endswith, commands, ends))
+    assert len(commands) == len(ends)
 
 
 def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
@@ -231,7 +239,7 @@ def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
     monkeypatch.setattr(bench("bench_attack"), "peak", lambda *_, **__: {})
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
     monkeypatch.setattr(train, "case", lambda method, name, **_: make(method, name, **tiny))
-    rows = list(gpu.rows(bench("run").measure, 0))
+    rows = list(gpu.rows(0))
     ops = {"pgd_step", "random_start linf", "softmax_kl", "augment"}
     assert {row["op"] for row in rows} == {*ops, "PGD-10", "RSLAD step", "AdvFunMatch step"}
     for row in rows:
