@@ -27,6 +27,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            "-UCMAKE_CUDA_COMPILER",  # what an earlier build did without may be there by now
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTADV_MODULE={target}",

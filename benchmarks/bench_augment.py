@@ -20,10 +20,11 @@ def loop(images, dy, dx, flip, padding):
 def gather(images, dy, dx, flip, padding):
     height, width = images.shape[2:]
     padded = F.pad(images, [padding] * 4)
-    rows = dy[:, None] + torch.arange(height)
-    columns = torch.arange(width).expand(len(images), -1)
+    here = {"device": images.device}
+    rows = dy[:, None] + torch.arange(height, **here)
+    columns = torch.arange(width, **here).expand(len(images), -1)
     columns = dx[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
-    batch = torch.arange(len(images))[:, None, None]
+    batch = torch.arange(len(images), **here)[:, None, None]
     views = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None]]
     return views.permute(0, 3, 1, 2).float().div(255)
 

@@ -12,6 +12,9 @@ benchmarks/results/<gpu>.jsonl. Without a GPU it runs what needs none and stops.
 """
 
 import json
+import sys
+import traceback
+from functools import partial
 
 import bench_attack
 import bench_augment
@@ -23,6 +26,8 @@ import torch
 from run import line, markdown, measure
 from timing import RESULTS, Case, interleave, machine, summary
 
+from fastadv import _library
+
 
 def there(make, *args, **options):
     """A case whose tensors and networks are made on the GPU."""
@@ -31,20 +36,21 @@ def there(make, *args, **options):
 
 
 def cases():
-    """Made one after the other, for memory. A step on 8 images takes as long as its launch."""
+    """What makes each case, called one after the other, for memory. A step on 8 images takes as
+    long as its launch."""
     few, some, many = (8, 3, 32, 32), (512, 3, 32, 32), (512, 3, 224, 224)
     for shape in (few, some, many):
-        yield there(bench_pgd_step.case, *shape)
+        yield partial(there, bench_pgd_step.case, *shape)
     for shape in (some, many):
-        yield there(bench_random_start.case, bench_random_start.linf, *shape)
+        yield partial(there, bench_random_start.case, bench_random_start.linf, *shape)
     for shape in ((512, 10), (2**22, 10), (2**16, 1000)):
-        yield there(bench_softmax_kl.case, *shape)
-    yield there(bench_augment.case, 4, *some)
-    yield there(bench_attack.case, "resnet18", batch=512)
-    yield there(bench_attack.case, "mobilenet_v2", batch=512, rivals=False)
-    yield there(bench_attack.case, "wrn34_10", batch=128, rivals=False)
+        yield partial(there, bench_softmax_kl.case, *shape)
+    yield partial(there, bench_augment.case, 4, *some)
+    yield partial(there, bench_attack.case, "resnet18", batch=512)
+    yield partial(there, bench_attack.case, "mobilenet_v2", batch=512, rivals=False)
+    yield partial(there, bench_attack.case, "wrn34_10", batch=128, rivals=False)
     for method in ("rslad", "advfunmatch"):
-        yield bench_train_step.case(method, "resnet18", batch=512, device="cuda")
+        yield partial(bench_train_step.case, method, "resnet18", batch=512, device="cuda")
 
 
 def copy_bandwidth():
@@ -56,27 +62,35 @@ def copy_bandwidth():
 
 
 def rows(seconds):
-    """Of all cases."""
+    """Of all cases; None for one that fails, whose error is printed."""
     copy = copy_bandwidth()
     print(f"copy: {copy:.0f} GB/s")
-    for case in cases():
-        for row in measure(case, seconds):
-            share = {"of copy": round(row["GB/s"] / copy, 2)} if "GB/s" in row else {}
-            yield {"suite": "gpu"} | row | share
+    for make in cases():
+        try:
+            for row in measure(make(), seconds):
+                share = {"of copy": round(row["GB/s"] / copy, 2)} if "GB/s" in row else {}
+                yield {"suite": "gpu"} | row | share
+        except Exception:  # of a kernel, a compiler or memory: the others are worth having
+            traceback.print_exc()
+            yield None
         torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
 def main():
-    """Times, prints and appends."""
+    """Times, prints and appends. The exit status says whether a case failed."""
     where, found = machine(), []
     results = RESULTS / f"{where['gpu'].lower().replace(' ', '-')}.jsonl"
+    backends = {"backends": {name: op.cuda for name, op in _library.ops.items()}}
     for row in rows(seconds=1.0):
-        print(line(row), flush=True)
         found.append(row)
-        with open(results, "a") as file:
-            file.write(json.dumps(row | where) + "\n")
-    print("\n".join(["", *markdown(found), "", str(where)]))
+        if row:
+            print(line(row), flush=True)
+            with open(results, "a") as file:
+                file.write(json.dumps(row | where | backends) + "\n")
+    print("\n".join(["", *markdown(list(filter(None, found))), "", str(where)]))
+    if None in found:
+        sys.exit(f"{found.count(None)} cases failed")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ def finish():
         torch.cuda.synchronize()
 
 
+def exact():
+    """Within it convolutions on a GPU are in float32, as on a CPU, and not in TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def interleave(case, seconds=2.0):
     """Seconds per call, {name: [samples]}: one sample of each in turn until time is up.
 

@@ -105,6 +105,13 @@ class Frozen(InPrecision):
         _say(f"freeze: {type(self.net).__name__} runs as plain torch, slower: {reason}")
 
 
+def refresh(model):
+    """Brings a twin up to date, also one under torch.compile; other models are as they are."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, Frozen):
+        model.refresh()
+
+
 @functools.cache
 def _say(message):
     """Warns once."""

@@ -1,5 +1,6 @@
 """An attack as one CUDA graph: all its steps in a single launch."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 from .attacks.checks import check_images, check_labels, evaluating
-from .attacks.pgd import OBJECTIVES
-from .frozen import Frozen
+from .attacks.pgd import OBJECTIVES, PGD
+from .frozen import refresh
+from .methods import Method, Nets
 
 
 class Captured:
@@ -18,19 +20,17 @@ class Captured:
     The networks' tensors are read where they lie, so that new weights need no new recording:
     optimisers write in place, and so does the refresh of a twin of `freeze`. A smaller batch is
     filled up with former images, for samples do not depend on each other. Attacked step by step are
-    images on other devices, networks in train mode, and objectives that cannot be recognised: those
-    that are no functools.partial, or have tensors among its arguments.
+    images on other devices, networks in train mode, and objectives that cannot be recognised: all
+    but a functools.partial of a function, or of a Method's, whose arguments are networks, Nets of
+    them, numbers and text.
 
     attack: a PGD with one restart that keeps the last iterate; ValueError for others.
     bad_gradients: as of a PGD.
     """
 
     def __init__(self, attack):
-        if attack.restarts != 1 or attack.keep != "last":
-            raise ValueError(
-                f"attack has restarts={attack.restarts} and keep={attack.keep!r}, must have 1 and "
-                "'last'"
-            )
+        if not (isinstance(attack, PGD) and attack.restarts == 1 and attack.keep == "last"):
+            raise ValueError(f"attack is {attack!r}, must be a PGD with restarts=1 and keep='last'")
         self.attack, self.bad_gradients = attack, 0
         self.seen = self.recording = None
         self.model = self.classes = None  # the last that an attack has checked
@@ -47,8 +47,7 @@ class Captured:
         check_images(x, self.attack.lo, self.attack.hi)
         if loss != "kl":
             check_labels(y, (len(x), self.classes))
-        if isinstance(model, Frozen):
-            model.refresh()
+        refresh(model)
         inner = functools.partial(_objective, model, loss)
         with evaluating(model):
             return self.ascend(inner, x, target.detach(), start=start, index=index)
@@ -56,7 +55,10 @@ class Captured:
     @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):
         """As `PGD.ascend`."""
-        key = _likeness(inner, x, targets) if on_gpu(x) else None
+        if any(len(target) != len(x) for target in targets):
+            lengths = ", ".join(str(len(target)) for target in targets)
+            raise ValueError(f"targets have {lengths} rows, must have {len(x)}, one per image")
+        key = _likeness(self.attack, inner, x, targets) if on_gpu(x) else None
         if key is None or key != self.seen:
             self.seen = key
             self.recording = None  # frees its memory
@@ -64,10 +66,11 @@ class Captured:
         start = self.attack.start(x, index) if start is None else start.detach()
         if start.shape != x.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
-        if self.recording is None or len(x) > self.recording.batch:
-            self.recording = None
-            self.recording = Recording(self.attack, inner, x, targets)
-        x_adv, bad = self.recording(start, x, *targets)
+        with torch.cuda.device_of(x):
+            if self.recording is None or len(x) > self.recording.batch:
+                self.recording = None
+                self.recording = Recording(self.attack, inner, x, targets)
+            x_adv, bad = self.recording(start, x, *targets)
         self.bad_gradients = bad.sum()
         return x_adv
 
@@ -113,23 +116,32 @@ def _objective(model, loss, x_adv, target):
     return OBJECTIVES[loss](model(x_adv), target)
 
 
-def _likeness(inner, x, targets):
+def _likeness(attack, inner, x, targets):
     """What attacks of one recording have in common; None where that cannot be known."""
     if not isinstance(inner, functools.partial):
         return None
-    arguments = *inner.args, *inner.keywords.values()
-    nets = list(_networks(arguments))
-    if any(isinstance(v, torch.Tensor) for v in arguments) or any(net.training for net in nets):
+    owner = getattr(inner.func, "__self__", None)
+    nets = _networks((*inner.args, *inner.keywords.values()))
+    if nets is None or not (owner is None or isinstance(owner, Method)):
         return None
-    tensors = itertools.chain(*((*net.parameters(), *net.buffers()) for net in nets))
+    if any(module.training for net in nets for module in net.modules()):
+        return None
+    held = nets if owner is None else (*nets, owner)
+    tensors = itertools.chain(*((*net.parameters(), *net.buffers()) for net in held))
     addresses = [tensor.data_ptr() for tensor in tensors]
     images = [(v.dtype, v.device, v.shape[1:], v.stride()) for v in (x, *targets)]
-    return inner.func, inner.args, inner.keywords, images, addresses
+    attack = dataclasses.replace(attack)  # as it is now
+    return attack, inner.func, inner.args, inner.keywords, images, addresses
 
 
 def _networks(values):
-    """The modules among these values and in their fields."""
+    """The networks among these values and in the fields of Nets; None where there is anything else
+    but numbers and text."""
+    found = []
     for value in values:
-        for part in (value, *getattr(value, "__dict__", {}).values()):
+        for part in vars(value).values() if isinstance(value, Nets) else (value,):
             if isinstance(part, nn.Module):
-                yield part
+                found.append(part)
+            elif not (part is None or isinstance(part, (int, float, str))):
+                return None
+    return found

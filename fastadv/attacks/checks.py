@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from ..frozen import Frozen
+from ..frozen import refresh
 
 
 def check_budget(eps, step_size, norm, lo, hi):
@@ -93,7 +93,6 @@ def attacked(model, x, y, index, lo, hi):
         index = torch.arange(len(x), device=x.device)
     elif index.shape != x.shape[:1]:
         raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
-    if isinstance(model, Frozen):
-        model.refresh()
+    refresh(model)
     with evaluating(model):
         yield checked_logits(model, x, y), index

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from ..frozen import Frozen
+from ..frozen import refresh
 from .checks import check_budget, check_images, check_labels, check_logits, evaluating
 from .iterates import better, where
 
@@ -84,8 +84,7 @@ class PGD:
                 found[:] = _best(new, found or new)  # copies, as steps are taken in place
             return value
 
-        if isinstance(model, Frozen):
-            model.refresh()
+        refresh(model)
         with evaluating(model):
             if self.restarts > 1:
                 start = self._starts(x, index)

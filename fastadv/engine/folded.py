@@ -35,6 +35,7 @@ class Folded(nn.Module):
         weight = stages[0].conv.weight
         for name in ("scale", "shift"):
             self.register_buffer(name, weight.new_empty(1, weight.shape[1], 1, 1), persistent=False)
+        self.eval()
         self.refresh()
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from .. import losses
 from ..attacks import PGD
 from ..features import forward_features
-from ..frozen import Frozen, freeze
+from ..frozen import Frozen, freeze, refresh
 
 
 @dataclass
@@ -39,8 +39,7 @@ class Nets:
         if self.student_twin is None:
             self.student_twin = freeze(self.student)
         for net in (self.student_twin, self.teacher, self.clean_teacher):
-            if isinstance(net, Frozen):
-                net.refresh()
+            refresh(net)
         return replace(self, student=self.student_twin)
 
 

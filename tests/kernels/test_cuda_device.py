@@ -129,13 +129,13 @@ def test_what_cuda_does_not_take_is_still_right():
 def test_current_stream_is_used():
     """The step waits for what is before it on its stream, and for nothing else."""
     x, ahead = random(64, 3, 32, 32), torch.rand(4096, 4096, device="cuda")
-    grad = torch.ones_like(x).cuda()
+    x_gpu, grad = x.cuda(), torch.ones_like(x).cuda()  # a copy from the CPU would wait
     late = torch.zeros_like(grad)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(20):
             ahead @ ahead
-        late.copy_(x)
+        late.copy_(x_gpu)
         got = ops.pgd_step(late, grad, late, EPS, STEP)
         torch.cuda.current_stream().synchronize()
     assert same(got, ops.pgd_step(x, torch.ones_like(x), x, EPS, STEP))

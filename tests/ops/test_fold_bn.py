@@ -140,3 +140,22 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"var\[0\] has shape \(4,\)", 0, norms=(mean, var[:4], *rest))
     with pytest.raises(ValueError, match="shorter"):
         ops.fold_bn_(**good | {"biases": good["biases"][:-1]})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_on_a_gpu(dtype):
+    arguments = make()
+    exact = folded(reference.fold_bn_, double(arguments), torch.float64)
+    same = folded(reference.fold_bn_, arguments, dtype)
+    there = on_gpu(arguments)
+    for _ in range(2):  # the second time by tables that are there
+        got = folded(ops.fold_bn_, there, dtype)
+        for i, (found, *expected) in enumerate(zip(got, exact, same, strict=True)):
+            assert_close(f"fold_bn_[{i}]", found.cpu(), *expected)
+
+
+def on_gpu(arguments):
+    if isinstance(arguments, torch.Tensor):
+        return arguments.cuda()
+    return [on_gpu(a) for a in arguments] if isinstance(arguments, (list, tuple)) else arguments
