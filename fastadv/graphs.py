@@ -41,8 +41,9 @@ class Captured:
         if model is not self.model or not on_gpu(x) or loss not in OBJECTIVES or target is None:
             given = {"target_logits": target_logits, "start": start, "index": index}
             x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
-            with torch.no_grad(), evaluating(model):
-                self.model, self.classes = model, model(x[:1]).shape[1]
+            if on_gpu(x):
+                with torch.no_grad(), evaluating(model):
+                    self.model, self.classes = model, model(x[:1]).shape[1]
             return x_adv
         check_images(x, self.attack.lo, self.attack.hi)
         if loss != "kl":

@@ -266,9 +266,12 @@ def test_errors_are_those_of_pgd(model, player):
 
 def test_other_devices_are_attacked_step_by_step(model, monkeypatch):
     monkeypatch.setattr(graphs, "record", None)
-    captured = graphs.Captured(pgd())
+    captured, calls = graphs.Captured(pgd()), []
     for seed in range(3):
         assert same(captured, model, *batch(seed=seed))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    captured(model, *batch())
+    assert len(calls) == 4  # its steps
 
 
 @pytest.mark.gpu
