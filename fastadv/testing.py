@@ -247,6 +247,8 @@ def check_op(case):
     """`check_values`, and what torch expects of an op: opcheck, fullgraph compile, gradcheck."""
     check_values(case)
     torch.library.opcheck(case.overload, case.args)
+    if torch.cuda.is_available():
+        torch.library.opcheck(case.overload, on_gpu(case).args)
     torch.compiler.reset()
     compiled = torch.compile(
         lambda *args: case.overload(*args), fullgraph=True, backend="aot_eager"
