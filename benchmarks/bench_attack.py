@@ -223,7 +223,12 @@ def case(name, batch=64, rivals=True, samples=5, **size):
         providers | floors,
         gate,
         images=batch,
-        floors={key: f"conv_{key[8:12]}" for key in providers if key.startswith("fastadv")},
+        floors={
+            key: f"conv_{name}"
+            for name in DTYPES
+            for key in providers
+            if key.startswith(f"fastadv_{name}")
+        },
         facts=facts,
         left_out=left_out,
         calls=0,

@@ -10,9 +10,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 INSTALL = "-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", "."
-
-
-GPU_TESTS = "kernels", "ops/test_fold_bn.py", "test_graphs.py", "data/test_loader_views.py"
 # pip takes a module that was not built for none that is wanted.
 BUILT = """
 import shutil, sys, torch
@@ -32,7 +29,8 @@ def prepare():
         tests = "tests/kernels", "tests/engine/test_folded.py", "tests/test_graphs.py"
         execute(*pytest, "not gpu and not slow", *tests)
         sys.exit("no GPU is present: what needs none has run, nothing was timed")
-    execute(*pytest, "gpu", *(f"tests/{name}" for name in GPU_TESTS))
+    tests = "tests/kernels", "tests/ops/test_fold_bn.py", "tests/test_graphs.py"
+    execute(*pytest, "gpu", *tests, "tests/data/test_loader_views.py")
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = "gpu", "tests/kernels/test_cuda_device.py"
         options = "--error-exitcode", "1", "--report-api-errors", "no"
