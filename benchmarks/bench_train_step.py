@@ -118,7 +118,7 @@ class Engine:
 
     def __init__(self, name, student, teacher, loader):
         low = torch.bfloat16
-        student = copy.deepcopy(student).to(memory_format=torch.channels_last)
+        student = copy.deepcopy(student).to(memory_format=torch.channels_last).train()
         self.teacher = freeze(copy.deepcopy(teacher).to(memory_format=torch.channels_last), low)
         twin = freeze(student, low)
         self.nets = methods.Nets(Trained(student, low), self.teacher, student_twin=twin)

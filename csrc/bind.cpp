@@ -82,6 +82,29 @@ void augment(uintptr_t out, uintptr_t images, uintptr_t dy, uintptr_t dx, uintpt
                   padding, channels_last, threads);
 }
 
+void batch_norm(uintptr_t y, uintptr_t mean, uintptr_t var, uintptr_t factors, uintptr_t sums,
+                uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, int64_t pixels,
+                int64_t channels, double eps, bool relu, int dtype, int threads) {
+  active->batch_norm(
+      {at<void>(y), at<float>(mean), at<float>(var), at<float>(factors), at<double>(sums),
+       at<const void>(x), at<const void>(residual), at<const float>(weight), at<const float>(bias),
+       pixels, channels, eps, relu, static_cast<DType>(dtype)},
+      threads);
+}
+
+void batch_norm_backward(uintptr_t x_grad, uintptr_t residual_grad, uintptr_t weight_grad,
+                         uintptr_t bias_grad, uintptr_t factors, uintptr_t sums, uintptr_t grad,
+                         uintptr_t y, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean,
+                         uintptr_t var, int64_t pixels, int64_t channels, double eps, int dtype,
+                         int threads) {
+  active->batch_norm_backward(
+      {at<void>(x_grad), at<void>(residual_grad), at<float>(weight_grad), at<float>(bias_grad),
+       at<float>(factors), at<double>(sums), at<const void>(grad), at<const void>(y),
+       at<const void>(x), at<const float>(weight), at<const float>(bias), at<const float>(mean),
+       at<const float>(var), pixels, channels, eps, static_cast<DType>(dtype)},
+      threads);
+}
+
 template <Labelled Table::* kernel>
 void labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
               int64_t classes, int dtype, int threads) {
@@ -232,6 +255,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("apgd_step", apgd_step, unlocked);
   module.def("random_start", random_start, unlocked);
   module.def("augment", augment, unlocked);
+  module.attr("batch_norm_chunks") = batch_norm_chunks;
+  module.def("batch_norm", batch_norm, unlocked);
+  module.def("batch_norm_backward", batch_norm_backward, unlocked);
   module.def("margin", labelled<&Table::margin>, unlocked);
   module.def("dlr", labelled<&Table::dlr>, unlocked);
   module.def("mart_bce", labelled<&Table::mart_bce>, unlocked);

@@ -43,6 +43,35 @@ struct SoftmaxKL {
   DType dtype;
 };
 
+// Maps: `dtype` [pixels, channels], contiguous. The rest: fp32 [channels], but for what the kernel
+// works in: sums fp64 [batch_norm_chunks, 2, channels rounded up to 16], factors fp32 [3,
+// channels].
+constexpr int batch_norm_chunks = 64;
+
+struct BatchNorm {
+  void* y;
+  float *mean, *var, *factors;
+  double* sums;
+  const void *x, *residual;  // residual may be null
+  const float *weight, *bias;
+  int64_t pixels, channels;
+  double eps;
+  bool relu;
+  DType dtype;
+};
+
+struct BatchNormBackward {
+  void *x_grad, *residual_grad;  // residual_grad may be null
+  float *weight_grad, *bias_grad, *factors;
+  double* sums;
+  const void *grad, *y, *x;
+  const float *weight, *bias, *mean, *var;  // of y and bias, ReLU after a residual needs y, ReLU
+                                            // alone bias; what is not needed is null
+  int64_t pixels, channels;
+  double eps;
+  DType dtype;
+};
+
 // A loss of each row of logits [batch, classes] and its label y [batch]; `grad` may be null.
 using Labelled = void (*)(float* loss, void* grad, const void* logits, const int64_t* y,
                           int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
@@ -102,6 +131,10 @@ struct Table {
   void (*augment)(float* out, const uint8_t* images, const int64_t* dy, const int64_t* dx,
                   const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
                   int64_t padding, bool channels_last, int threads) noexcept;
+
+  // csrc/cpu/batch_norm.inl
+  void (*batch_norm)(const BatchNorm& args, int threads) noexcept;
+  void (*batch_norm_backward)(const BatchNormBackward& args, int threads) noexcept;
 
   // csrc/cpu/margin.inl, dlr.inl, mart_bce.inl
   Labelled margin, dlr, mart_bce;

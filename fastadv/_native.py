@@ -303,6 +303,75 @@ def cross_entropy(loss, grad, logits, target, smoothing):
     )
 
 
+def batch_norm(y, mean, var, x, weight, bias, residual, eps, relu):
+    """Writes y like x [B, C, H, W], mean and var [C]. x, residual and y are channels_last."""
+    maps = [y, x] if residual is None else [y, x, residual]
+    dtype, channels = _same_maps(maps), x.shape[1]
+    factors, sums = _batch_norm_memory(x)
+    _C.batch_norm(
+        _address("y", y, dtype),
+        _address("mean", _row("mean", mean)),
+        _address("var", _row("var", var)),
+        factors.data_ptr(),
+        sums.data_ptr(),
+        _address("x", x, dtype),
+        _address("residual", residual, dtype),
+        _address("weight", _row("weight", weight)),
+        _address("bias", _row("bias", bias)),
+        x.numel() // channels,
+        channels,
+        eps,
+        relu,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def batch_norm_backward(grads, residual_grad, grad, y, x, weight, bias, mean, var, eps):
+    """Writes grads, those of x, weight and bias, and residual_grad (none if None). The maps are
+    channels_last. ReLU is where y (after a residual) or bias (else) are not None."""
+    x_grad, weight_grad, bias_grad = grads
+    dtype = _same_maps([t for t in (x_grad, residual_grad, grad, y, x) if t is not None])
+    channels = x.shape[1]
+    factors, sums = _batch_norm_memory(x)
+    _C.batch_norm_backward(
+        _address("x_grad", x_grad, dtype),
+        _address("residual_grad", residual_grad, dtype),
+        _address("weight_grad", _row("weight_grad", weight_grad)),
+        _address("bias_grad", _row("bias_grad", bias_grad)),
+        factors.data_ptr(),
+        sums.data_ptr(),
+        _address("grad", grad, dtype),
+        _address("y", y, dtype),
+        _address("x", x, dtype),
+        _address("weight", _row("weight", weight)),
+        _address("bias", _row("bias", bias)),
+        _address("mean", _row("mean", mean)),
+        _address("var", _row("var", var)),
+        x.numel() // channels,
+        channels,
+        eps,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def _batch_norm_memory(x):
+    """What BatchNorm of x works in: factors and sums."""
+    channels = x.shape[1]
+    size = _C.batch_norm_chunks, 2, (channels + 15) // 16 * 16
+    return empty((3, channels), x, torch.float32), empty(size, x, torch.float64)
+
+
+def _same_maps(maps):
+    """The dtype of channels_last maps of one shape."""
+    shape = maps[0].shape
+    for tensor in maps:
+        if tensor.shape != shape or not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError("maps of BatchNorm must be channels_last and of one shape")
+    return maps[0].dtype
+
+
 def feature_distance(loss, student_grad, teacher_grad, student, teacher, distance):
     """Writes loss fp32 [B] and the gradients (none where one is empty). One dense layout."""
     grads = [grad if grad.numel() else None for grad in (student_grad, teacher_grad)]

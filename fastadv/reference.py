@@ -298,6 +298,49 @@ def softmax_entropy(logits, temperature, offset, grad):
     return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
 
 
+def moments(x):
+    """mean and biased variance [C] of x [B, C, H, W]."""
+    var, mean = torch.var_mean(_at_least_fp32(x), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def batch_norm(x, weight, bias, residual, eps, relu):
+    """f((x - mean) weight / sqrt(var + eps) + bias + residual), mean, var; f is max(z, 0) or z.
+
+    x, residual: [B, C, H, W]; the rest [C]. Ioffe and Szegedy 2015.
+    """
+    mean, var = moments(x)
+    row = x.shape[1], 1, 1
+    scale = weight * (var + eps).rsqrt()
+    y = (_at_least_fp32(x) - mean.view(row)) * scale.view(row) + bias.view(row)
+    y = y if residual is None else y + residual
+    y = y.relu() if relu else y
+    return _laid_like(x, y), mean, var
+
+
+def batch_norm_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad):
+    """Gradients of x, weight, bias and residual, given that of y; without y there was no residual.
+
+    d relu / dz is 0 where z <= 0 and 1 elsewhere, also at NaN.
+    """
+    row, count = (x.shape[1], 1, 1), x.numel() // x.shape[1]
+    per_std = (var + eps).rsqrt()
+    centred, scale = _at_least_fp32(x) - mean.view(row), (weight * per_std).view(row)
+    h = _at_least_fp32(grad)
+    if relu:
+        h = torch.where((centred * scale + bias.view(row) if y is None else y) <= 0, 0, h)
+    normal = centred * per_std.view(row)
+    bias_grad, weight_grad = h.sum((0, 2, 3)), (h * normal).sum((0, 2, 3))
+    flat = h - (bias_grad.view(row) + normal * weight_grad.view(row)) / count
+    residual_grad = _laid_like(x, h) if residual_grad else x.new_empty(0)
+    return _laid_like(x, flat * scale), weight_grad, bias_grad, residual_grad
+
+
+def _laid_like(x, values):
+    """values in the dtype and layout of x."""
+    return torch.empty_like(x).copy_(values)
+
+
 def feature_distance(student, teacher, distance, student_grad, teacher_grad):
     """mse: mean (s - t)^2; l2: ||s - t||; cosine: 1 - <s, t> / (||s|| ||t||) [B], and gradients.
 

@@ -8,8 +8,8 @@ namespace {
 constexpr int rows = images_per_block, columns_of_block = channels_per_block;
 constexpr int vectors = columns_of_block / W;  // per row of a block
 
-// Rounds as `store` does, on the machine's instruction where there is one (it takes denormals for
-// zeros, which is why only the engine uses it).
+// Rounds as `store` does, on the machine's instruction where there is one. It takes denormals for
+// zeros, which is why only networks' activations are written by it.
 static inline void put(float* p, F v) { store(p, v); }
 
 static inline void put(BF16* p, F v) {

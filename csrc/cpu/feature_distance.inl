@@ -6,23 +6,6 @@
 // its cosine distance is 1, with gradient 0. l2 has gradient 0 up to a distance of 1e-30. Sums are
 // fp64, lane by lane: 500 000 elements keep fp32's last bit, whatever their scale.
 
-// A sum of products of fp32 lanes.
-struct Sum {
-  E low = {}, high = {};
-
-  void add(F a, F b) {
-    low += widen_low(a) * widen_low(b);
-    high += widen_high(a) * widen_high(b);
-  }
-
-  double total() const {
-    const E both = low + high;
-    double sum = 0;
-    for (int lane = 0; lane < W / 2; ++lane) sum += both[lane];
-    return sum;
-  }
-};
-
 // Returns sum (s - t)^2; s_grad = k (s - t) and t_grad = -s_grad where they are not null.
 template <typename T>
 static double difference(T* s_grad, T* t_grad, const T* s, const T* t, int64_t n, double k) {

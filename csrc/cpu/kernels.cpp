@@ -13,6 +13,7 @@ namespace fastadv::FASTADV_ISA {
 namespace {
 #include "apgd_step.inl"
 #include "augment.inl"
+#include "batch_norm.inl"
 #include "convolution.inl"
 #include "cross_entropy.inl"
 #include "dlr.inl"
@@ -35,6 +36,8 @@ const Table table = {FASTADV_STRING(FASTADV_ISA),
                      apgd_step,
                      random_start,
                      augment,
+                     batch_norm,
+                     batch_norm_backward,
                      margin,
                      dlr,
                      mart_bce,

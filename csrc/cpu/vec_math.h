@@ -77,6 +77,34 @@ static inline E sum_across(E* rows) {
   return across(rows, [](E a, E b) { return a + b; });
 }
 
+// fp64 sums of fp32 lanes and of products of them.
+struct Sum {
+  E low = {}, high = {};
+
+  void add(F a) {
+    low += widen_low(a);
+    high += widen_high(a);
+  }
+
+  void add(F a, F b) {
+    low += widen_low(a) * widen_low(b);
+    high += widen_high(a) * widen_high(b);
+  }
+
+  // Lane by lane to [W] numbers in memory.
+  void add_to(double* p) const {
+    store(p, load(p) + low);
+    store(p + W / 2, load(p + W / 2) + high);
+  }
+
+  double total() const {
+    const E both = low + high;
+    double sum = 0;
+    for (int lane = 0; lane < W / 2; ++lane) sum += both[lane];
+    return sum;
+  }
+};
+
 // log2(e) / temperature = hi + lo; e^(x / temperature) is taken as 0 for x < least.
 struct Exp {
   F hi, lo, least;

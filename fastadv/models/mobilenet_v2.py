@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import batch_norm
+
 # (expansion, channels at a stem of 32, blocks, stride of the first block)
 STAGES = (
     (1, 16, 1, 1),
@@ -39,9 +41,10 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
-        return out + self.shortcut(x) if self.stride == 1 else out
+        out = batch_norm(self.bn1, self.conv1(x), F.relu)
+        out = batch_norm(self.bn2, self.conv2(out), F.relu)
+        residual = self.shortcut(x) if self.stride == 1 else None
+        return batch_norm(self.bn3, self.conv3(out), residual=residual)
 
 
 class MobileNetV2(nn.Module):
@@ -69,8 +72,8 @@ class MobileNetV2(nn.Module):
         self.linear = nn.Linear(last, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(F.relu(self.bn1(self.conv1(x))))
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.layers(batch_norm(self.bn1, self.conv1(x), F.relu))
+        x = batch_norm(self.bn2, self.conv2(x), F.relu)
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import batch_norm
+
 
 class Block(nn.Module):
     """Pre-activation block: [B, in, H, W] -> [B, out, H/stride, W/stride].
@@ -24,9 +26,9 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(projection)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
+        active = batch_norm(self.bn1, x, F.relu)
         residual = x if self.shortcut is None else self.shortcut(active)
-        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + residual
+        return self.conv2(batch_norm(self.bn2, self.conv1(active), F.relu)) + residual
 
 
 class PreActResNet18(nn.Module):
@@ -49,7 +51,7 @@ class PreActResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
+        return self.linear(F.adaptive_avg_pool2d(batch_norm(self.bn, x, F.relu), 1).flatten(1))
 
 
 def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import batch_norm
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
@@ -25,8 +27,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = batch_norm(self.bn1, self.conv1(x), F.relu)
+        return batch_norm(self.bn2, self.conv2(out), F.relu, self.shortcut(x))
 
 
 class PaddedShortcut(nn.Module):
@@ -79,7 +81,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(before, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = batch_norm(self.bn1, self.conv1(x), F.relu)
         for name in self.stages:
             x = getattr(self, name)(x)
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import batch_norm
+
 
 def blocks_per_stage(depth: int, widen: int) -> int:
     """n of depth = 6n + 4. Raises ValueError for a depth or widening that no wide ResNet has."""
@@ -40,9 +42,9 @@ class Block(nn.Module):
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = self.relu(self.bn1(x))
+        active = batch_norm(self.bn1, x, self.relu)
         residual = x if self.convShortcut is None else self.convShortcut(active)
-        return self.conv2(self.relu(self.bn2(self.conv1(active)))) + residual
+        return self.conv2(batch_norm(self.bn2, self.conv1(active), self.relu)) + residual
 
 
 class Stage(nn.Module):
@@ -99,4 +101,4 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.adaptive_avg_pool2d(self.relu(self.bn1(x)), 1).flatten(1))
+        return self.fc(F.adaptive_avg_pool2d(batch_norm(self.bn1, x, self.relu), 1).flatten(1))

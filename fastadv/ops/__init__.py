@@ -3,6 +3,7 @@ tests/ops/ and benchmarks/."""
 
 from .apgd_step import apgd_step_
 from .augment import augment
+from .batch_norm import batch_norm
 from .cross_entropy import cross_entropy
 from .dlr import dlr
 from .feature_distance import feature_distance
@@ -17,6 +18,7 @@ from .softmax_kl import softmax_kl
 __all__ = [
     "apgd_step_",
     "augment",
+    "batch_norm",
     "cross_entropy",
     "dlr",
     "feature_distance",
