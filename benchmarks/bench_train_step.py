@@ -1,12 +1,13 @@
 """Whole training steps: perturb, outer problem, backward, optimiser; `--suite train` of run.py.
 
-"published" is the step as the authors' code has it (see published.py), in float32; "fastadv bf16"
-is the trainer's with --precision bf16 and its batch drawn by the Loader. With the teacher cache a
-cold step stores what it computes, as in a first epoch, and a warm one finds it; "no teacher" is a
-step with the teacher's logits given, which a cache cannot beat. AdaAD and AdvFunMatch ask the
-teacher at every x_adv, which no cache can hold; their published steps take a minute each, so three
-samples are taken. data, teacher, attack and outer are shares of a step's time, teacher counting
-wherever it runs.
+"published" is the step as the authors' code has it (see published.py), in float32, and "compiled"
+the same with torch.compile of both networks, left out where it would take minutes more; "fastadv
+bf16" is the trainer's with --precision bf16 and its batch drawn by the Loader. With the teacher
+cache a cold step stores what it computes, as in a first epoch, and a warm one finds it; "no
+teacher" is a step with the teacher's logits given, which a cache cannot beat. AdaAD and AdvFunMatch
+ask the teacher at every x_adv, which no cache can hold; their published steps take a minute each, so
+three samples are taken. data, teacher, attack and outer are shares of a step's time, teacher
+counting wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
 """
@@ -190,8 +191,17 @@ def check(name, student, teacher, x):
     torch.testing.assert_close(method.outer(nets, batch, {})[0], loss, rtol=1e-3, atol=1e-5)
 
 
-def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, device="cpu", **size):
-    """Of the student size holds what `models.get` takes."""
+def case(
+    name,
+    student_name,
+    teacher_name="wrn34_10",
+    batch=64,
+    samples=3,
+    rival=False,
+    device="cpu",
+    **size,
+):
+    """rival: with torch.compile. Of the student size holds what `models.get` takes."""
     torch.manual_seed(0)
     student, teacher = network(student_name, **size), network(teacher_name)
     student, teacher, loader = student.to(device), teacher.to(device), image_loader(batch, device)
@@ -202,10 +212,14 @@ def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, devic
         "published, fp32 eager": lambda: published_step(name, student, teacher, optimizer, x),
         **steps,
     }
+    if rival:
+        nets = torch.compile(student), torch.compile(teacher)
+        providers["published, fp32 compiled"] = lambda: published_step(name, *nets, optimizer, x)
     if engine.method.cacheable():
         providers["lookup alone"] = lambda: engine.lookup(engine.batch())
 
     def gate():
+        assert engine.nets.student.net.training  # as the published step leaves its student
         check(name, student, teacher, x)
         if engine.method.cacheable():
             with torch.no_grad():
@@ -215,6 +229,8 @@ def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, devic
             assert engine.cache.misses == batch
         for step in steps.values():
             step()
+        if rival:
+            providers["published, fp32 compiled"]()
 
     return Case(
         f"{engine.method.__class__.__name__} step",
@@ -223,6 +239,7 @@ def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, devic
         gate,
         images=batch,
         facts=lambda: {key: engine.shares(step) for key, step in steps.items() if not x.is_cuda},
+        left_out=None if rival else "compiled: too slow",
         calls=0,
         samples=samples,
     )
@@ -230,6 +247,6 @@ def case(name, student_name, teacher_name="wrn34_10", batch=64, samples=3, devic
 
 def cases():
     for student in ("resnet18", "mobilenet_v2"):
-        yield case("rslad", student, samples=5)
+        yield case("rslad", student, samples=5, rival=True)
         yield case("adaad", student)
         yield case("advfunmatch", student)

@@ -88,8 +88,11 @@ def test_the_floor_is_the_convolutions_of_an_attack(bench, name):
 @pytest.mark.parametrize("name", ["rslad", "adaad", "advfunmatch"])
 def test_the_train_step_benchmark_on_tiny_networks(bench, name):
     module = bench("bench_train_step")
-    case = module.case(name, "resnet18", "wrn10_1", batch=4, samples=1, width=4)
+    rival = name == "rslad"
+    case = module.case(name, "resnet18", "wrn10_1", batch=4, samples=1, rival=rival, width=4)
     rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
+    assert ("published, fp32 compiled" in rows) == rival
+    assert ("left out" in rows["published, fp32 eager"]) != rival
     steps = [row for provider, row in rows.items() if provider.startswith("fastadv")]
     assert len(steps) == (4 if name == "rslad" else 1)
     for row in steps:
