@@ -5,8 +5,8 @@ the same with torch.compile of both networks, left out where it would take minut
 bf16" is the trainer's with --precision bf16 and its batch drawn by the Loader. With the teacher
 cache a cold step stores what it computes, as in a first epoch, and a warm one finds it; "no
 teacher" is a step with the teacher's logits given, which a cache cannot beat. AdaAD and AdvFunMatch
-ask the teacher at every x_adv, which no cache can hold; their published steps take a minute each, so
-three samples are taken. data, teacher, attack and outer are shares of a step's time, teacher
+ask the teacher at every x_adv, which no cache can hold; their published steps take a minute each,
+so three samples are taken. data, teacher, attack and outer are shares of a step's time, teacher
 counting wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
