@@ -43,9 +43,8 @@ struct SoftmaxKL {
   DType dtype;
 };
 
-// Maps: `dtype` [pixels, channels], contiguous. The rest: fp32 [channels], but for what the kernel
-// works in: sums fp64 [batch_norm_chunks, 2, channels rounded up to 16], factors fp32 [3,
-// channels].
+// Maps: `dtype` [pixels, channels], contiguous. The rest: fp32 [channels], but for the kernel's
+// memory: sums fp64 [batch_norm_chunks, 2, channels rounded up to 16], factors fp32 [3, channels].
 constexpr int batch_norm_chunks = 64;
 
 struct BatchNorm {

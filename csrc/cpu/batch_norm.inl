@@ -3,9 +3,9 @@
 //   backward: h = f'(z) grad -> residual_grad;  bias_grad = sum h;
 //             weight_grad = sum h (x - mean) / sqrt(var + eps);
 //             x_grad = scale (h - bias_grad / n - (x - mean) weight_grad / (n sqrt(var + eps)))
-// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. Sums are fp64, for bf16
-// fp32 over `strip` pixels; those of x over x - m, m the mean of a few pixels, so that a large mean
-// costs no digits. Chunks do not depend on the number of threads.
+// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. Sums are fp64 of exact
+// products, so that var = mean of x^2 - mean^2 keeps its digits; for bf16, whose squares have 16
+// bits, fp32 over `strip` pixels first. Chunks do not depend on the number of threads.
 
 constexpr int64_t strip = 16;
 
@@ -109,33 +109,20 @@ static inline void over_map(int64_t pixels, int64_t channels, int threads, const
   });
 }
 
-// mean [channels] of `strip` pixels from all over the map x.
-template <typename T>
-static void guess_mean(float* mean, const T* x, int64_t pixels, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += W) {
-    F sum = {};
-    for (int64_t i = 0; i < strip; ++i) {
-      sum += load_head(x + i * pixels / strip * channels + c, channels - c);
-    }
-    store_head(mean + c, sum * (1.0f / strip), channels - c);
-  }
-}
-
 template <typename T>
 static void batch_norm_as(const BatchNorm& k, int threads) {
   const T *x = static_cast<const T*>(k.x), *residual = static_cast<const T*>(k.residual);
   T* y = static_cast<T*>(k.y);
   const float *mean = k.mean, *bias = k.bias;
-  guess_mean(k.mean, x, k.pixels, k.channels);
-  const auto moments = [=](auto lanes, int64_t i, int64_t c, auto& one, auto& two) {
-    const F d = lanes.get(x + i) - lanes.get(mean + c);
-    one.add(d);
-    two.add(d, d);
-  };
   float* scale = k.factors;
+  const auto moments = [=](auto lanes, int64_t i, int64_t, auto& one, auto& two) {
+    const F v = lanes.get(x + i);
+    one.add(v);
+    two.add(v, v);
+  };
   const auto finish = [&](int64_t c, double one, double two) {
-    const double offset = one / k.pixels, var = two / k.pixels - offset * offset;
-    k.mean[c] = static_cast<float>(k.mean[c] + offset);
+    const double m = one / k.pixels, var = two / k.pixels - m * m;
+    k.mean[c] = static_cast<float>(m);
     k.var[c] = static_cast<float>(var < 0 ? 0 : var);
     scale[c] = static_cast<float>(k.weight[c] / __builtin_sqrt(k.var[c] + k.eps));
   };
