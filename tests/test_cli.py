@@ -132,3 +132,18 @@ def test_numbers(text):
     assert number("8/255") == 8 / 255
     with pytest.raises(ValueError, match="is not a number such as"):
         number(text)
+
+
+def test_bfloat16_is_suggested_where_it_is_fast(npz, tmp_path, monkeypatch, capsys):
+    line = f"--data npz --data-dir {npz} --method natural --student digits_net --epochs 1"
+    line += " --milestones ,"
+    for isa, option, said in (
+        ("amx", "", True),
+        ("avx512", "", False),
+        ("amx", "--precision bf16", False),
+    ):
+        monkeypatch.setattr("fastadv.train.isa", lambda isa=isa: isa)
+        main([*line.split(), *option.split(), "--out", str(tmp_path / (isa + option))])
+        assert ("--precision bf16 is several times as fast" in capsys.readouterr().out) == said
+    main(["--resume", str(tmp_path / "amx")])
+    assert "--precision" not in capsys.readouterr().out
