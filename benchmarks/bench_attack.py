@@ -3,7 +3,8 @@
     pip install --no-deps --target build/peers torchattacks    # its dependencies are not needed
     PYTHONPATH=build/peers python benchmarks/run.py --suite attack
 
-"published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model).
+"published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model),
+"published_bf16" under torch.autocast in channels_last.
 "conv_fp32" and "conv_bf16" are floors: what torch's own convolutions take for the same passes,
 forward and input gradient, and nothing else; x floor is the time over them. Peak memory is what one
 attack adds to a fresh process. Of WideResNet the rivals are left out that would take minutes more.
@@ -33,6 +34,7 @@ from fastadv.attacks import PGD
 from fastadv.attacks.pgd import OBJECTIVES, input_gradient
 from fastadv.graphs import Captured
 
+NHWC = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEASURED = ("published", "fastadv_bf16")  # in memory
 
@@ -52,12 +54,18 @@ def images(batch):
 
 def attacks(model, x, y):
     """{provider: attack(steps, start) -> x_adv}, those of this file's own making."""
-    compiled = torch.compile(model)
+    compiled, low = torch.compile(model), copy.deepcopy(model).to(memory_format=NHWC)
     losses = {net: lambda v, net=net: F.cross_entropy(net(v), y) for net in (model, compiled)}
+
+    def autocast(v):
+        with torch.autocast(v.device.type, torch.bfloat16):
+            return F.cross_entropy(low(v), y)
+
     found = {
         "published": partial(published.pgd, losses[model], x),
         "published_backward": partial(published.pgd, losses[model], x, backward=True),
         "compiled": partial(published.pgd, losses[compiled], x),
+        "published_bf16": partial(published.pgd, autocast, x.contiguous(memory_format=NHWC)),
         **{f"fastadv_{name}": fastadv(model, x, y, dtype) for name, dtype in DTYPES.items()},
     }
     if x.is_cuda:
@@ -69,12 +77,12 @@ def attacks(model, x, y):
 
 def frozen(model, dtype):
     """The twin of a copy in channels_last, which the trainer's student has too."""
-    return freeze(copy.deepcopy(model).to(memory_format=torch.channels_last), dtype)
+    return freeze(copy.deepcopy(model).to(memory_format=NHWC), dtype)
 
 
 def fastadv(model, x, y, dtype):
     twin = frozen(model, dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=NHWC)
 
     def attack(steps=STEPS, start=None):
         return PGD(EPS, STEP_SIZE, steps, "gaussian")(twin, x, y, start=start)
@@ -85,7 +93,7 @@ def fastadv(model, x, y, dtype):
 def captured(twin, x, y):
     """The attack on a twin as a CUDA graph of STEPS steps, step by step with others."""
     graph = Captured(PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=NHWC)
 
     def attack(steps=STEPS, start=None):
         attack = graph if steps == STEPS else PGD(EPS, STEP_SIZE, steps, "gaussian")
@@ -116,11 +124,11 @@ def convolutions(model, x, dtype):
 
     def tensor(shape):
         if shape not in blank:
-            blank[shape] = torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+            blank[shape] = torch.randn(shape).to(dtype, memory_format=NHWC)
         return blank[shape]
 
     def record(conv, args, out):
-        weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+        weight = conv.weight.detach().to(dtype, memory_format=NHWC)
         options = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
         layers.append((tensor(args[0].shape), weight, tensor(out.shape), options))
 
@@ -195,7 +203,7 @@ def case(name, batch=64, rivals=True, samples=5, **size):
     if peer:
         providers[peer] = torchattacks
     if not rivals:
-        slow = [key for key in providers if key != "published" and "fastadv" not in key]
+        slow = [key for key in providers if key in ("published_backward", "compiled", peer)]
         for key in slow:
             del providers[key]
         left_out = f"{', '.join(slow)}: too slow"

@@ -1,12 +1,13 @@
 """Whole training steps: perturb, outer problem, backward, optimiser; `--suite train` of run.py.
 
-"published" is the step as the authors' code has it (see published.py), in float32, and "compiled"
-the same with torch.compile of both networks, left out where it would take minutes more; "fastadv
-bf16" is the trainer's with --precision bf16 and its batch drawn by the Loader. With the teacher
-cache a cold step stores what it computes, as in a first epoch, and a warm one finds it; "no
-teacher" is a step with the teacher's logits given, which a cache cannot beat. AdaAD and AdvFunMatch
-ask the teacher at every x_adv, which no cache can hold; their published steps take a minute each,
-so three samples are taken. data, teacher, attack and outer are shares of a step's time, teacher
+"published" is the step as the authors' code has it (see published.py), in float32; "compiled" the
+same with torch.compile of both networks, left out where it would take minutes more; "bf16 autocast"
+the same under torch.autocast with both networks in channels_last; "fastadv bf16" the trainer's with
+--precision bf16 and its batch drawn by the Loader. With the teacher cache a cold step stores what
+it computes, as in a first epoch, and a warm one finds it; "no teacher" is a step with the teacher's
+logits given, which a cache cannot beat. AdaAD and AdvFunMatch ask the teacher at every x_adv, which
+no cache can hold; their published steps take a minute each, so three samples are taken. data,
+teacher, attack and outer are shares of a step's time, teacher
 counting wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
@@ -114,6 +115,21 @@ def published_step(name, student, teacher, optimizer, x):
     optimizer.step()
 
 
+def autocast_step(name, student, teacher, x):
+    """The published step of copies in channels_last under autocast, as a call."""
+    nets = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (student, teacher)]
+    for module in nets[0].modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: None)  # and ops.batch_norm leaves it to torch
+    optimizer = torch.optim.SGD(nets[0].parameters(), 1e-3, 0.9)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            published_step(name, *nets, optimizer, x)
+
+    return step
+
+
 class Engine:
     """fastadv's step of a method on the images of a loader, in bfloat16 with a teacher cache."""
 
@@ -212,6 +228,7 @@ def case(
         "published, fp32 eager": lambda: published_step(name, student, teacher, optimizer, x),
         **steps,
     }
+    providers["published, bf16 autocast"] = autocast_step(name, student, teacher, engine.batch().x)
     if rival:
         nets = torch.compile(student), torch.compile(teacher)
         providers["published, fp32 compiled"] = lambda: published_step(name, *nets, optimizer, x)

@@ -32,8 +32,8 @@ def bench(monkeypatch):
 def test_the_attack_benchmark_on_a_tiny_network(bench):
     case = bench("bench_attack").case("resnet18", batch=2, samples=1, width=4)
     rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
-    names = ["published", "published_backward", "compiled", "fastadv_fp32", "fastadv_bf16"]
-    assert [*rows][:5] == names
+    names = ["published", "published_backward", "compiled", "published_bf16"]
+    assert [*rows][:6] == [*names, "fastadv_fp32", "fastadv_bf16"]
     assert [*rows][-2:] == ["conv_fp32", "conv_bf16"]
     assert any("torchattacks" in name for name in rows) != ("left out" in rows["published"])
     for row in rows.values():
@@ -100,6 +100,33 @@ def test_the_train_step_benchmark_on_tiny_networks(bench, name):
     least = min(steps, key=lambda row: row["teacher"])
     assert least["teacher"] > 0 or name == "rslad"
     assert name != "rslad" or "no teacher" in least["provider"]
+
+
+class Namespaces(TorchDispatchMode):
+    """Collects those of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_of_fastadv_is_in_the_published_code(bench):
+    small = {"batch": 4, "width": 4}
+    cases = (
+        bench("bench_train_step").case("rslad", "resnet18", "wrn10_1", rival=True, **small),
+        (bench("bench_attack").case("resnet18", **small)),
+    )
+    for case in cases:
+        for provider, call in case.providers.items():
+            if provider == "lookup alone" or "conv" in provider:
+                continue
+            with Namespaces() as run:
+                call()
+            assert ("fastadv" in run.seen) == provider.startswith("fastadv"), provider
 
 
 def test_the_train_step_benchmark_refuses_another_loss(bench, monkeypatch):
