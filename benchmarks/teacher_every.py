@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from methods import ATTACKS, measure, teachers
-from timing import RESULTS, interleave, machine, summary
+from timing import RESULTS, Case, interleave, machine, summary
 
 from fastadv import data
 from fastadv.build import build_loader, build_method, build_nets
@@ -46,7 +46,8 @@ def step(name, every, checkpoints):
 
 def times(name, checkpoints, seconds):
     """Rows of the time of an epoch's steps; one step of each m in turn."""
-    samples = interleave({every: step(name, every, checkpoints) for every in EVERY}, seconds)
+    steps = {every: step(name, every, checkpoints) for every in EVERY}
+    samples = interleave(Case("step", name, steps, None), seconds)
     count = -(-len(data.load("digits").train) // settings(name)["batch_size"])
     for every, values in samples.items():
         epoch = {key: round(count * us / 1e6, 3) for key, us in summary(values).items()}

@@ -64,8 +64,8 @@ struct BatchNormBackward {
   float *weight_grad, *bias_grad, *factors;
   double* sums;
   const void *grad, *y, *x;
-  const float *weight, *bias, *mean, *var;  // of y and bias, ReLU after a residual needs y, ReLU
-                                            // alone bias; what is not needed is null
+  const float *weight, *bias, *mean, *var;  // ReLU after a residual takes y, without one bias; null
+                                            // is what is not taken
   int64_t pixels, channels;
   double eps;
   DType dtype;

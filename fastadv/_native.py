@@ -329,7 +329,7 @@ def batch_norm(y, mean, var, x, weight, bias, residual, eps, relu):
 
 def batch_norm_backward(grads, residual_grad, grad, y, x, weight, bias, mean, var, eps):
     """Writes grads, those of x, weight and bias, and residual_grad (none if None). The maps are
-    channels_last. ReLU is where y (after a residual) or bias (else) are not None."""
+    channels_last. ReLU is where y (after a residual) or bias (without one) is not None."""
     x_grad, weight_grad, bias_grad = grads
     dtype = _same_maps([t for t in (x_grad, residual_grad, grad, y, x) if t is not None])
     channels = x.shape[1]

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _library, _native
-from .engine import Folded, Unsupported, hooked, lower
+from .engine import Folded, Unsupported, lower
+from .hooks import hooked
 
 _log = logging.getLogger("fastadv")
 

@@ -318,17 +318,18 @@ def batch_norm(x, weight, bias, residual, eps, relu):
     return _laid_like(x, y), mean, var
 
 
-def batch_norm_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad):
-    """Gradients of x, weight, bias and residual, given that of y; without y there was no residual.
+def batch_norm_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
+    """Gradients of x, weight, bias and residual, given that of y.
 
-    d relu / dz is 0 where z <= 0 and 1 elsewhere, also at NaN.
+    f is ReLU where y, or without a residual bias, is given: its slope is 0 where y <= 0 or
+    z <= 0, and 1 elsewhere, also at NaN.
     """
     row, count = (x.shape[1], 1, 1), x.numel() // x.shape[1]
     per_std = (var + eps).rsqrt()
     centred, scale = _at_least_fp32(x) - mean.view(row), (weight * per_std).view(row)
+    z = y if y is not None or bias is None else centred * scale + bias.view(row)
     h = _at_least_fp32(grad)
-    if relu:
-        h = torch.where((centred * scale + bias.view(row) if y is None else y) <= 0, 0, h)
+    h = h if z is None else torch.where(z <= 0, 0, h)
     normal = centred * per_std.view(row)
     bias_grad, weight_grad = h.sum((0, 2, 3)), (h * normal).sum((0, 2, 3))
     flat = h - (bias_grad.view(row) + normal * weight_grad.view(row)) / count

@@ -335,3 +335,12 @@ def test_the_evaluation_benchmark_on_a_tiny_network(bench, monkeypatch):
     (case,) = module.cases()
     with pytest.raises(AssertionError):
         case.gate()
+
+
+def test_a_teacher_asked_less_often_is_timed_beside_the_exact_method(bench, monkeypatch):
+    module, asked = bench("teacher_every"), []
+    monkeypatch.setattr(module, "step", lambda name, every, _: lambda: asked.append((name, every)))
+    rows = list(module.times("adaad", {}, 0))
+    assert [row["teacher_every"] for row in rows] == [1, 2, 5]
+    assert all(row["epoch_s"] >= 0 and row["method"] == "adaad" for row in rows)
+    assert {*asked} == {("adaad", 1), ("adaad", 2), ("adaad", 5)}

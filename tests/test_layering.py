@@ -8,7 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"reference", "_native", "_library", "kernels", "config", "log", "checkpoint", "parallel"},
+    {
+        "reference",
+        "_native",
+        "_library",
+        "kernels",
+        "config",
+        "log",
+        "checkpoint",
+        "parallel",
+        "hooks",
+    },
     {"ops", "engine"},
     {"losses"},
     {"attacks", "awp", "frozen", "trained", "features", "models", "data"},

@@ -3,9 +3,10 @@
 //   backward: h = f'(z) grad -> residual_grad;  bias_grad = sum h;
 //             weight_grad = sum h (x - mean) / sqrt(var + eps);
 //             x_grad = scale (h - bias_grad / n - (x - mean) weight_grad / (n sqrt(var + eps)))
-// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. Sums are fp64 of exact
-// products, so that var = mean of x^2 - mean^2 keeps its digits; for bf16, whose squares have 16
-// bits, fp32 over `strip` pixels first. Chunks do not depend on the number of threads.
+// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. Sums of fp32 maps are
+// fp64, where products are exact, so that var = mean of x^2 - mean^2 keeps its digits. Those of
+// bf16 are fp32 over `strip` pixels first, where its squares of 16 bits are exact too (but not
+// products of gradients). Chunks do not depend on the number of threads.
 
 constexpr int64_t strip = 16;
 

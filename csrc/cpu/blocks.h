@@ -9,7 +9,7 @@ constexpr int rows = images_per_block, columns_of_block = channels_per_block;
 constexpr int vectors = columns_of_block / W;  // per row of a block
 
 // Rounds as `store` does, on the machine's instruction where there is one. It takes denormals for
-// zeros, which is why only networks' activations are written by it.
+// zeros, which is why only activations of networks and their gradients are written by it.
 static inline void put(float* p, F v) { store(p, v); }
 
 static inline void put(BF16* p, F v) {

@@ -7,8 +7,8 @@ of our own on CPUs, `Folded` in torch's convolutions on other devices.
 """
 
 from .folded import Folded
-from .lower import hooked, lower
+from .lower import lower
 from .stage import Unsupported
 from .trunk import Trunk
 
-__all__ = ["Folded", "Trunk", "Unsupported", "hooked", "lower"]
+__all__ = ["Folded", "Trunk", "Unsupported", "lower"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..hooks import hooked
 from .folded import Folded
 from .stage import Ref, Stage, Unsupported, pair
 from .trunk import Trunk
@@ -59,12 +60,6 @@ def image_affine(net, weight, steps):
             scale = operation(scale, constant)
         shift = operation(shift, constant)
     return scale.contiguous(), shift.contiguous()
-
-
-def hooked(module):
-    """Whether something waits for this very module to run."""
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(module, kind) for kind in kinds)
 
 
 class Tracer(fx.Tracer):

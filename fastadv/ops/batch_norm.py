@@ -12,9 +12,9 @@ from torch import nn
 
 from .. import _library, _native, reference
 from .._library import FLOATS, define, expect
+from ..hooks import hooked
 
 HAS_KERNEL = torch.float32, torch.bfloat16
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def _check(x, weight, bias, residual, eps, relu):
@@ -22,7 +22,7 @@ def _check(x, weight, bias, residual, eps, relu):
     _check_rows(x, weight=weight, bias=bias)
 
 
-def _check_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad):
+def _check_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
     _check_maps(x, grad=grad, y=y)
     _check_rows(x, weight=weight, bias=bias, mean=mean, var=var)
 
@@ -38,9 +38,10 @@ def _check_maps(x, **others):
 
 
 def _check_rows(x, **rows):
+    dtype = torch.promote_types(x.dtype, torch.float32)
     for name, row in rows.items():
-        expect(name, row, dtype=torch.promote_types(x.dtype, torch.float32), like=x)
-        expect(name, row, shape=x.shape[1:2])
+        if row is not None:
+            expect(name, row, dtype=dtype, like=x, shape=x.shape[1:2])
 
 
 def _native_takes(*maps):
@@ -60,18 +61,16 @@ def _cpu(x, weight, bias, residual, eps, relu):
     return y, mean, var
 
 
-def _cpu_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad):
+def _cpu_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
     if not _native_takes(x, y):
-        args = grad, y, x, weight, bias, mean, var, eps, relu, residual_grad
+        args = grad, y, x, weight, bias, mean, var, eps, residual_grad
         return reference.batch_norm_backward(*args)
     outputs = _outputs(x, weight)
     over = _native.empty_like(x) if residual_grad else None
     grad = grad.contiguous(memory_format=torch.channels_last)
-    weight, bias, mean, var = (row.contiguous() for row in (weight, bias, mean, var))
-    after, alone = (y, None) if y is not None else (None, bias)
-    if not relu:
-        after = alone = None
-    _native.batch_norm_backward(outputs, over, grad, after, x, weight, alone, mean, var, eps)
+    weight, mean, var = (row.contiguous() for row in (weight, mean, var))
+    bias = None if bias is None else bias.contiguous()
+    _native.batch_norm_backward(outputs, over, grad, y, x, weight, bias, mean, var, eps)
     return *outputs, _native.empty((0,), x) if over is None else over
 
 
@@ -86,8 +85,8 @@ def _fake(x, weight, bias, residual, eps, relu):
     return torch.empty_like(x), *(weight.new_empty(weight.shape) for _ in range(2))
 
 
-def _fake_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad):
-    _check_backward(grad, y, x, weight, bias, mean, var, eps, relu, residual_grad)
+def _fake_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
+    _check_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad)
     rows = (weight.new_empty(weight.shape) for _ in range(2))
     return torch.empty_like(x), *rows, torch.empty_like(x) if residual_grad else x.new_empty(0)
 
@@ -101,9 +100,8 @@ _batch_norm = define(
     fake=_fake,
 )
 _backward = define(
-    "batch_norm_backward(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor bias, "
-    "Tensor mean, Tensor var, float eps, bool relu, bool residual_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor mean, Tensor var, float eps, bool residual_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     reference=reference.batch_norm_backward,
     native=_cpu_backward,
@@ -116,11 +114,18 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, eps, relu):
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, var = _batch_norm(x, weight, bias, residual, eps, relu)
-        after = y if relu and residual is not None else None
-        ctx.save_for_backward(after, x, weight, bias, mean, var)
+        added = residual is not None  # what is read of ReLU's slope is its output, or z anew
+        ctx.save_for_backward(
+            y if relu and added else None,
+            x,
+            weight,
+            bias if relu and not added else None,
+            mean,
+            var,
+        )
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.relu = eps, relu
+        ctx.eps = eps
         return y, mean, var
 
     @staticmethod
@@ -132,7 +137,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: mean and var depend on x
             backward, (mean, var) = reference.batch_norm_backward, reference.moments(saved[1])
         wanted = ctx.needs_input_grad[3]
-        *grads, residual_grad = backward(grad, *saved, mean, var, ctx.eps, ctx.relu, wanted)
+        *grads, residual_grad = backward(grad, *saved, mean, var, ctx.eps, wanted)
         return *grads, residual_grad if wanted else None, None, None
 
 
@@ -149,16 +154,22 @@ _library._library.impl("batch_norm", _autograd, "Autograd")
 def batch_norm(norm, x, activation=None, residual=None):
     """activation(norm(x) + residual), each of the two where given.
 
-    norm: a module, x: its input [B, C, H, W]; residual: like x; activation: a function or module.
-    One kernel forward and one backward where norm is an nn.BatchNorm2d in train mode that nothing
-    hooks, activation is ReLU or None, and the maps are channels_last on a CPU; else what the
-    formula says. A sum within the kernel is not rounded to a half in between.
+    norm: a module, x: its input [B, C, H, W]; residual: what is added; activation: a function or
+    module. In train mode the norm's running statistics move as ever.
+
+    It is one kernel forward and one backward, the sum not rounded in between, on a CPU where norm
+    is an nn.BatchNorm2d in train mode with all its parameters and statistics, float32, and a
+    momentum, x and residual are float32 or bfloat16 of one shape and dtype in channels_last, and no
+    hook, replaced forward, torch.compile, torch.func or forward-mode derivative has to see the
+    parts. ReLU is within the kernel, another activation follows it. Any other call runs the
+    modules.
     """
     if not _fused(norm, x, residual):
         out = norm(x)
         out = out if residual is None else out + residual
         return out if activation is None else activation(out)
-    relu = activation in (F.relu, torch.relu) or type(activation) is nn.ReLU
+    relu = activation in (F.relu, torch.relu)
+    relu = relu or (type(activation) is nn.ReLU and not hooked(activation))
     y, mean, var = _batch_norm(x, norm.weight, norm.bias, residual, norm.eps, relu)
     with torch.no_grad():
         count = x.numel() // len(mean)
@@ -170,15 +181,23 @@ def batch_norm(norm, x, activation=None, residual=None):
 
 def _fused(norm, x, residual):
     """Whether the CPU kernel takes this call and nothing else has to see its parts."""
-    if _library.ops["batch_norm"].cpu != "native" or torch.compiler.is_compiling():
+    if _traced() or _library.ops["batch_norm"].cpu != "native":
         return False
-    if type(norm) is not nn.BatchNorm2d or type(x) is not torch.Tensor or not x.is_cpu:
+    maps = [x] if residual is None else [x, residual]
+    if any(type(v) is not torch.Tensor or v.dim() != 4 or not v.is_cpu for v in maps):
         return False
-    if x.dim() != 4 or x.numel() <= x.shape[1] or any(getattr(norm, kind) for kind in HOOKS):
+    if any(v.shape != x.shape or v.dtype != x.dtype for v in maps) or not _native_takes(*maps):
         return False
-    usual = norm.training and norm.affine and norm.track_running_stats and norm.momentum
-    if not usual or norm.weight.dtype != torch.float32 or not _native_takes(x, residual):
+    if type(norm) is not nn.BatchNorm2d or hooked(norm) or x.numel() <= x.shape[1]:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
-        return False
-    return residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    whole = norm.track_running_stats and not any(v is None for v in tensors)
+    return whole and norm.training and norm.momentum and norm.weight.dtype == torch.float32
+
+
+def _traced():
+    """Whether something follows the modules' own operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None

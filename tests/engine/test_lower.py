@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from networks import Branching, network, results
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from fastadv import _native, freeze, models
 from fastadv import frozen as frozen_module
@@ -196,6 +197,10 @@ def test_what_waits_for_a_module_gets_it():
     assert calls == [1]
     hook.remove()
     assert freeze(network("resnet18")).trunk is not None
+    hook = register_module_forward_hook(lambda module, *_: calls.append(module))
+    frozen(x)
+    hook.remove()
+    assert frozen.net.layer1 in calls
     patched = network("resnet18")
     patched.conv1.forward = lambda v: nn.functional.conv2d(v, patched.conv1.weight, padding=1) + 1
     assert freeze(patched).trunk is None

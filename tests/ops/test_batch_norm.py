@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import _library, models, ops, reference
@@ -44,8 +46,12 @@ def tensors(shape, dtype=torch.float32, seed=0):
     return x.to(dtype), weight, bias, residual.to(dtype)
 
 
+def nhwc(*maps):
+    return [v.contiguous(**NHWC) if v.dim() == 4 else v for v in maps]
+
+
 def make(shape, relu=True, added=True, dtype=torch.float32):
-    x, weight, bias, residual = tensors(shape, dtype)
+    x, weight, bias, residual = nhwc(*tensors(shape, dtype))
     inputs = [x, weight, bias, *([residual] if added else [])]
 
     def public(x, weight, bias, residual=None):
@@ -60,10 +66,11 @@ def make(shape, relu=True, added=True, dtype=torch.float32):
 
 
 def make_backward(shape, relu=True, added=True, dtype=torch.float32):
-    x, weight, bias, residual = tensors(shape, dtype)
+    x, weight, bias, residual = nhwc(*tensors(shape, dtype))
     y, mean, var = reference.batch_norm(x, weight, bias, residual, EPS, relu)
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    args = (grad, y if added else None, x, weight, bias, mean, var, EPS, relu, added)
+    (grad,) = nhwc(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    y, bias = (y if relu and added else None), (bias if relu and not added else None)
+    args = (grad, y, x, weight, bias, mean, var, EPS, added)
     return OpCase("batch_norm_backward", args)
 
 
@@ -76,10 +83,16 @@ def test_op(relu, added):
 @pytest.mark.parametrize("channels", [1, 3, 15, 16, 17, 31, 32, 33, 70])
 def test_channels(channels):
     for relu, added in FOLLOWED:
-        for size in (5, 9):  # pixels in one chunk and in several
+        for size in (3, 9):  # 36 pixels, one chunk, and 324, several
             shape = 4, channels, size, size
             check_values(make(shape, relu, added), ("channels_last",))
             check_values(make_backward(shape, relu, added), ("channels_last",))
+
+
+def test_more_pixels_than_chunks_of_64():
+    for shape in ((5, 33, 30, 29), (1, 8, 64, 63), (1, 8, 64, 64)):
+        check_values(make(shape), ("channels_last",))
+        check_values(make_backward(shape), ("channels_last",))
 
 
 @pytest.mark.parametrize("channels", [40, 70, 130])  # few channels' sums err by chance
@@ -92,7 +105,7 @@ def test_bfloat16(channels):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_run_as_plain_torch(dtype):
-    x, weight, bias, residual = (laid_out(t, "channels_last") for t in tensors((4, 40, 5, 5)))
+    x, weight, bias, residual = nhwc(*tensors((4, 40, 5, 5)))
     wide = torch.promote_types(dtype, torch.float32)
     args = x.to(dtype), weight.to(wide), bias.to(wide), residual.to(dtype), EPS, True
     for got, want in zip(op(*args), reference.batch_norm(*args), strict=True):
@@ -115,8 +128,7 @@ def test_nan_stays_in_its_channel():
     x, weight, bias, residual = tensors((2, 40, 4, 4))
     x[0, 3, 1, 1] = torch.nan
     residual[1, 7, 2, 2] = torch.nan
-    args = [v.contiguous(**NHWC) if v.dim() == 4 else v for v in (x, weight, bias, residual)]
-    y = op(*args, EPS, True)[0]
+    y = op(*nhwc(x, weight, bias, residual), EPS, True)[0]
     wrong = torch.zeros_like(y, dtype=torch.bool)
     wrong[:, 3], wrong[1, 7, 2, 2] = True, True
     assert torch.equal(y.isnan(), wrong)
@@ -134,11 +146,44 @@ def test_opcheck_of_grad_requiring_inputs(layout):
 @pytest.mark.parametrize(("relu", "added"), FOLLOWED)
 def test_second_derivatives(relu, added):
     """They differentiate the statistics too."""
-    case = make((3, 2, 3, 2), relu, added).mapped(
-        lambda t: t.contiguous(**NHWC) if t.dim() == 4 else t
-    )
+    case = make((3, 2, 3, 2), relu, added)
     inputs = [case.args[i].double().requires_grad_() for i in case.inputs]
     assert torch.autograd.gradgradcheck(case.public, inputs)
+
+
+@pytest.mark.parametrize(("relu", "added"), FOLLOWED)
+@pytest.mark.parametrize("changed", [0, 1, 2, 3, "y"])
+def test_a_change_before_backward_is_refused_or_harmless(relu, added, changed):
+    case = make((3, 5, 3, 4), relu, added)
+    inputs = [case.args[i].clone().requires_grad_() for i in case.inputs]
+    if changed == 3 and not added:
+        return
+    want = torch.autograd.grad(case.public(*inputs).sum(), inputs)
+    y = case.public(*inputs)
+    total = y.sum()
+    with torch.no_grad():
+        (y if changed == "y" else inputs[changed]).add_(1)
+    read = {0, 1} | ({"y"} if relu and added else set()) | ({2} if relu and not added else set())
+    if changed in read:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(total, inputs)
+    else:
+        for got, expected in zip(torch.autograd.grad(total, inputs), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (0, 3)])
+def test_only_what_requires_a_gradient_gets_one(wanted):
+    case = make((3, 5, 3, 4))
+    every = [case.args[i].clone().requires_grad_() for i in case.inputs]
+    some = [v.detach().requires_grad_(i in wanted) for i, v in enumerate(every)]
+    want = torch.autograd.grad(case.public(*every).sum(), every)
+    total = case.public(*some).sum()
+    total.backward(retain_graph=True)
+    total.backward()
+    for i, v in enumerate(some):
+        assert (v.grad is not None) == (i in wanted)
+        assert v.grad is None or torch.equal(v.grad, 2 * want[i])
 
 
 @pytest.mark.parametrize(
@@ -203,32 +248,84 @@ def test_one_kernel_forward_and_one_backward():
     assert torch.ops.aten.relu.default not in calls.count
 
 
-def hooked(norm):
+def norm_without(*names):
+    norm = nn.BatchNorm2d(8)
+    for name in names:
+        setattr(norm, name, None)
+    return norm
+
+
+def hooked_norm():
+    norm = nn.BatchNorm2d(8)
     norm.register_forward_hook(lambda *_: None)
     return norm
 
 
-@pytest.mark.parametrize(
-    ("norm", "x"),
-    [
-        (nn.BatchNorm2d(8).eval(), torch.rand(4, 8, 5, 5)),
-        (nn.BatchNorm2d(8, momentum=None), torch.rand(4, 8, 5, 5)),
-        (nn.BatchNorm2d(8, affine=False), torch.rand(4, 8, 5, 5)),
-        (nn.BatchNorm2d(8, track_running_stats=False), torch.rand(4, 8, 5, 5)),
-        (nn.BatchNorm2d(8).double(), torch.rand(4, 8, 5, 5).double()),
-        (nn.GroupNorm(2, 8), torch.rand(4, 8, 5, 5)),
-        (nn.BatchNorm1d(8), torch.rand(4, 8)),
-        (hooked(nn.BatchNorm2d(8)), torch.rand(4, 8, 5, 5)),
-    ],
-)
-def test_others_are_left_to_the_module(norm, x):
-    x = laid_out(x, "channels_last")
-    before = copy.deepcopy(norm)
+def replaced_norm():
+    norm = nn.BatchNorm2d(8)
+    norm.forward = lambda x: 2 * x
+    return norm
+
+
+X, ADDED = nhwc(*torch.rand(2, 4, 8, 5, 5))
+OTHERS = {
+    "eval": (lambda: nn.BatchNorm2d(8).eval(), X, ADDED),
+    "momentum": (lambda: nn.BatchNorm2d(8, momentum=None), X, ADDED),
+    "affine": (lambda: nn.BatchNorm2d(8, affine=False), X, ADDED),
+    "statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), X, ADDED),
+    "bias": (lambda: norm_without("bias"), X, ADDED),
+    "no statistics": (lambda: norm_without("running_mean", "running_var"), X, ADDED),
+    "count": (lambda: norm_without("num_batches_tracked"), X, ADDED),
+    "double": (lambda: nn.BatchNorm2d(8).double(), X.double(), ADDED),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 8), X, ADDED),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(8), X[:, :, 0, 0], None),
+    "hooked": (hooked_norm, X, ADDED),
+    "replaced": (replaced_norm, X, ADDED),
+    "contiguous": (lambda: nn.BatchNorm2d(8), X.contiguous(), None),
+    "half": (lambda: nn.BatchNorm2d(8), X.half(), None),
+    "other layout": (lambda: nn.BatchNorm2d(8), X, ADDED.contiguous()),
+    "other dtype": (lambda: nn.BatchNorm2d(8), X.bfloat16(), ADDED),
+    "broadcast": (lambda: nn.BatchNorm2d(8), X, torch.ones(8, 1, 1)),
+    "number": (lambda: nn.BatchNorm2d(8), X, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_left_to_the_module(name):
+    make_norm, x, residual = OTHERS[name]
+    norm, other = make_norm(), make_norm()
     with Calls() as calls:
-        got = ops.batch_norm(norm, x, F.relu)
+        got = ops.batch_norm(norm, x, F.relu, residual)
     assert not calls.fused()
-    assert torch.equal(got, F.relu(before(x)))
-    assert norm.state_dict().keys() == before.state_dict().keys()
+    want = other(x)
+    assert torch.equal(got, F.relu(want if residual is None else want + residual))
+    for key, value in other.state_dict().items():
+        assert torch.equal(norm.state_dict()[key], value)
+
+
+def test_hooks_see_what_they_wait_for():
+    norm, relu, seen = nn.BatchNorm2d(8), nn.ReLU(), []
+    handle = relu.register_forward_hook(lambda module, *_: seen.append(module))
+    ops.batch_norm(norm, X, relu, ADDED)
+    assert seen == [relu]
+    handle.remove()
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    ops.batch_norm(norm, X, relu, ADDED)
+    handle.remove()
+    assert seen == [relu, norm, relu]
+    ops.batch_norm(norm, X, relu, ADDED)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_derivatives(frozen):
+    norm = nn.BatchNorm2d(8).requires_grad_(not frozen)
+    tangents = []
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(X, ADDED)
+        for y in (ops.batch_norm(norm, x, F.relu), F.relu(norm(x))):
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert torch.equal(*tangents)
 
 
 def test_one_value_per_channel_is_refused_as_by_the_module():
@@ -237,7 +334,7 @@ def test_one_value_per_channel_is_refused_as_by_the_module():
 
 
 def test_transforms_see_modules():
-    norm, x = nn.BatchNorm2d(8), laid_out(torch.rand(4, 8, 5, 5), "channels_last")
+    norm, x = nn.BatchNorm2d(8), X.clone()
 
     def loss(x):
         return ops.batch_norm(copy.deepcopy(norm), x, F.relu).square().sum()
