@@ -118,9 +118,7 @@ def published_step(name, student, teacher, optimizer, x):
 def autocast_step(name, student, teacher, x):
     """The published step of copies in channels_last under autocast, as a call."""
     nets = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (student, teacher)]
-    for module in nets[0].modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_hook(lambda *_: None)  # and ops.batch_norm leaves it to torch
+    published.torch_alone(nets[0])
     optimizer = torch.optim.SGD(nets[0].parameters(), 1e-3, 0.9)
 
     def step():

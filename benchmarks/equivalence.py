@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from published import torch_alone
 from scipy.stats import t as student_t
 from timing import RESULTS, machine
 
@@ -82,6 +83,7 @@ def plain(config, dataset):
     torch.manual_seed(config.seed)
     channels = dataset.train.images.shape[1]
     student = models.get(config.student, dataset.num_classes, channels, config.student_width)
+    torch_alone(student)
     distilled, objective = config.method == "rslad", F.cross_entropy
     noise = {"init": "uniform", "lo": 0, "hi": 1}
     if distilled:

@@ -3,6 +3,7 @@ parameters that require gradients also where none is wanted, and the teacher ask
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
 
@@ -25,6 +26,14 @@ def pgd(objective, x, steps=STEPS, start=None, backward=False):
         x_adv = x_adv.detach() + STEP_SIZE * gradient.sign()
         x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
     return x_adv
+
+
+def torch_alone(model):
+    """The model, whose BatchNorms stay torch's own where fastadv.models would fuse them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: None)
+    return model
 
 
 def kl(logits, soft, reduction):

@@ -51,6 +51,12 @@ def test_the_arms_differ_in_precision_alone(fields, tmp_path, steps, rounding, m
     assert gap(same, other) > 0.1
 
 
+def test_the_plain_arm_has_torchs_batchnorm(fields, monkeypatch):
+    dataset = data.load(fields["data"], fields["data_dir"])
+    monkeypatch.setattr(sys.modules["fastadv.ops.batch_norm"], "_batch_norm", None)
+    equivalence.plain(Config(**fields | {"steps": 0, "epochs": 1}), dataset)
+
+
 def test_the_judge_is_the_evaluation(fields):
     """Plain PGD-20 against fastadv.evaluate's on the same network; the starts are others."""
     config = Config(**fields)

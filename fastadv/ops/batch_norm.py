@@ -171,11 +171,11 @@ def batch_norm(norm, x, activation=None, residual=None):
     relu = activation in (F.relu, torch.relu)
     relu = relu or (type(activation) is nn.ReLU and not hooked(activation))
     y, mean, var = _batch_norm(x, norm.weight, norm.bias, residual, norm.eps, relu)
-    with torch.no_grad():
-        count = x.numel() // len(mean)
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+    count = x.numel() // len(mean)
+    norm.num_batches_tracked.add_(1)
+    # By `.data`, as torch's own kernel does it: another call may have saved them for its backward.
+    norm.running_mean.data.lerp_(mean, norm.momentum)
+    norm.running_var.data.lerp_(var * (count / (count - 1)), norm.momentum)
     return y if relu or activation is None else activation(y)
 
 

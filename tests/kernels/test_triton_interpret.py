@@ -85,7 +85,8 @@ def test_an_interpreted_run_is_on_the_kernels(tmp_path):
     code = "from fastadv import _library; print({n: op.cpu for n, op in _library.ops.items()})"
     done = run(["-c", code], tmp_path, **INTERPRETED)
     backends = ast.literal_eval(done.stdout)
-    assert set(backends.values()) == {"triton (interpreted)"}
+    others = {name for name, backend in backends.items() if backend != "triton (interpreted)"}
+    assert others == {"batch_norm", "batch_norm_backward"}  # which GPUs leave to torch
     assert set(SELECTED) <= {name.rstrip("_") for name in backends}
 
 

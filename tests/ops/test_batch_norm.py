@@ -328,6 +328,16 @@ def test_forward_mode_derivatives(frozen):
     assert torch.equal(*tangents)
 
 
+@native
+def test_calls_of_both_kinds_may_come_before_backward():
+    norm = nn.BatchNorm2d(8)
+    with Calls() as calls:
+        maps = [ops.batch_norm(norm, v, F.relu) for v in (X.contiguous(), X, X.contiguous())]
+    assert calls.fused() == 1
+    sum(maps).sum().backward()
+    assert norm.num_batches_tracked == 3
+
+
 def test_one_value_per_channel_is_refused_as_by_the_module():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ops.batch_norm(nn.BatchNorm2d(8), torch.rand(1, 8, 1, 1))
