@@ -7,8 +7,7 @@ the same under torch.autocast with both networks in channels_last; "fastadv bf16
 it computes, as in a first epoch, and a warm one finds it; "no teacher" is a step with the teacher's
 logits given, which a cache cannot beat. AdaAD and AdvFunMatch ask the teacher at every x_adv, which
 no cache can hold; their published steps take a minute each, so three samples are taken. data,
-teacher, attack and outer are shares of a step's time, teacher
-counting wherever it runs.
+teacher, attack and outer are shares of a step's time, teacher counting wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
 """

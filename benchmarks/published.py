@@ -29,11 +29,10 @@ def pgd(objective, x, steps=STEPS, start=None, backward=False):
 
 
 def torch_alone(model):
-    """The model, whose BatchNorms stay torch's own where fastadv.models would fuse them."""
+    """Keeps a model's BatchNorms torch's own, which fastadv.models would fuse: a hook does it."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda *_: None)
-    return model
 
 
 def kl(logits, soft, reduction):
