@@ -18,6 +18,7 @@ LEVELS = (
         "checkpoint",
         "parallel",
         "hooks",
+        "logits",
     },
     {"ops", "engine"},
     {"losses"},
