@@ -32,7 +32,7 @@ def ask(model, x):
 
 
 def cast_to(model, x):
-    """x in the dtype of the model's first floating point parameter; as it is where there is none."""
+    """x in the dtype of the first floating point parameter; as it is where there is none."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
     return x.to(dtype)
