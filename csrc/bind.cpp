@@ -54,14 +54,29 @@ void pgd_step(uintptr_t out, uintptr_t x_adv, uintptr_t grad, uintptr_t x, uintp
 void apgd_step(uintptr_t x_adv, uintptr_t x_old, uintptr_t x_best, uintptr_t grad_best,
                uintptr_t x_found, uintptr_t bad_gradients, uintptr_t grad, uintptr_t x,
                uintptr_t step_size, uintptr_t better_best, uintptr_t better_found,
-               uintptr_t restart, int64_t batch, int64_t size, float eps, double weight, int norm,
-               float lo, float hi, int threads) {
-  active->apgd_step(
-      {at<float>(x_adv), at<float>(x_old), at<float>(x_best), at<float>(grad_best),
-       at<float>(x_found), at<int64_t>(bad_gradients), at<const float>(grad), at<const float>(x),
-       at<const float>(step_size), at<const bool>(better_best), at<const bool>(better_found),
-       at<const bool>(restart), batch, size, eps, weight, static_cast<Norm>(norm), lo, hi},
-      threads);
+               uintptr_t restart, uintptr_t eps_per_sample, int64_t batch, int64_t size, float eps,
+               double weight, int norm, float lo, float hi, int threads) {
+  active->apgd_step({at<float>(x_adv),
+                     at<float>(x_old),
+                     at<float>(x_best),
+                     at<float>(grad_best),
+                     at<float>(x_found),
+                     at<int64_t>(bad_gradients),
+                     at<const float>(grad),
+                     at<const float>(x),
+                     at<const float>(step_size),
+                     at<const bool>(better_best),
+                     at<const bool>(better_found),
+                     at<const bool>(restart),
+                     at<const float>(eps_per_sample),
+                     batch,
+                     size,
+                     eps,
+                     weight,
+                     static_cast<Norm>(norm),
+                     lo,
+                     hi},
+                    threads);
 }
 
 void random_start(uintptr_t out, uintptr_t x, uintptr_t seed, uintptr_t index,
@@ -106,17 +121,19 @@ void batch_norm_backward(uintptr_t x_grad, uintptr_t residual_grad, uintptr_t we
 }
 
 template <Labelled Table::* kernel>
-void labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
-              int64_t classes, int dtype, int threads) {
-  (active->*kernel)(at<float>(loss), at<void>(grad), at<const void>(logits), at<const int64_t>(y),
-                    batch, classes, static_cast<DType>(dtype), threads);
+int64_t labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, int64_t batch,
+                 int64_t classes, int dtype, int threads) {
+  return (active->*kernel)(at<float>(loss), at<void>(grad), at<const void>(logits),
+                           at<const int64_t>(y), batch, classes, static_cast<DType>(dtype),
+                           threads);
 }
 
-void cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, uintptr_t target,
-                   int64_t batch, int64_t classes, double smoothing, int dtype, int threads) {
-  active->cross_entropy(at<float>(loss), at<void>(grad), at<const void>(logits),
-                        at<const int64_t>(y), at<const float>(target), batch, classes, smoothing,
-                        static_cast<DType>(dtype), threads);
+int64_t cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y,
+                      uintptr_t target, int64_t batch, int64_t classes, double smoothing,
+                      int64_t ignored, int dtype, int threads) {
+  return active->cross_entropy(at<float>(loss), at<void>(grad), at<const void>(logits),
+                               at<const int64_t>(y), at<const float>(target), batch, classes,
+                               smoothing, ignored, static_cast<DType>(dtype), threads);
 }
 
 void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_grad,

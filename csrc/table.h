@@ -22,6 +22,7 @@ struct ApgdStep {
   const float *grad, *x;
   const float* step_size;                            // [batch]
   const bool *better_best, *better_found, *restart;  // [batch]
+  const float* eps_per_sample;                       // [batch] or null, then eps holds for all
   int64_t batch, size;
   float eps;
   double weight;
@@ -72,8 +73,9 @@ struct BatchNormBackward {
 };
 
 // A loss of each row of logits [batch, classes] and its label y [batch]; `grad` may be null.
-using Labelled = void (*)(float* loss, void* grad, const void* logits, const int64_t* y,
-                          int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
+// Returns how many labels are outside [0, classes).
+using Labelled = int64_t (*)(float* loss, void* grad, const void* logits, const int64_t* y,
+                             int64_t batch, int64_t classes, DType dtype, int threads) noexcept;
 
 // The engine's activations and gradients lie in blocks of 16 images x 32 channels of one pixel:
 // [groups of 16 images, pixels, blocks of 32 channels, 16, 32], fp32 or bf16, the last
@@ -138,10 +140,11 @@ struct Table {
   // csrc/cpu/margin.inl, dlr.inl, mart_bce.inl
   Labelled margin, dlr, mart_bce;
 
-  // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]
-  void (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,
-                        const float* target, int64_t batch, int64_t classes, double smoothing,
-                        DType dtype, int threads) noexcept;
+  // csrc/cpu/cross_entropy.inl; y [batch] or, where it is null, target [batch, classes]. Returns
+  // how many labels are neither `ignored` nor in [0, classes).
+  int64_t (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,
+                           const float* target, int64_t batch, int64_t classes, double smoothing,
+                           int64_t ignored, DType dtype, int threads) noexcept;
 
   // csrc/cpu/feature_distance.inl
   void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,

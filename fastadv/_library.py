@@ -39,6 +39,7 @@ class Backends:
 
 
 ops: dict[str, Backends] = {}
+plain = {}  # {op: its check and then its decomposition into torch's own ops}
 
 
 @functools.cache
@@ -74,6 +75,13 @@ def triton_missing():
     return None
 
 
+def expect_tensors(**values):
+    """Raises TypeError naming a value that is no tensor, such as a network's output object."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, must be a tensor")
+
+
 def expect(name, tensor, *, dtype=None, like=None, shape=None):
     """Raises TypeError or ValueError naming the argument, what it is and what it must be."""
     if dtype is not None and tensor.dtype != dtype:
@@ -107,26 +115,34 @@ def on_gpu(name, reference, native, kernel, cuda):
     return cuda_first, f"cuda, else {chosen}"
 
 
-def define(schema, *, check, reference, fake, native=None, kernel=None, cuda=None):
+def define(
+    schema, *, check, reference, fake, native=None, kernel=None, cuda=None, decomposition=None
+):
     """Registers an op and returns its overload. All callables take the schema's arguments.
 
     `check` raises on arguments outside the contract and runs before every implementation;
     `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
     of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
     Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted. `cuda` says of a call
-    whether there is a CUDA C++ kernel for it, which is also run by `native`.
+    whether there is a CUDA C++ kernel for it, which is also run by `native`. `decomposition`: what
+    vmap goes through, torch's own ops; the reference where it never looks at values.
     """
     name = schema.split("(")[0]
 
-    def impl(function, key):
-        def checked(*args):
+    def checked(function):
+        def call(*args):
             check(*args)
             return function(*args)
 
-        _library.impl(name, checked, key)
+        return call
+
+    def impl(function, key):
+        _library.impl(name, checked(function), key)
 
     _library.define(schema)
     impl(reference, "CompositeExplicitAutograd")
+    plain[name] = checked(decomposition or reference)
+    _library.impl(name, plain[name], "FuncTorchBatchedDecomposition")
     torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
     why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else "fastadv._C is missing"
     gpu, name_on_gpu = on_gpu(name, reference, native, kernel, cuda)
@@ -151,31 +167,44 @@ def gradients_from_forward(op, inputs):
 
     inputs: the position of each gradient's input among the op's arguments; a gradient that the
     call did not ask for is an empty tensor. loss is 0-dim, or [B] for gradients [B, ...].
+    Where the gradient is to be differentiated (create_graph) it is computed anew in torch's own
+    ops, the op's decomposition; so is all of a call under torch.func or forward-mode derivatives.
     Registered at the Autograd key: two thirds of torch.library.register_autograd's overhead.
     """
+    name = op._schema.name.split("::")[1]
+    decomposed = plain[name]
 
     class FromForward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
             with torch._C._AutoDispatchBelowAutograd():
                 loss, *gradients = op(*args)
-            wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
-            ctx.save_for_backward(*[gradients[n] for n in wanted])
+            ctx.wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
+            tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
+            ctx.save_for_backward(*tensors, *[gradients[n] for n in ctx.wanted])
+            ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
-            ctx.positions, ctx.arity = [inputs[n] for n in wanted], len(args)
             return loss, *gradients
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx, grad_loss, *_):
-            result = [None] * ctx.arity
-            if grad_loss is not None:
-                for position, gradient in zip(ctx.positions, ctx.saved_tensors, strict=True):
-                    result[position] = _scaled(gradient, grad_loss)
+            arity = len(ctx.others)
+            result = [None] * arity
+            if grad_loss is None:
+                return tuple(result)
+            gradients = ctx.saved_tensors[arity:]
+            if torch.is_grad_enabled():
+                args = zip(ctx.saved_tensors, ctx.others, strict=False)
+                made = decomposed(*(other if t is None else t for t, other in args))[1:]
+                gradients = [made[n] for n in ctx.wanted]
+            for n, gradient in zip(ctx.wanted, gradients, strict=True):
+                result[inputs[n]] = _scaled(gradient, grad_loss)
             return tuple(result)
 
     def autograd(*args):
+        if transformed():
+            return decomposed(*args)
         if torch.is_grad_enabled() and any(
             args[i] is not None and args[i].requires_grad for i in inputs
         ):
@@ -183,7 +212,13 @@ def gradients_from_forward(op, inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(op._schema.name.split("::")[1], autograd, "Autograd")
+    _library.impl(name, autograd, "Autograd")
+
+
+def transformed():
+    """Whether torch.func or forward-mode differentiation follows torch's own operators here."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _scaled(gradient, grad_loss):

@@ -169,6 +169,7 @@ def apgd_step(
     better_best,
     better_found,
     restart,
+    eps_per_sample,
     eps,
     weight,
     norm,
@@ -195,6 +196,7 @@ def apgd_step(
         _address("better_best", _row("better_best", better_best), torch.bool),
         _address("better_found", _row("better_found", better_found), torch.bool),
         _address("restart", _row("restart", restart), torch.bool),
+        _address("eps", _row("eps", eps_per_sample)),
         batch,
         x_adv.numel() // max(batch, 1),
         eps,
@@ -259,23 +261,24 @@ def augment(out, images, dy, dx, flip, padding, channels_last):
 
 
 def margin(loss, grad, logits, y):
-    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous."""
-    _labelled(_C.margin, loss, grad, logits, y)
+    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). Contiguous.
+    Returns how many labels are outside [0, C)."""
+    return _labelled(_C.margin, loss, grad, logits, y)
 
 
 def dlr(loss, grad, logits, y):
     """As `margin`."""
-    _labelled(_C.dlr, loss, grad, logits, y)
+    return _labelled(_C.dlr, loss, grad, logits, y)
 
 
 def mart_bce(loss, grad, logits, y):
     """As `margin`."""
-    _labelled(_C.mart_bce, loss, grad, logits, y)
+    return _labelled(_C.mart_bce, loss, grad, logits, y)
 
 
 def _labelled(kernel, loss, grad, logits, y):
     dtype = logits.dtype
-    kernel(
+    return kernel(
         _address("loss", _row("loss", loss)),
         _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
         _address("logits", _row("logits", logits), dtype),
@@ -286,11 +289,11 @@ def _labelled(kernel, loss, grad, logits, y):
     )
 
 
-def cross_entropy(loss, grad, logits, target, smoothing):
+def cross_entropy(loss, grad, logits, target, smoothing, ignore_index):
     """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). target: int64 [B]
-    or fp32 [B, C]. Contiguous."""
+    or fp32 [B, C]. Contiguous. Returns how many labels are neither in [0, C) nor ignored."""
     dtype, labels = logits.dtype, target.dtype == torch.int64
-    _C.cross_entropy(
+    return _C.cross_entropy(
         _address("loss", _row("loss", loss)),
         _address("grad", _row("grad", grad), dtype) if grad.numel() else 0,
         _address("logits", _row("logits", logits), dtype),
@@ -298,6 +301,7 @@ def cross_entropy(loss, grad, logits, target, smoothing):
         0 if labels else _address("target", _row("target", target)),
         *logits.shape,
         smoothing,
+        ignore_index,
         DTYPES[dtype],
         torch.get_num_threads(),
     )

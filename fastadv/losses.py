@@ -1,15 +1,22 @@
-"""Losses over the ops: reductions, temperatures and the names the papers use."""
+"""Losses over the ops: reductions, temperatures and the names the papers use.
+
+A loss and its gradient come out of one pass. Gradients of gradients (create_graph), torch.func and
+forward-mode derivatives are right too, computed in torch's own ops.
+"""
 
 import torch
 
 from . import ops
+from ._library import expect_tensors
+from .ops._logits import checked_labels
 
 
 def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):
     """KL(teacher || student) of softmax(logits / temperature) (Hinton et al. 2015, section 2).
 
-    KL_i = sum_c q_c (log q_c - log p_c), p of the student, q of the teacher. Differentiable once,
-    to the student, the teacher and the weight; detach the teacher where it is a constant.
+    KL_i = sum_c q_c (log q_c - log p_c), p of the student, q of the teacher. Differentiable, as
+    often as you like, to the student, the teacher and the weight; detach the teacher where it is a
+    constant.
 
     student_logits, teacher_logits: [B, C], both float32, bfloat16, float16 or float64, any
     strides. temperature: float > 0; there is no factor T^2, multiply by temperature**2 where the
@@ -24,6 +31,7 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
     one to the teacher is not. NaN stays in its row.
     Raises TypeError or ValueError that names the argument at fault.
     """
+    expect_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.dtype == torch.float16:
         # The gradient of a mean is subnormal in float16 before a loss scale reaches it.
         student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
@@ -40,31 +48,38 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
     )[0]
 
 
-def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean"):
+def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean", ignore_index=-100):
     """-sum_c q_c log softmax(logits)_c, as torch.nn.functional.cross_entropy defines it.
 
-    logits: [B, C] float32, bfloat16, float16 or float64. target: int64 [B] labels, or [B, C]
-    probabilities in any floating type, which are a constant. label_smoothing a in [0, 1]:
+    logits: [B, C] float32, bfloat16, float16 or float64. target: [B] labels of any integer type, or
+    [B, C] probabilities in any floating type, which are a constant. label_smoothing a in [0, 1]:
     q = (1 - a) t + a / C, t the probabilities or the one-hot of the label (Szegedy et al. 2016,
-    section 7). reduction: "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves.
+    section 7). ignore_index: the label of samples that are left out: their loss and gradient are 0.
+    reduction: "none" [B], "sum" or "mean" (over the samples that are not left out). The loss is
+    float32 for halves.
 
-    A class with q_c = 0 counts 0 even where its logit is -inf (torch: nan). A label outside [0, C)
-    gives NaN with gradient 0 (torch: an error, or a sample left out). An empty batch gives 0.
+    A class with q_c = 0 counts 0 even where its logit is -inf (torch: nan). A batch that is empty
+    or left out as a whole gives 0. Any other label outside [0, C) raises ValueError on a CPU; on a
+    GPU, and under torch.func, where no look at the values is possible, its loss is NaN and its
+    gradient 0: count `cross_entropy(..., reduction="none").isnan()` where you log.
     Raises TypeError or ValueError that names the argument at fault.
     """
+    expect_tensors(logits=logits, target=target)
     if target.dtype.is_floating_point:
         target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    loss = ops.cross_entropy(_scalable(logits), target, label_smoothing)
+    loss = ops.cross_entropy(_scalable(logits), target, label_smoothing, ignore_index)
+    if reduction == "mean" and target.dim() == 1:
+        return loss.sum() / (target != ignore_index).sum().clamp(min=1)
     return _reduced(loss, reduction, "mean")
 
 
 def margin(logits, y, kappa=None, reduction="none"):
     """max_{c != y} z_c - z_y, the CW objective that an attack ascends (Carlini & Wagner 2017, f6).
 
-    logits [B, C], y int64 [B]; see `ops.margin`. kappa: None, or the confidence in logits at which
-    a sample is left alone: min(margin - kappa, 0), which is -max(z_y - max_{c != y} z_c + kappa, 0)
-    of the CW_inf evaluations (kappa = 50). reduction: "none" (the default, [B], for attacks),
-    "mean" or "sum". Raises ValueError on another reduction.
+    logits [B, C], y integers [B]; see `ops.margin`. kappa: None, or the confidence in logits at
+    which a sample is left alone: min(margin - kappa, 0), which is -max(z_y - max_{c != y} z_c +
+    kappa, 0) of the CW_inf evaluations (kappa = 50). reduction: "none" (the default, [B], for
+    attacks), "mean" or "sum". Raises ValueError on another reduction.
     """
     loss = ops.margin(logits, y)
     if kappa is not None:
@@ -77,7 +92,7 @@ def dlr(logits, y, reduction="none"):
 
     -(z_y - max_{c != y} z_c) / (z_pi1 - z_pi3 + 1e-12), z_pi1 >= z_pi2 >= ... the sorted logits.
 
-    logits [B, C] with C >= 3, y int64 [B]; see `ops.dlr`. A shift of the logits and a positive
+    logits [B, C] with C >= 3, y integers [B]; see `ops.dlr`. A shift of the logits and a positive
     factor change nothing. reduction: "none" (the default, [B], for attacks), "mean" or "sum".
     Raises ValueError on another reduction.
     """
@@ -90,13 +105,15 @@ def dlr_targeted(logits, y, target, reduction="none"):
 
     -(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2 + 1e-12), z_pi1 >= z_pi2 >= ... the sorted logits.
 
-    logits [B, C] with C >= 4, y and target int64 [B] in [0, C). Differentiable in logits, in plain
-    torch; of equal logits any counts as the larger. The result is float32 for halves. reduction:
-    "none" (the default, [B], for attacks), "mean" or "sum". Raises ValueError on another reduction
-    and on fewer than four classes.
+    logits [B, C] with C >= 4, y and target integers [B] in [0, C). Differentiable in logits, in
+    plain torch; of equal logits any counts as the larger. The result is float32 for halves.
+    reduction: "none" (the default, [B], for attacks), "mean" or "sum". Raises ValueError on another
+    reduction, on fewer than four classes and, on a CPU, on labels outside [0, C).
     """
+    expect_tensors(logits=logits, y=y, target=target)
     if logits.dim() != 2 or logits.shape[1] < 4:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 4")
+    y, target = checked_labels("y", y, logits), checked_labels("target", target, logits)
     wide = logits.float() if logits.itemsize < 4 else logits
     top = wide.topk(4).values
     ahead = wide.gather(1, target[:, None]) - wide.gather(1, y[:, None])
@@ -108,13 +125,15 @@ def mart_bce(logits, y, reduction="mean"):
     """MART's boosted cross-entropy, -log q_y - log(1.0001 - q_{y'} + 1e-12): q = softmax(logits),
     y' the likeliest class but y (Wang et al. 2020, equation 6, with the authors' code's constants).
 
-    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: int64 [B], or [B, C]
+    logits: [B, C] with C >= 2, float32, bfloat16, float16 or float64; y: integers [B], or [B, C]
     probabilities, a constant, over which the loss is then the expectation (in plain torch).
     reduction: "none" [B], "sum" or "mean" (sum / B). The loss is float32 for halves. The first term
-    does not underflow; of equally likely classes y' is the first. A label outside [0, C) gives NaN
-    with gradient 0, an empty batch 0. NaN stays in its row.
+    does not underflow; of equally likely classes y' is the first. A label outside [0, C) raises
+    ValueError on a CPU and gives NaN with gradient 0 elsewhere (as in `cross_entropy`), an empty
+    batch 0. NaN stays in its row.
     Raises TypeError or ValueError that names the argument at fault.
     """
+    expect_tensors(logits=logits, y=y)
     logits = _scalable(logits)
     loss = _soft_mart_bce(logits, y) if y.is_floating_point() else ops.mart_bce(logits, y)
     return _reduced(loss, reduction, "mean")
@@ -130,6 +149,7 @@ def entropy(logits, temperature=1.0, offset=0.0, reduction="none"):
     batch gives 0. NaN stays in its row. Raises TypeError or ValueError that names the argument at
     fault.
     """
+    expect_tensors(logits=logits)
     return _reduced(ops.softmax_entropy(_scalable(logits), temperature, offset), reduction, "mean")
 
 
@@ -139,6 +159,7 @@ def feature(student_features, teacher_features, distance="mse", reduction="batch
     reduction: "batchmean" (sum over samples / B), "none" ([B]) or "sum"; ValueError on another.
     The gradient goes to both, unless the teacher does not require it.
     """
+    expect_tensors(student_features=student_features, teacher_features=teacher_features)
     if distance == "mse" and student_features.dtype == torch.float16:
         # 2 (s - t) / D is subnormal in float16 before a loss scale reaches it.
         student_features, teacher_features = student_features.float(), teacher_features.float()

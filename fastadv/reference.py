@@ -67,6 +67,7 @@ def apgd_step_(
     better_best,
     better_found,
     restart,
+    eps_per_sample,
     eps,
     weight,
     norm,
@@ -78,6 +79,8 @@ def apgd_step_(
 
     d is sign(g) or g / ||g||, g the gradient with 0 for what is not finite. Croce & Hein 2020.
     """
+    if eps_per_sample is not None:
+        eps = per_sample(eps_per_sample, x)
     finite = grad.isfinite()
     bad_gradients += (~_rows(finite).all(dim=1)).sum()
     grad = torch.where(finite, grad, 0.0)
@@ -259,23 +262,26 @@ def mart_bce(logits, y, grad):
     return loss, gradient.to(logits.dtype)
 
 
-def cross_entropy(logits, target, label_smoothing, grad):
+def cross_entropy(logits, target, label_smoothing, ignore_index, grad):
     """-sum_c q_c log p_c [B] and its gradient p sum_c q_c - q [B, C], p = softmax(logits) and
     q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels.
 
-    logits [B, C]; target int64 [B] or [B, C]. A class with q_c = 0 counts 0. A label outside
-    [0, C): NaN, gradient 0. Label smoothing: Szegedy et al. 2016, section 7.
+    logits [B, C]; target int64 [B] or [B, C]. A class with q_c = 0 counts 0. A label that is
+    ignore_index: 0, gradient 0; any other outside [0, C): NaN, gradient 0. Label smoothing: Szegedy
+    et al. 2016, section 7.
     """
     wide, classes, valid = _at_least_fp32(logits), logits.shape[1], None
     if target.dtype == torch.int64:
         valid, label = _label(target, logits)
+        ignored = target == ignore_index
+        valid = valid & ~ignored
         target = torch.zeros_like(wide).scatter(1, label, 1)
     q = (1 - label_smoothing) * target + label_smoothing / classes
     log_p = wide.log_softmax(dim=1)
-    loss = -torch.where(q == 0, 0, q * log_p).sum(dim=1)
+    loss = -(q * log_p).masked_fill(q == 0, 0).sum(dim=1)
     gradient = log_p.exp() * q.sum(dim=1, keepdim=True) - q
     if valid is not None:
-        loss = torch.where(valid, loss, math.nan)
+        loss = torch.where(valid, loss, torch.where(ignored, 0.0, math.nan))
         gradient = torch.where(valid[:, None], gradient, 0)
     return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
 
@@ -289,7 +295,7 @@ def softmax_entropy(logits, temperature, offset, grad):
     log_q = (_at_least_fp32(logits) / temperature).log_softmax(dim=1)
     q = log_q.exp()
     if offset == 0:
-        log = slope = torch.where(q == 0, 0, log_q)  # and 1 in g, which cancels
+        log = slope = log_q.masked_fill(q == 0, 0)  # and 1 in g, which cancels
     else:
         log = (q + offset).log()
         slope = log + q / (q + offset)
@@ -404,13 +410,13 @@ def softmax_kl(
     dtype = loss_dtype(student.dtype)
     log_p, log_q = (F.log_softmax(v.to(dtype) / temperature, dim=1) for v in (student, teacher))
     p, q = log_p.exp(), log_q.exp()
-    difference = torch.where(q == 0, 0, log_q - log_p)
+    difference = (log_q - log_p).masked_fill(q == 0, 0)
     kl = (q * difference).sum(dim=1)
     factor = reduction_factor(reduction, student.shape)
     weighted = kl if weight is None else weight * kl
-    loss = weighted if reduction == "none" else weighted.sum() * factor
+    loss = weighted if reduction == "none" else (weighted * factor).sum()
     scale = torch.full_like(kl, factor / temperature) * (1 if weight is None else weight)
-    slope = torch.where(q == 0, 0, q * (difference - kl[:, None]))
+    slope = (q * (difference - kl[:, None])).masked_fill(q == 0, 0)
     gradients = (
         (student_grad, ((p - q) * scale[:, None]).to(student.dtype)),
         (teacher_grad, (slope * scale[:, None]).to(student.dtype)),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import _library, _native, reference
+from .ops._logits import outputs
 
 GUARD = 64  # elements of sentinel on each side of a guarded tensor
 LAYOUTS = ("contiguous", "channels_last", "permuted", "offset", "strided")
@@ -141,6 +142,18 @@ def _assert_guards(outputs):
             assert (whole[-GUARD:] == 77).all(), "wrote past the end of an argument"
 
 
+def unchecked(op, logits, y, *args):
+    """(loss, gradient) of logits [B, C] and labels y [B] as the kernel in use gives them, or the
+    reference: without the look at labels of the CPU's ops, which is taken on no GPU."""
+    plain = getattr(reference, op)
+    if _library.ops[op].cpu == "native" and logits.dtype != torch.float64:
+        loss, gradient = (t.fill_(77) for t in outputs(logits, True))
+        getattr(_native, op)(loss, gradient, logits, y, *args)
+        return loss, gradient
+    triton = _library.backend() == "triton"
+    return (getattr(torch.ops.fastadv, op) if triton else plain)(logits, y, *args, True)
+
+
 def check_values(case, layouts=LAYOUTS):
     """Every instruction set and layout, and the GPU where there is one, against the fp64 reference;
     thread count changes nothing, nor does a CUDA graph."""
@@ -244,7 +257,8 @@ def using_isa(isa):
 
 
 def check_op(case):
-    """`check_values`, and what torch expects of an op: opcheck, fullgraph compile, gradcheck."""
+    """`check_values`, and what torch expects of an op: opcheck, fullgraph compile, gradients of
+    both orders, torch.func."""
     check_values(case)
     torch.library.opcheck(case.overload, case.args)
     if torch.cuda.is_available():
@@ -255,32 +269,97 @@ def check_op(case):
     )
     for a, b in zip(run(case.overload, case), run(compiled, case), strict=True):
         assert torch.equal(a, b), f"{case.op}: torch.compile changes the result"
+    differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(
+        case.overload.name(), "Autograd"
+    )
+    assert differentiable == bool(case.public), f"{case.op}: `public` is for what has a gradient"
     if case.public:
         check_gradients(case)
+        check_second_order(case)
+        check_transforms(case)
 
 
 def check_gradients(case):
     """Of `case.public`: gradcheck in fp64; in fp32 the 2x rule, all inputs and each alone."""
-    inputs = [case.args[i] for i in case.inputs]
-    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    doubles, singles = _leaves(case)
     assert torch.autograd.gradcheck(case.public, doubles)
-    singles = [t.detach().clone().requires_grad_() for t in inputs]
     exact, same = _gradients(case.plain, doubles), _gradients(case.plain, singles)
-    got = _gradients(case.public, singles)
     compiled = torch.compile(case.public, fullgraph=True, backend="aot_eager")
-    traced = _gradients(compiled, singles)
-    for i in range(len(inputs)):
-        assert_close(f"{case.op} gradient {i}", got[i], exact[i], same[i])
-        assert_close(f"{case.op} compiled gradient {i}", traced[i], exact[i], same[i])
-    for i in range(len(inputs)):
-        alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(inputs)]
+    for kind, function in (("", case.public), ("compiled ", compiled)):
+        _assert_all_close(f"{case.op} {kind}gradient", _gradients(function, singles), exact, same)
+    for i in range(len(singles)):
+        alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(singles)]
         (gradient,) = _gradients(case.public, alone)
         assert_close(f"{case.op} gradient {i} alone", gradient, exact[i], same[i])
 
 
-def _gradients(function, inputs):
-    """Gradients of a fixed uneven weighting of the outputs, so that none can cancel."""
-    output = function(*inputs)
+def check_second_order(case):
+    """Of `case.public`: gradgradcheck in fp64, and the gradient of the squared gradient, where one
+    that comes out of the forward pass must not count as a constant."""
+    doubles, singles = _leaves(case)
+    assert torch.autograd.gradgradcheck(case.public, doubles)
+
+    def second(function, inputs):
+        first = _gradients(function, inputs, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        if not penalty.requires_grad:  # linear pieces, such as those of a margin
+            return [torch.zeros_like(t) for t in inputs]
+        return torch.autograd.grad(penalty, inputs, materialize_grads=True)
+
+    exact = second(case.plain, doubles)
+    for inputs in (doubles, singles):
+        _assert_near(f"{case.op} second order", second(case.public, inputs), exact)
+
+
+def check_transforms(case):
+    """Of `case.public` under torch.func: grad, vmap and jvp."""
+    doubles, singles = ([t.detach() for t in tensors] for tensors in _leaves(case))
+    tangents = [torch.linspace(-1, 1, t.numel()).view(t.shape) for t in singles]
+
+    def grad(function, inputs):
+        every = tuple(range(len(inputs)))
+        return torch.func.grad(lambda *v: _weighted(function(*v)), every)(*inputs)
+
+    def vmap(function, inputs):
+        return [torch.vmap(function)(*[torch.stack([t, 0.5 * t]) for t in inputs])]
+
+    def jvp(function, inputs):
+        moved = tuple(t.to(v.dtype) for t, v in zip(tangents, inputs, strict=True))
+        return torch.func.jvp(function, tuple(inputs), moved)
+
+    for transform in (grad, vmap, jvp):
+        exact = transform(case.plain, doubles)
+        for inputs in (doubles, singles):
+            _assert_near(f"{case.op}, {transform.__name__}", transform(case.public, inputs), exact)
+
+
+def _assert_all_close(name, got, exact, same_dtype):
+    for i, values in enumerate(zip(got, exact, same_dtype, strict=True)):
+        assert_close(f"{name} {i}", *values)
+
+
+def _assert_near(name, got, exact):
+    """That what runs in torch's own ops has the values of the fp64 oracle to rounding: its order of
+    operations is not the oracle's, so that the 2x rule says nothing of it."""
+    for i, (values, wanted) in enumerate(zip(got, exact, strict=True)):
+        error, scale = (values - wanted).abs().max(), wanted.abs().max()
+        bound = (1e-12 if values.dtype == torch.float64 else 2e-5) * max(scale.item(), 1.0)
+        assert error <= bound, f"{name} {i}: differs by {error:.3g}, of values up to {scale:.3g}"
+
+
+def _leaves(case):
+    """The inputs in fp64 and in fp32, to be differentiated."""
+    dtypes, inputs = (torch.float64, torch.float32), [case.args[i].detach() for i in case.inputs]
+    return [[t.to(dtype, copy=True).requires_grad_() for t in inputs] for dtype in dtypes]
+
+
+def _weighted(output):
+    """The sum of an output, weighted unevenly, so that gradients cannot cancel."""
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+    return (output * weights).sum()
+
+
+def _gradients(function, inputs, **options):
+    """Those of the weighted output to the inputs that require one."""
     wanted = [t for t in inputs if t.requires_grad]
-    return torch.autograd.grad((output * weights).sum(), wanted)
+    return torch.autograd.grad(_weighted(function(*inputs)), wanted, **options)

@@ -74,6 +74,7 @@ def linf_ascent_kernel(
     better_best,
     better_found,
     restart,
+    eps_per_sample,
     size,
     blocks,
     eps,
@@ -85,7 +86,8 @@ def linf_ascent_kernel(
 ):
     """One block of one sample. x_adv, x_old, x_best, grad_best, x_found, grad, x: fp32 [samples,
     size], dense; bad_gradients: int64, 0-dim; seen: int32 [samples], zeros; step_size: fp32
-    [samples]; better_best, better_found, restart: bool [samples]; blocks: programs per sample."""
+    [samples]; better_best, better_found, restart: bool [samples]; eps_per_sample: fp32 [samples] or
+    None; blocks: programs per sample."""
     sample = tl.program_id(0) // blocks
     begin = sample.to(tl.int64) * size
     x_adv, x_old, x_found = x_adv + begin, x_old + begin, x_found + begin
@@ -94,6 +96,8 @@ def linf_ascent_kernel(
     inside = at < size
     best, found = tl.load(better_best + sample), tl.load(better_found + sample)
     back = tl.load(restart + sample) & (best == 0)
+    if eps_per_sample is not None:
+        eps = tl.load(eps_per_sample + sample)
     eps, step = tl.cast(eps, tl.float32), tl.load(step_size + sample)
     weight, rest = tl.cast(weight, tl.float32), tl.cast(rest, tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -124,6 +128,7 @@ def l2_ascent_kernel(
     better_best,
     better_found,
     restart,
+    eps_per_sample,
     eps,
     weight,
     rest,
@@ -140,6 +145,8 @@ def l2_ascent_kernel(
     x_best, grad_best, grad, x = x_best + begin, grad_best + begin, grad + begin, x + begin
     best, found = tl.load(better_best + sample), tl.load(better_found + sample)
     back = tl.load(restart + sample) & (best == 0)
+    if eps_per_sample is not None:
+        eps = tl.load(eps_per_sample + sample)
     eps, step = tl.cast(eps, tl.float32), tl.load(step_size + sample)
     weight, rest = tl.cast(weight, tl.float32), tl.cast(rest, tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -194,6 +201,7 @@ def apgd_step_(
     better_best,
     better_found,
     restart,
+    eps_per_sample,
     eps,
     weight,
     norm,
@@ -208,7 +216,8 @@ def apgd_step_(
         t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
         for t in (*mutated, grad, x)
     ]
-    rows = [row.contiguous() for row in (step_size, better_best, better_found, restart)]
+    rows = step_size, better_best, better_found, restart, eps_per_sample
+    rows = [row if row is None else row.contiguous() for row in rows]
     samples = len(x_adv)
     size = x_adv.numel() // max(samples, 1)
     numbers = eps, weight, 1 - weight, lo, hi

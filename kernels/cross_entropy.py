@@ -32,14 +32,15 @@ def cross_entropy_kernel(
     target,
     keep,
     even,
+    ignored,
     batch,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows. loss: fp32 [batch]; logits: [batch, C], any float; grad: the same or None; y:
-    int64 [batch], or None and target: fp32 [batch, C]; keep, even: 1 - a and a / C. A label
-    outside [0, C): NaN, gradient 0.
+    int64 [batch], or None and target: fp32 [batch, C]; keep, even: 1 - a and a / C. A label that is
+    `ignored`: 0, gradient 0; any other outside [0, C): NaN, gradient 0.
 
     At the label the gradient comes from the sum over the other classes: p - 1 would cancel.
     """
@@ -48,9 +49,12 @@ def cross_entropy_kernel(
     top = top_of(logits, row, batch, C, ROWS, BLOCK)
     label = tl.full([ROWS], -1, tl.int32)
     own = tl.zeros([ROWS], tl.float32)
+    skipped = label >= 0  # none
     if y is not None:
         label, own = labels_of(y, logits, row, batch, C)
         own = exp(own - top)
+        skipped = tl.load(y + row, row < batch, -1) == ignored
+        label = tl.where(skipped, -1, label)
     others = tl.zeros([ROWS, BLOCK], tl.float32)
     mass, far = others, others
     for first in tl.range(0, C, BLOCK):
@@ -78,14 +82,14 @@ def cross_entropy_kernel(
     log_total = tl.log(others.to(tl.float64) + own).to(tl.float32)  # of 1 + little, to its last bit
     value = tl.sum(far, 1) + mass * log_total
     if y is not None:
-        value = tl.where(label >= 0, value, float("nan"))
+        value = tl.where(label >= 0, value, tl.where(skipped, 0.0, float("nan")))
     tl.store(loss + row, value, row < batch)
 
 
-def cross_entropy(logits, target, label_smoothing, grad):
+def cross_entropy(logits, target, label_smoothing, ignore_index, grad):
     """(loss, gradient) of logits [B, C], fp32, bf16 or fp16; see `rows.launch`. target: int64 [B],
     or fp32 [B, C]."""
     target = target.contiguous()
     labels = (target, None) if target.dtype == torch.int64 else (None, target)
-    even = label_smoothing / logits.shape[1]
-    return launch(cross_entropy_kernel, logits, grad, *labels, 1 - label_smoothing, even)
+    weights = 1 - label_smoothing, label_smoothing / logits.shape[1]
+    return launch(cross_entropy_kernel, logits, grad, *labels, *weights, ignore_index)

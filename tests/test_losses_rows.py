@@ -156,3 +156,42 @@ def test_mart_bce_of_probabilities_is_the_expectation_over_labels(dtype):
     masked = torch.tensor([[1.0, 2.0, -math.inf]])
     by_id = losses.mart_bce(masked, torch.tensor([0]))
     torch.testing.assert_close(losses.mart_bce(masked, torch.tensor([[1.0, 0.0, 0.0]])), by_id)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-100, 255, 3])
+def test_ignored_labels_are_torchs(ignored, smoothing, reduction):
+    z, y = torch.randn(7, 10, requires_grad=True), torch.tensor([0, 3, 9, 3, 1, 2, 4])
+    y = y if ignored == 3 else torch.where(y == 3, ignored, y)
+    options = {"label_smoothing": smoothing, "reduction": reduction, "ignore_index": ignored}
+    expected, got = F.cross_entropy(z, y, **options), losses.cross_entropy(z, y, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), z)[0] for v in (got, expected)))
+    left = losses.cross_entropy(z, torch.full((7,), ignored), **options)
+    assert torch.equal(left, torch.zeros_like(left))  # torch: nan for the mean
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    z, y = torch.randn(6, 10), Y.to(dtype)
+    assert torch.equal(losses.cross_entropy(z, y), losses.cross_entropy(z, Y))
+    assert torch.equal(losses.mart_bce(z, y), losses.mart_bce(z, Y))
+    assert torch.equal(losses.dlr_targeted(z, y, y), losses.dlr_targeted(z, Y, Y))
+
+
+def test_labels_outside_the_classes_are_refused():
+    z = torch.randn(6, 10)
+    for label in (-1, 10, 2**40):
+        y = torch.tensor([0, 1, label, 3, 4, 5])
+        named = rf"has label {label} at row 2, must be in \[0, 9\]"
+        for call in (
+            lambda y=y: losses.cross_entropy(z, y),
+            lambda y=y: losses.margin(z, y),
+            lambda y=y: losses.dlr(z, y),
+            lambda y=y: losses.mart_bce(z, y),
+            lambda y=y: losses.dlr_targeted(z, y, Y),
+            lambda y=y: losses.dlr_targeted(z, Y, y),
+        ):
+            with pytest.raises(ValueError, match=named):
+                call()

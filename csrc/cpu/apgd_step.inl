@@ -95,7 +95,7 @@ static void apgd_step(const ApgdStep& args, int threads) noexcept {
                       args.better_best[b],
                       args.better_found[b],
                       splat(args.step_size[b]),
-                      splat(args.eps),
+                      splat(args.eps_per_sample ? args.eps_per_sample[b] : args.eps),
                       splat(static_cast<float>(args.weight)),
                       splat(static_cast<float>(1 - args.weight)),
                       splat(args.lo),

@@ -3,8 +3,9 @@
 //   loss = sum_c q_c (max z - z_c) + Q log Z; a term with t_c = 0 counts a / C alone
 //   grad = Q e^(z - max z) / Z - q
 // logits z: [batch, classes] fp32, bf16 or fp16; y: int64 [batch]; target: fp32 [batch, classes];
-// loss: fp32 [batch]; grad: like logits, or null. A label outside [0, classes): loss NaN, gradient
-// 0. Exponentials are fp32, sums and what cancels fp64.
+// loss: fp32 [batch]; grad: like logits, or null. A label that is `ignored`: loss and gradient 0;
+// any other outside [0, classes): loss NaN, gradient 0. Exponentials are fp32, sums and what
+// cancels fp64.
 
 // Per row: Z, log Z, sum_c t_c, sum_c t_c (max z - z_c) and sum_c (max z - z_c).
 struct CrossEntropySums {
@@ -28,7 +29,7 @@ static void cross_entropy_sums(Rows<T>& rows, const Exp& e, const int64_t* y, co
   }
   if (y) {
     for (int r = 0; r < rows.count; ++r) {
-      const bool valid = y[r] >= 0 && y[r] < n;
+      const bool valid = y[r] >= 0 && y[r] < n;  // an ignored one's loss is not taken
       const Row<T> z = rows.row(r);
       out.mass[r] = valid ? 1 : __builtin_nan("");
       out.far[r] = valid ? z.maximum() - load(z.logits + y[r], 1, 0)[0] : 0;
@@ -54,8 +55,9 @@ static void cross_entropy_sums(Rows<T>& rows, const Exp& e, const int64_t* y, co
 // grad = e scale - q for one row, e the exponentials; the label's element anew in fp64.
 template <typename T>
 static void cross_entropy_grad(T* grad, const Row<T>& z, const Exp& e, double sum, double mass,
-                               const int64_t* y, const float* target, int64_t n, double a) {
-  const bool valid = !y || (*y >= 0 && *y < n);
+                               const int64_t* y, const float* target, int64_t n, double a,
+                               int64_t ignored) {
+  const bool valid = !y || (*y >= 0 && *y < n && *y != ignored);
   if (!valid) {
     __builtin_memset(grad, 0, n * sizeof(T));
     return;
@@ -72,9 +74,9 @@ static void cross_entropy_grad(T* grad, const Row<T>& z, const Exp& e, double su
   }
 }
 
-static void cross_entropy(float* loss, void* grad, const void* logits, const int64_t* y,
-                          const float* target, int64_t batch, int64_t classes, double smoothing,
-                          DType dtype, int threads) noexcept {
+static int64_t cross_entropy(float* loss, void* grad, const void* logits, const int64_t* y,
+                             const float* target, int64_t batch, int64_t classes, double smoothing,
+                             int64_t ignored, DType dtype, int threads) noexcept {
   const Exp e = exp_over(1);
   const double a = smoothing;
   with_type(dtype, [&](auto* type) {
@@ -90,12 +92,14 @@ static void cross_entropy(float* loss, void* grad, const void* logits, const int
         loss[first + r] =
             static_cast<float>((a < 1 ? (1 - a) * sums.far[r] : 0) +
                                (a > 0 ? a / classes * sums.spread[r] : 0) + mass * sums.log_z[r]);
+        if (labels && labels[r] == ignored) loss[first + r] = 0;
         if (grad) {
           cross_entropy_grad(static_cast<T*>(grad) + (first + r) * classes, rows.row(r), e,
                              sums.z[r], mass, labels ? labels + r : nullptr,
-                             soft ? soft + r * classes : nullptr, classes, a);
+                             soft ? soft + r * classes : nullptr, classes, a, ignored);
         }
       }
     });
   });
+  return y ? wrong_labels(y, batch, classes, ignored) : 0;
 }

@@ -48,8 +48,8 @@ static void mart_bce_rows(float* loss, T* grad, const T* logits, const int64_t* 
   }
 }
 
-static void mart_bce(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
-                     int64_t classes, DType dtype, int threads) noexcept {
+static int64_t mart_bce(float* loss, void* grad, const void* logits, const int64_t* y,
+                        int64_t batch, int64_t classes, DType dtype, int threads) noexcept {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
@@ -57,4 +57,5 @@ static void mart_bce(float* loss, void* grad, const void* logits, const int64_t*
                     static_cast<const T*>(logits) + first * classes, y + first, classes, count);
     });
   });
+  return wrong_labels(y, batch, classes);
 }

@@ -133,11 +133,22 @@ static void for_rows(int64_t batch, int64_t classes, int threads, const Body& bo
   });
 }
 
+// How many of the labels are neither `ignored` nor in [0, classes).
+static inline int64_t wrong_labels(const int64_t* y, int64_t batch, int64_t classes,
+                                   int64_t ignored = 0) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    wrong += y[i] != ignored && static_cast<uint64_t>(y[i]) >= static_cast<uint64_t>(classes);
+  }
+  return wrong;
+}
+
 // Calls row(loss, grad or null, logits, label, classes) for every row, with its pointers and type.
+// Returns `wrong_labels`.
 template <typename Body>
-static void labelled_rows(float* loss, void* grad, const void* logits, const int64_t* y,
-                          int64_t batch, int64_t classes, DType dtype, int threads,
-                          const Body& row) {
+static int64_t labelled_rows(float* loss, void* grad, const void* logits, const int64_t* y,
+                             int64_t batch, int64_t classes, DType dtype, int threads,
+                             const Body& row) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
@@ -147,6 +158,7 @@ static void labelled_rows(float* loss, void* grad, const void* logits, const int
       }
     });
   });
+  return wrong_labels(y, batch, classes);
 }
 
 }  // namespace

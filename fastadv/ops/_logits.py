@@ -3,7 +3,10 @@
 import torch
 
 from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward
+from .._library import FLOATS, define, expect, gradients_from_forward, transformed
+
+# Of labels, as data sets have them; int64 is what the kernels take.
+INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 def check_logits(logits, least=1):
@@ -15,23 +18,59 @@ def check_logits(logits, least=1):
         raise TypeError(f"logits is {logits.dtype}, must be one of {FLOATS}")
 
 
+def as_labels(y):
+    """Labels of any integer dtype as int64; others as they are, for `check_labels` to refuse."""
+    return y.long() if y.dtype in INTEGERS else y
+
+
 def check_labels(y, logits, name="y"):
     """int64 [B]."""
-    expect(name, y, dtype=torch.int64, like=logits, shape=logits.shape[:1])
+    if y.dtype != torch.int64:
+        raise TypeError(f"{name} is {y.dtype}, must be integers")
+    expect(name, y, like=logits, shape=logits.shape[:1])
 
 
-def define_loss(name, arguments, check):
+def checked_labels(name, y, logits):
+    """`as_labels`, after all checks of labels; a look at the values where that is possible."""
+    y = as_labels(y)
+    check_labels(y, logits, name)
+    if y.is_cpu and not (torch.compiler.is_compiling() or transformed()):
+        check_range(y, logits.shape[1], name)
+    return y
+
+
+def check_range(y, classes, name="y", ignored=None):
+    """Raises ValueError unless all of y [B] on the CPU are in [0, classes), or `ignored`."""
+    wrong = (y < 0) | (y >= classes)
+    if ignored is not None:
+        wrong &= y != ignored
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        also = "" if ignored is None else f", or ignore_index ({ignored})"
+        raise ValueError(
+            f"{name} has label {int(y[row])} at row {row}, must be in [0, {classes - 1}]{also}"
+        )
+
+
+def define_loss(name, arguments, check, check_values=None):
     """Registers and returns the op `name(Tensor logits, <arguments>, bool grad)`, which gives the
     loss and, where grad is true, its gradient; from the functions of that name in `reference` and
-    `_native`. check: as `define` has it."""
+    `_native`. check: as `define` has it. check_values: the same for what only a look at the values
+    tells, which on a GPU nobody takes; the kernel says whether there is something to find."""
     plain, kernel = getattr(reference, name), getattr(_native, name)
+
+    def checked(logits, *args):
+        if check_values and logits.is_cpu:
+            check_values(logits, *args)
+        return plain(logits, *args)
 
     def native(logits, *args):
         if logits.dtype == torch.float64:
-            return plain(logits, *args)
+            return checked(logits, *args)
         loss, gradient = outputs(logits, args[-1])
         dense = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args[:-1])
-        kernel(loss, gradient, logits.contiguous(), *dense)
+        if kernel(loss, gradient, logits.contiguous(), *dense):
+            check_values(logits, *args)
         return loss, gradient
 
     def fake(logits, *args):
@@ -41,13 +80,27 @@ def define_loss(name, arguments, check):
     op = define(
         f"{name}(Tensor logits, {arguments}, bool grad) -> (Tensor, Tensor)",
         check=check,
-        reference=plain,
+        reference=checked,
         native=native,
         kernel=name,
         fake=fake,
+        decomposition=plain,
     )
     gradients_from_forward(op, (0,))
     return op
+
+
+def define_labelled(name, least):
+    """`define_loss` for an op of logits [B, C >= least] and labels y [B]."""
+
+    def check(logits, y, grad):
+        check_logits(logits, least)
+        check_labels(y, logits)
+
+    def check_values(logits, y, grad):
+        check_range(y, logits.shape[1])
+
+    return define_loss(name, "Tensor y", check, check_values)
 
 
 def outputs(logits, grad):

@@ -8,21 +8,21 @@
 
 P projects into the eps-ball around x, then into the box. x_adv, x_old, x_best, grad_best, x_found,
 grad, x: [B, ...] of one shape; bad_gradients: int64, 0-dim; step_size [B]; better_best,
-better_found, restart: bool [B]. Not differentiable.
+better_found, restart: bool [B]. eps: a number, or one per sample. Not differentiable.
 """
 
 import torch
 
 from .. import _native, reference
 from .._library import define, expect
-from ._radius import check_radius
+from ._radius import radius
 from ._step import expect_apart, expect_images, expect_unrecorded
 
 _MUTATED = "x_adv", "x_old", "x_best", "grad_best", "x_found"
 
 
 def _check(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
-    (step_size, better_best, better_found, restart), norm = rest[:4], rest[6]
+    (step_size, better_best, better_found, restart, eps), norm = rest[:5], rest[7]
     kept = {"x_old": x_old, "x_best": x_best, "grad_best": grad_best, "x_found": x_found}
     expect_images(x_adv, norm, **kept, grad=grad, x=x)
     expect("bad_gradients", bad_gradients, dtype=torch.int64, like=x, shape=())
@@ -30,6 +30,8 @@ def _check(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *re
     flags = {"better_best": better_best, "better_found": better_found, "restart": restart}
     for name, flag in flags.items():
         expect(name, flag, dtype=torch.bool, like=x, shape=x.shape[:1])
+    if eps is not None:
+        expect("eps", eps, dtype=x.dtype, like=x, shape=x.shape[:1])
 
 
 def _check_in_place(*args):
@@ -44,15 +46,15 @@ def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest
         return reference.apgd_step_(*mutated, bad_gradients, grad, x, *rest)
     if not _native.same_layout(x_adv, grad, x):
         grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
-    rows, numbers = (row.contiguous() for row in rest[:4]), rest[4:]
-    return _native.apgd_step(*mutated, bad_gradients, grad, x, *rows, *numbers)
+    rows = (row if row is None else row.contiguous() for row in rest[:5])
+    return _native.apgd_step(*mutated, bad_gradients, grad, x, *rows, *rest[5:])
 
 
 _apgd_step_ = define(
     "apgd_step_(Tensor(a!) x_adv, Tensor(b!) x_old, Tensor(c!) x_best, Tensor(d!) grad_best, "
     "Tensor(e!) x_found, Tensor(f!) bad_gradients, Tensor grad, Tensor x, Tensor step_size, "
-    "Tensor better_best, Tensor better_found, Tensor restart, float eps, float weight, str norm, "
-    "float lo, float hi) -> ()",
+    "Tensor better_best, Tensor better_found, Tensor restart, Tensor? eps_per_sample, float eps, "
+    "float weight, str norm, float lo, float hi) -> ()",
     check=_check_in_place,
     reference=reference.apgd_step_,
     native=_cpu,
@@ -87,15 +89,15 @@ def apgd_step_(
     on by one. x_best, grad_best, x_found: the iterates kept so far, of one shape with the rest.
     bad_gradients: int64, 0-dim, a count. step_size: [B], in units of x. better_best, better_found:
     bool [B], whether x_adv is to be kept. restart: bool [B], whether to go on from x_best. eps: the
-    ball's radius. weight: of the step, against that of the last move. norm: "linf" or "l2" over
-    each sample. lo, hi: the box that images live in.
+    ball's radius, or a tensor of one per sample, [B] or [B, 1, ...]. weight: of the step, against
+    that of the last move. norm: "linf" or "l2" over each sample. lo, hi: the box that images live
+    in.
     Raises TypeError or ValueError that names the argument at fault, ValueError when two of the
     mutated overlap or one overlaps grad or x, RuntimeError when autograd records a mutated one.
     """
     mutated = x_adv, x_old, x_best, grad_best, x_found
     expect_unrecorded("apgd_step_", **dict(zip(_MUTATED, mutated, strict=True)))
-    check_radius(eps, norm, lo, hi)
     flags = better_best, better_found, restart
-    numbers = eps, weight, norm, lo, hi
+    numbers = *radius(eps, x, norm, lo, hi), weight, norm, lo, hi
     _apgd_step_(*mutated, bad_gradients, grad, x, step_size, *flags, *numbers)
     return x_adv

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _library, _native, reference
-from .._library import FLOATS, define, expect
+from .._library import FLOATS, define, expect, transformed
 from ..hooks import hooked
 
 HAS_KERNEL = torch.float32, torch.bfloat16
@@ -142,6 +142,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _autograd(*args):
+    if transformed():
+        return _library.plain["batch_norm"](*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         return _Differentiable.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -181,7 +183,8 @@ def batch_norm(norm, x, activation=None, residual=None):
 
 def _fused(norm, x, residual):
     """Whether the CPU kernel takes this call and nothing else has to see its parts."""
-    if _traced() or _library.ops["batch_norm"].cpu != "native":
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if tracing or transformed() or _library.ops["batch_norm"].cpu != "native":
         return False
     maps = [x] if residual is None else [x, residual]
     if any(type(v) is not torch.Tensor or v.dim() != 4 or not v.is_cpu for v in maps):
@@ -193,11 +196,3 @@ def _fused(norm, x, residual):
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
     whole = norm.track_running_stats and not any(v is None for v in tensors)
     return whole and norm.training and norm.momentum and norm.weight.dtype == torch.float32
-
-
-def _traced():
-    """Whether something follows the modules' own operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None

@@ -7,25 +7,22 @@ logits z: [B, C], C >= 3; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from ._logits import check_labels, check_logits, define_loss
+from .._library import expect_tensors
+from ._logits import as_labels, define_labelled
 
-
-def _check(logits, y, grad):
-    check_logits(logits, least=3)
-    check_labels(y, logits)
-
-
-_dlr = define_loss("dlr", "Tensor y", _check)
+_dlr = define_labelled("dlr", least=3)
 
 
 def dlr(logits, y):
     """-(z_y - max_{c != y} z_c) / (z_pi1 - z_pi3 + 1e-12) as [B] (Croce & Hein 2020, equation 6).
 
-    logits: float32, bfloat16 or float16 [B, C] with C >= 3 (float64 runs as plain torch); y: int64
-    [B]. Positive where the model is wrong, and at least -1. The gradient goes through numerator
-    and denominator; of equal logits the first counts as the larger. The result is float32 for
-    halves. NaN is the largest logit: it makes its row's loss NaN, and the gradient at the classes
-    in the formula. A label outside [0, C) gives NaN with gradient 0.
+    logits: float32, bfloat16 or float16 [B, C] with C >= 3 (float64 runs as plain torch); y:
+    integers [B]. Positive where the model is wrong, and at least -1. The gradient goes through
+    numerator and denominator; of equal logits the first counts as the larger. The result is float32
+    for halves. NaN is the largest logit: it makes its row's loss NaN, and the gradient at the
+    classes in the formula. A label outside [0, C) raises ValueError on a CPU; on a GPU and under
+    torch.func it gives NaN with gradient 0.
     Raises TypeError or ValueError that names the argument at fault.
     """
-    return _dlr(logits, y, logits.requires_grad and torch.is_grad_enabled())[0]
+    expect_tensors(logits=logits, y=y)
+    return _dlr(logits, as_labels(y), logits.requires_grad and torch.is_grad_enabled())[0]

@@ -9,7 +9,7 @@ Differentiable in both.
 import torch
 
 from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward
+from .._library import FLOATS, define, expect, expect_tensors, gradients_from_forward
 
 
 def _check(student, teacher, distance, student_grad, teacher_grad):
@@ -56,7 +56,7 @@ _feature_distance = define(
     kernel="feature_distance",
     fake=_fake,
 )
-gradients_from_forward(_feature_distance, (0, 1))
+gradients_from_forward(_feature_distance, inputs=(0, 1))
 
 
 def feature_distance(student, teacher, distance="mse"):
@@ -68,5 +68,6 @@ def feature_distance(student, teacher, distance="mse"):
     norm is at most 1e-12 (its distance is then 1), and for l2 up to a distance of 1e-30. A NaN
     stays in its sample. Raises TypeError or ValueError that names the argument at fault.
     """
+    expect_tensors(student=student, teacher=teacher)
     wanted = [t.requires_grad and torch.is_grad_enabled() for t in (student, teacher)]
     return _feature_distance(student, teacher, distance, *wanted)[0]

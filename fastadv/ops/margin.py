@@ -7,24 +7,21 @@ logits z: [B, C]; y: int64 [B]; loss: [B], float32 for halves. Differentiable in
 
 import torch
 
-from ._logits import check_labels, check_logits, define_loss
+from .._library import expect_tensors
+from ._logits import as_labels, define_labelled
 
-
-def _check(logits, y, grad):
-    check_logits(logits)
-    check_labels(y, logits)
-
-
-_margin = define_loss("margin", "Tensor y", _check)
+_margin = define_labelled("margin", least=1)
 
 
 def margin(logits, y):
     """max_{c != y} z_c - z_y as [B]: positive where the model is wrong (Carlini & Wagner 2017, f6).
 
-    logits: float32, bfloat16 or float16 [B, C] (float64 runs as plain torch); y: int64 [B].
+    logits: float32, bfloat16 or float16 [B, C] (float64 runs as plain torch); y: integers [B].
     The gradient is +1 at the strongest other class, the first of equals, and -1 at the label.
-    The result is float32 for halves, and exact. NaN is the largest logit. A label outside
-    [0, C) gives NaN with gradient 0; no other logit above -inf (C = 1) gives -inf with gradient 0.
+    The result is float32 for halves, and exact. NaN is the largest logit; no other logit above -inf
+    (C = 1) gives -inf with gradient 0. A label outside [0, C) raises ValueError on a CPU; on a GPU
+    and under torch.func it gives NaN with gradient 0.
     Raises TypeError or ValueError that names the argument at fault.
     """
-    return _margin(logits, y, logits.requires_grad and torch.is_grad_enabled())[0]
+    expect_tensors(logits=logits, y=y)
+    return _margin(logits, as_labels(y), logits.requires_grad and torch.is_grad_enabled())[0]

@@ -8,15 +8,10 @@ logits z: [B, C], C >= 2; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from ._logits import check_labels, check_logits, define_loss
+from .._library import expect_tensors
+from ._logits import as_labels, define_labelled
 
-
-def _check(logits, y, grad):
-    check_logits(logits, least=2)
-    check_labels(y, logits)
-
-
-_mart_bce = define_loss("mart_bce", "Tensor y", _check)
+_mart_bce = define_labelled("mart_bce", least=2)
 
 
 def mart_bce(logits, y):
@@ -25,4 +20,5 @@ def mart_bce(logits, y):
 
     The op under `losses.mart_bce`, which has the arguments, errors and edge cases.
     """
-    return _mart_bce(logits, y, logits.requires_grad and torch.is_grad_enabled())[0]
+    expect_tensors(logits=logits, y=y)
+    return _mart_bce(logits, as_labels(y), logits.requires_grad and torch.is_grad_enabled())[0]

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from .._library import expect_tensors
 from ._logits import check_logits, define_loss
 
 
@@ -28,5 +29,6 @@ def softmax_entropy(logits, temperature=1.0, offset=0.0):
 
     The op under `losses.entropy`, which has the arguments, errors and edge cases.
     """
+    expect_tensors(logits=logits)
     grad = logits.requires_grad and torch.is_grad_enabled()
     return _softmax_entropy(logits, temperature, offset, grad)[0]

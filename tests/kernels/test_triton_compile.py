@@ -126,8 +126,10 @@ def images():
             yield name, "pgd_step", (x, x, x, eps, 0.1, 0.1, norm, 0.0, 1.0), narrow
     flags, count = [torch.empty(64, dtype=torch.bool)] * 3, torch.tensor(0)
     for norm in ("linf", "l2"):
-        args = *[x] * 5, count, x, x, each, *flags, 0.1, 0.75, norm, 0.0, 1.0
-        yield f"{norm}_ascent_kernel", "apgd_step_", args, 4
+        for eps in (None, each):
+            name = f"{norm}_ascent_kernel{'' if eps is None else ' per sample'}"
+            args = *[x] * 5, count, x, x, each, *flags, eps, 0.1, 0.75, norm, 0.0, 1.0
+            yield name, "apgd_step_", args, 4 if eps is None else 5
     for name, laid, init, norm, narrow in (
         ("shift_kernel uniform", x, "uniform", "linf", 2),
         ("shift_kernel gaussian", x, "gaussian", "linf", 1),
@@ -176,14 +178,14 @@ def rows():
         yield f"margin_kernel {kind}", "margin", (z, y, True), 2
         yield f"dlr_kernel {kind}", "dlr", (z, y, True), 2
         yield f"mart_bce_kernel {kind}", "mart_bce", (z, y, True), 2
-        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, True), 2
+        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, -100, True), 2
         offset = 0.0 if classes == 32768 else 1e-5
         yield f"softmax_entropy_kernel {kind}", "softmax_entropy", (z, 2.0, offset, True), 0
     name = "cross_entropy_kernel C=32768 probabilities"
-    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, True), 0
+    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, -100, True), 0
     z = torch.empty(64, 10)
     yield "tile_kernel C=10", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), None
-    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, True), None
+    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, -100, True), None
 
 
 class Recorder:

@@ -9,11 +9,11 @@ from fastadv import _library, _native, ops, reference
 from fastadv.testing import OpCase, check_op, check_values, run
 
 NAMES = "x_adv x_old x_best grad_best x_found bad_gradients grad x step_size better_best "
-NAMES = (NAMES + "better_found restart eps weight norm lo hi").split()
+NAMES = (NAMES + "better_found restart eps_per_sample eps weight norm lo hi").split()
 FLAGS = [(b, f, r) for b in (False, True) for f in (False, True) for r in (False, True)]
 
 
-def make(shape, norm="linf", eps=0.1, weight=0.75, box=(0.0, 1.0), seed=0):
+def make(shape, norm="linf", eps=0.1, weight=0.75, box=(0.0, 1.0), seed=0, per_sample=False):
     """Sample i has the flags FLAGS[i % 8]; a tenth of the gradient is 0, two samples have holes."""
     g = torch.Generator().manual_seed(seed)
     lo, hi = box
@@ -29,20 +29,51 @@ def make(shape, norm="linf", eps=0.1, weight=0.75, box=(0.0, 1.0), seed=0):
     step_size = eps * (0.1 + 2 * torch.rand(shape[0], generator=g))
     flags = torch.tensor(FLAGS).repeat(shape[0] // 8 + 1, 1)[: shape[0]].unbind(1)
     args = (x_adv, x_old, x_best, grad_best, x_found, torch.tensor(7), grad, x, step_size)
-    return OpCase("apgd_step_", (*args, *(f.clone() for f in flags), eps, weight, norm, lo, hi))
+    radii = eps * torch.linspace(0, 1, shape[0]) if per_sample else None
+    numbers = radii, eps, weight, norm, lo, hi
+    return OpCase("apgd_step_", (*args, *(f.clone() for f in flags), *numbers))
+
+
+def arguments(values):
+    """Those of the public function, whose eps is a number or one per sample."""
+    radii, rest = values["eps_per_sample"], {k: values[k] for k in values if k != "eps_per_sample"}
+    return rest if radii is None else rest | {"eps": radii}
 
 
 def stepped(case, **changed):
     """{name: tensor} of all arguments after a call of the public function on copies."""
     values = dict(zip(NAMES, case.args, strict=True)) | changed
     values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    ops.apgd_step_(**values)
+    ops.apgd_step_(**arguments(values))
     return values
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_op(norm):
-    check_op(make((9, 3, 4, 7), norm))
+def test_op(norm, per_sample):
+    check_op(make((9, 3, 4, 7), norm, per_sample=per_sample))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(9,), (9, 1, 1, 1)])
+def test_a_radius_per_sample_is_that_samples(norm, shape):
+    case = make((9, 3, 4, 7), norm, per_sample=True)
+    values = dict(zip(NAMES, case.args, strict=True))
+    together = stepped(case, eps_per_sample=values["eps_per_sample"].view(shape))
+    for i, eps in enumerate(values["eps_per_sample"].tolist()):
+        alone = stepped(case, eps_per_sample=None, eps=eps)
+        assert all(torch.equal(alone[n][i], together[n][i]) for n in NAMES[:5])
+
+
+def test_radii_are_checked():
+    good = arguments(dict(zip(NAMES, make((4, 3, 2, 2)).args, strict=True)))
+    for eps, match in (
+        (torch.ones(3), r"eps has shape \(3,\), must be a float or one value per sample: \[4\]"),
+        (torch.tensor([0.1, 0.1, 8.0, 0.1]), r"eps is 8, must be in \[0, 1.0\]"),
+        (torch.tensor([0.1, -0.1, 0.1, 0.1]), "eps is -0.1, must be in"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.apgd_step_(**good | {"eps": eps})
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -189,16 +220,16 @@ def test_stays_in_ball_and_box(shape, eps, weight, norm, seed):
 def test_everything_written_counts_as_mutated():
     values = dict(zip(NAMES, make((2, 3)).args, strict=True))
     before = {name: values[name]._version for name in NAMES[:6]}
-    ops.apgd_step_(**values)
+    ops.apgd_step_(**arguments(values))
     assert all(values[name]._version > version for name, version in before.items())
     saved = values["x_best"].clone().requires_grad_()
     loss = (saved * saved).sum()
     with torch.no_grad():
-        ops.apgd_step_(**values | {"x_best": saved})
+        ops.apgd_step_(**arguments(values) | {"x_best": saved})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with torch.inference_mode():
-        ops.apgd_step_(**values | {"x_adv": values["x_adv"].clone()})
+        ops.apgd_step_(**arguments(values) | {"x_adv": values["x_adv"].clone()})
 
 
 def test_bad_arguments_name_themselves():
@@ -207,7 +238,7 @@ def test_bad_arguments_name_themselves():
 
     def fails(error, match, **changed):
         with pytest.raises(error, match=match):
-            ops.apgd_step_(**good | changed)
+            ops.apgd_step_(**arguments(good) | changed)
 
     for name in (*NAMES[1:5], "grad", "x"):
         tensor = good[name]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastadv import _library, ops, reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, unchecked, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -30,7 +30,7 @@ def make(batch, classes, soft=False, smoothing=0.0, dtype=torch.float32, grad=Tr
 
     return OpCase(
         "cross_entropy",
-        (logits, target, smoothing, grad),
+        (logits, target, smoothing, -100, grad),
         public=both(lambda z, t: ops.cross_entropy(z, t, smoothing)),
         plain=both(lambda z, t: F.cross_entropy(z, t, label_smoothing=smoothing, reduction="none")),
         inputs=(0,),
@@ -38,7 +38,7 @@ def make(batch, classes, soft=False, smoothing=0.0, dtype=torch.float32, grad=Tr
 
 
 def gradient(logits, target, smoothing=0.0):
-    return torch.ops.fastadv.cross_entropy(logits, target, smoothing, True)[1]
+    return torch.ops.fastadv.cross_entropy(logits, target, smoothing, -100, True)[1]
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -81,17 +81,18 @@ def test_is_torchs(soft, smoothing):
 
 def test_probabilities_need_not_sum_to_one():
     logits, target, *_ = make(5, 10, soft=True).args
-    check_values(OpCase("cross_entropy", (logits, 3 * target - 0.2, 0.1, True)))
-    check_values(OpCase("cross_entropy", (logits, 0 * target, 0.0, True)))
+    check_values(OpCase("cross_entropy", (logits, 3 * target - 0.2, 0.1, -100, True)))
+    check_values(OpCase("cross_entropy", (logits, 0 * target, 0.0, -100, True)))
 
 
 @pytest.mark.usefixtures("isa")
 class TestExtremes:
     def check(self, logits, target, smoothing=0.0):
-        args = (target if target.dtype == torch.int64 else target.double(), smoothing, True)
-        exact = reference.cross_entropy(logits.double(), *args)
-        same = reference.cross_entropy(logits, target, smoothing, True)
-        got = torch.ops.fastadv.cross_entropy(logits, target, smoothing, True)
+        args = smoothing, -100, True
+        wide = target if target.dtype == torch.int64 else target.double()
+        exact = reference.cross_entropy(logits.double(), wide, *args)
+        same = reference.cross_entropy(logits, target, *args)
+        got = torch.ops.fastadv.cross_entropy(logits, target, *args)
         for name, *parts in zip(("loss", "gradient"), got, exact, same, strict=True):
             assert_close(name, *parts)
         return got
@@ -135,7 +136,7 @@ class TestExtremes:
     def test_nan_stays_in_its_row(self, column):
         for soft in (False, True):
             logits, target, *_ = make(20, 40, soft).args
-            clean = torch.ops.fastadv.cross_entropy(logits, target, 0.1, True)
+            clean = torch.ops.fastadv.cross_entropy(logits, target, 0.1, -100, True)
             logits[7, column] = math.nan
             got = self.check(logits, target, 0.1)
             others = torch.arange(20) != 7
@@ -146,10 +147,31 @@ class TestExtremes:
     def test_labels_out_of_range(self):
         logits, target, *_ = make(6, 10).args
         target[:5] = torch.tensor([-1, 10, -100, 2**62, -(2**62)])
-        loss, grad = self.check(logits, target, 0.1)
-        assert loss.isnan().tolist() == [True] * 5 + [False]
+        loss, grad = unchecked("cross_entropy", logits, target, 0.1, -100)
+        assert loss.isnan().tolist() == [True, True, False, True, True, False]
+        assert loss[2] == 0
         assert not grad[:5].any()
         assert grad[5].any()
+        if _library.backend() == "triton":
+            return
+        match = r"target has label -1 at row 0, must be in \[0, 9\], or ignore_index \(-100\)"
+        for dtype in (torch.float32, torch.float64):  # the CPU's ops look at labels
+            with pytest.raises(ValueError, match=match):
+                ops.cross_entropy(logits.to(dtype), target)
+
+    @pytest.mark.parametrize("ignored", [-100, 3, 0])
+    def test_ignored_labels(self, ignored):
+        logits, target, *_ = make(6, 10).args
+        target[:] = torch.tensor([ignored, 1, 2, ignored, 4, 9])
+        logits[3] = math.nan
+        args = target, 0.1, ignored, True
+        loss, grad = torch.ops.fastadv.cross_entropy(logits, *args)
+        kept = target != ignored
+        assert not loss[~kept].any()
+        assert not grad[~kept].any()
+        others = torch.ops.fastadv.cross_entropy(logits[kept], target[kept], 0.1, -100, True)
+        assert torch.equal(loss[kept], others[0])
+        assert torch.equal(grad[kept], others[1])
 
     @pytest.mark.skipif(
         _library.ops["cross_entropy"].cpu.startswith("reference"),
@@ -192,7 +214,9 @@ def test_graph_can_be_kept_and_needs_no_gradient():
     loss = ops.cross_entropy(logits, target).sum()
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    torch.library.opcheck(torch.ops.fastadv.cross_entropy.default, (logits, target, 0.1, True))
+    torch.library.opcheck(
+        torch.ops.fastadv.cross_entropy.default, (logits, target, 0.1, -100, True)
+    )
 
 
 def test_bad_arguments_name_themselves():
@@ -206,7 +230,7 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"logits has shape \(10,\), must be \[B, C\]", logits=logits[0])
     fails(ValueError, r"logits has shape \(4, 0\), must be .* C >= 1", logits=logits[:, :0])
     fails(TypeError, r"logits is torch.int64", logits=logits.long())
-    fails(TypeError, r"target is torch.int32, must be int64 labels or", target=y.int())
+    fails(TypeError, r"target is torch.bool, must be integer labels or", target=y.bool())
     fails(ValueError, r"target has shape \(3,\), must be \(4,\)", target=y[:3])
     fails(ValueError, r"target has shape \(4, 1\), must be \(4,\)", target=y[:, None])
     fails(ValueError, r"target has shape \(4, 9\), must be \(4, 10\)", target=soft[:, :9])

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import ops, reference
-from fastadv.testing import OpCase, check_op, check_values, isas, using_isa
+from fastadv import _library, ops, reference
+from fastadv.testing import OpCase, check_op, check_values, isas, unchecked, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
 ISAS = isas()
@@ -115,7 +115,7 @@ def test_ties_nan_infinities_and_labels_out_of_range(rows, y, dtype):
     logits, label = torch.tensor([rows], dtype=dtype), torch.tensor([y])
     for isa in ISAS:
         with using_isa(isa):
-            outputs = torch.ops.fastadv.dlr(logits, label, True)
+            outputs = unchecked("dlr", logits, label)
         for got in (outputs, reference.dlr(logits, label, True)):
             wanted = torch.tensor([loss]), torch.tensor([gradient], dtype=dtype)
             # Slopes that cancel leave some 1e-12 in fp64, where d = 1 + 1e-12, and 0 in fp32.
@@ -138,12 +138,27 @@ def test_properties(batch, classes, seed):
 
 
 def test_labels_far_out_of_range_read_nothing():
-    logits = torch.randn(4, 10, requires_grad=True)
-    loss = ops.dlr(logits, torch.tensor([2**62, -(2**62), 2**32 + 3, 3]))
+    logits, y = torch.randn(4, 10), torch.tensor([2**62, -(2**62), 2**32 + 3, 3])
+    loss, gradient = unchecked("dlr", logits, y)
     assert loss.isnan().tolist() == [True, True, True, False]
-    (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert not gradient[:3].any()
     assert gradient[3].any()
+
+
+@pytest.mark.skipif(_library.backend() == "triton", reason="the CPU's ops look at labels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_out_of_range_are_refused(dtype):
+    logits = torch.randn(4, 10, dtype=dtype)
+    for label in (-1, 10, -100, 2**62):
+        match = rf"y has label {label} at row 2, must be in \[0, 9\]"
+        with pytest.raises(ValueError, match=match):
+            ops.dlr(logits, torch.tensor([0, 9, label, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_any_integer_type(dtype):
+    logits, y, _ = make(4, 10).args
+    assert torch.equal(ops.dlr(logits, y.to(dtype)), ops.dlr(logits, y))
 
 
 def test_opcheck_of_a_grad_requiring_input():
@@ -162,5 +177,8 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"logits has shape \(10,\), must be \[B, C\]", logits=logits[0])
     fails(ValueError, r"logits has shape \(4, 2\), must be .* C >= 3", logits=logits[:, :2])
     fails(TypeError, r"logits is torch.int64", logits=logits.long())
-    fails(TypeError, r"y is torch.int32, must be torch.int64", y=y.int())
+    fails(TypeError, r"y is torch.float32, must be integers", y=y.float())
+    fails(TypeError, r"y is torch.bool, must be integers", y=y.bool())
+    fails(TypeError, r"y is a list, must be a tensor", y=y.tolist())
+    fails(TypeError, r"logits is a tuple, must be a tensor", logits=(logits,))
     fails(ValueError, r"y has shape \(3,\), must be \(4,\)", y=y[:3])
