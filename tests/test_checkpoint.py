@@ -1,10 +1,10 @@
 """Checkpoints: exact round trips, survival of failed writes, and files that are refused unread."""
 
-import argparse
 import errno
 import os
 import pickle
 import resource
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -207,7 +207,7 @@ def test_read_weights_of_torch_files(tmp_path, weights, suffix, zipped):
     assert same(checkpoint.read_weights(path), weights)
 
 
-@pytest.mark.parametrize("box", ["state_dict", "net", "model_state_dict", "model", "ema"])
+@pytest.mark.parametrize("box", checkpoint.CONTAINERS)
 def test_containers_are_opened(tmp_path, weights, box):
     optimizer = {"state": {0: torch.zeros(3)}}
     torch.save({"epoch": 9, "optimizer": optimizer, box: weights}, tmp_path / "a.pt")
@@ -233,6 +233,16 @@ def test_containers_are_opened(tmp_path, weights, box):
         (["module.submodule.a", "module.model.b"], ["submodule.a", "model.b"]),
         (["mymodule.a", "mymodule.b"], ["mymodule.a", "mymodule.b"]),
         (["modules.a", "model_b"], ["modules.a", "model_b"]),
+        (["_orig_mod.a", "_orig_mod.b"], ["a", "b"]),
+        (["model._orig_mod.module.a", "module.net.network.b"], ["a", "b"]),
+        (["module.normalizer.new_mean", "module.model.a"], ["normalizer.new_mean", "a"]),
+        (["0.mean", "1.a"], ["0.mean", "a"]),
+        (["module.0.mean", "module.1.module.a"], ["0.mean", "a"]),
+        (["0.weight", "1.a"], ["0.weight", "1.a"]),
+        (["1.a", "1.b"], ["1.a", "1.b"]),
+        (["0.mean", "2.a"], ["0.mean", "2.a"]),
+        (["0.mean", "0.std"], ["0.mean", "0.std"]),
+        (["ema.a", "model_ema.b"], ["ema.a", "model_ema.b"]),
     ],
 )
 def test_prefixes_go_only_where_all_keys_share_them(tmp_path, stored, expected):
@@ -240,6 +250,23 @@ def test_prefixes_go_only_where_all_keys_share_them(tmp_path, stored, expected):
     read = checkpoint.read_weights(tmp_path / "a.pt")
     assert list(read) == expected
     assert [int(value) for value in read.values()] == [0, 1]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("copy", ["attacker.model.a", "ema.a", "model_ema.a", "ema_model.module.a"])
+def test_copies_of_the_network_beside_it_go(tmp_path, prefix, copy):
+    """Also where they would be the ones that fit."""
+    outer = prefix.removesuffix("module.")
+    weights = {f"{outer}{copy}": torch.zeros(1), f"{prefix}a": torch.ones(1)}
+    torch.save(weights | {f"{outer}n_averaged": torch.tensor(3)}, tmp_path / "a.pt")
+    read = checkpoint.read_weights(tmp_path / "a.pt")
+    assert {name: float(value) for name, value in read.items()} == {"a": 1.0}
+
+
+def test_every_name_that_weights_may_go_by(tmp_path):
+    torch.save({"module.model.a": torch.ones(1), "module.ema.a": torch.zeros(1)}, tmp_path / "a.pt")
+    names = [list(form) for form in checkpoint.read_forms(tmp_path / "a.pt")]
+    assert names == [["module.model.a", "module.ema.a"], ["model.a", "ema.a"], ["a"]]
 
 
 @pytest.mark.parametrize("writer", ["zip", "legacy", "pickle"])
@@ -257,8 +284,8 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, weights, writer):
 
 
 def test_refusal_names_the_class_it_found(tmp_path, weights):
-    torch.save({"net": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"argparse\.Namespace"):
+    torch.save({"net": weights, "momentum": Fraction(9, 10)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"pickled code \(fractions\.Fraction\), not only tensors"):
         checkpoint.read_weights(tmp_path / "a.pt")
 
 

@@ -53,25 +53,27 @@ def load(
     `load_weights` raise.
     """
     model = get(name, num_classes, in_channels, width)
-    weights, statistics = _read(path)
+    forms = checkpoint.read_forms(path)
+    _, statistics = _fitting(path, forms, _own(model))
     if statistics and not hasattr(model, "STATISTICS"):
         model = Normalized(model, torch.zeros(in_channels), torch.ones(in_channels))
-    _fill(model, path, weights, statistics)
+    _fill(model, path, forms)
     return model.eval()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the weights in `path` (see `checkpoint.read_weights`) into `model`, in place.
 
-    `sub_block1.*`, which TRADES files carry unused, is ignored, BatchNorm batch counters may be
-    absent, and torchvision's `downsample` and `fc` stand for `shortcut` and `linear`. Statistics
-    of the input (`mu` and `sigma`, `mean` and `std`, `normalize.mean` and `normalize.std`) go
-    where a `Normalized` or DeepMind network keeps its own, which stay as they are when the file has
-    none. Raises one ValueError that names missing, unexpected and misshapen keys, or statistics
-    that `model` has no place for, and then leaves `model` untouched; errors of `read_weights` pass
-    through.
+    They go by the first of the names `checkpoint.forms` that `model` has; so a wrapper of a network
+    takes what it has written itself. `sub_block1.*`, which TRADES files carry unused, is ignored,
+    BatchNorm batch counters may be absent, and torchvision's `downsample` and `fc` stand for
+    `shortcut` and `linear`. Statistics of the input (`checkpoint.STATISTICS`: `mu` and `sigma`,
+    `normalize.mean` and `normalize.std`, ...) go where a `Normalized` or DeepMind network keeps its
+    own, which stay as they are when the file has none. Raises one ValueError that names missing,
+    unexpected and misshapen keys, or statistics that `model` has no place for, and then leaves
+    `model` untouched; errors of `read_weights` pass through.
     """
-    _fill(model, path, *_read(path))
+    _fill(model, path, checkpoint.read_forms(path))
 
 
 def export(model: nn.Module, path: str | Path) -> None:
@@ -100,54 +102,69 @@ def export(model: nn.Module, path: str | Path) -> None:
     checkpoint.atomic_write(path, data.getvalue())
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """(weights, (mean, std) [C] or () when the file has no statistics of its input)."""
-    weights = checkpoint.read_weights(path)
-    names = next((pair for pair in checkpoint.STATISTICS if weights.keys() & set(pair)), ())
-    if absent := [name for name in names if name not in weights]:
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a file must fill: without statistics of the input that we know of."""
+    net = model.net if isinstance(model, Normalized) else model
+    return {k: v for k, v in net.state_dict().items() if k not in getattr(model, "STATISTICS", ())}
+
+
+def _fitting(
+    path: str | Path, forms: list[dict[str, Tensor]], ours: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, statistics of the input, mean first, or {}) in the first of the file's forms that
+    has the names of `ours`, else in the last."""
+    for form in forms:
+        theirs = form.keys() - ours.keys()
+        names = next((pair for pair in checkpoint.STATISTICS if theirs & set(pair)), ())
+        weights = {k: v for k, v in form.items() if k in ours or not k.startswith(UNUSED)}
+        weights = _renamed({k: v for k, v in weights.items() if k not in names}, ours)
+        if _names(weights) == _names(ours):
+            break
+    if absent := [name for name in names if name not in form]:
         raise ValueError(f"{path}: it has statistics of its input, but no {absent[0]}")
-    statistics = tuple(weights.pop(name).flatten().float() for name in names)
-    if statistics:
-        mean, std = statistics
-        if not (((mean >= 0) & (mean <= 1)).all() and (std > 0).all() and std.isfinite().all()):
-            raise ValueError(
-                f"{path}: {names[0]} is {mean.tolist()} and {names[1]} {std.tolist()}, which are"
-                " not the mean and deviation of images in [0, 1]"
-            )
-    return weights, statistics
+    return weights, {name: form[name] for name in names}
 
 
-def _fill(
-    model: nn.Module,
-    path: str | Path,
-    weights: dict[str, Tensor],
-    statistics: tuple[Tensor, ...],
-) -> None:
-    """Check all, then copy all: `weights` into the network, `statistics` into its buffers."""
-    own = getattr(model, "STATISTICS", ())
+def _fill(model: nn.Module, path: str | Path, forms: list[dict[str, Tensor]]) -> None:
+    """Check all, then copy all: weights into the network, statistics into its buffers."""
+    ours = _own(model)
+    weights, statistics = _fitting(path, forms, ours)
     net = model.net if isinstance(model, Normalized) else model
     kind = type(net).__name__
-    if statistics and not own:
+    buffers = [getattr(model, name) for name in getattr(model, "STATISTICS", ())]
+    _check_statistics(path, kind, statistics, buffers)
+    if problems := _misfits(ours, weights):
+        hint = _likelier(ours, weights)
+        raise ValueError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
+    net.load_state_dict(weights, strict=False)
+    for buffer, value in zip(buffers, statistics.values(), strict=False):  # or the file has none
+        buffer.copy_(value.reshape(buffer.shape))
+
+
+def _check_statistics(
+    path: str | Path, kind: str, statistics: dict[str, Tensor], buffers: list[Tensor]
+) -> None:
+    """Raises ValueError unless `statistics` are those of the input of a network with `buffers`."""
+    if not statistics:
+        return
+    if not buffers:
         raise ValueError(
             f"{path} normalises its input, which this {kind} does not: models.load(name, path)"
             " makes a network that does"
         )
-    buffers = {getattr(model, name): value for name, value in zip(own, statistics, strict=False)}
-    for buffer, value in buffers.items():
+    for value, buffer in zip(statistics.values(), buffers, strict=True):
         if value.numel() != buffer.numel():
             raise ValueError(
                 f"{path} normalises images of {value.numel()} channels, this {kind} takes"
                 f" {buffer.numel()}"
             )
-    ours = {k: v for k, v in net.state_dict().items() if k not in own}
-    weights = {k: v for k, v in weights.items() if k in ours or not k.startswith(UNUSED)}
-    weights = _renamed(weights, ours)
-    if problems := _misfits(ours, weights):
-        hint = _likelier(ours, weights)
-        raise ValueError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
-    net.load_state_dict(weights, strict=False)
-    for buffer, value in buffers.items():
-        buffer.copy_(value.view_as(buffer))
+    mean, std = (value.flatten().float() for value in statistics.values())
+    if not (((mean >= 0) & (mean <= 1)).all() and (std > 0).all() and std.isfinite().all()):
+        first, second = statistics
+        raise ValueError(
+            f"{path}: {first} is {mean.tolist()} and {second} {std.tolist()}, which are not the mean"
+            " and deviation of images in [0, 1]"
+        )
 
 
 def _renamed(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,6 +186,11 @@ def _misfits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
             f"{k} (the model has {list(ours[k].shape)}, the file {list(theirs[k].shape)})"
             for k in ours.keys() & theirs.keys()
             if ours[k].shape != theirs[k].shape
+        },
+        "of another kind": {
+            f"{k} ({theirs[k].dtype})"
+            for k in ours.keys() & theirs.keys()
+            if ours[k].is_floating_point() and not theirs[k].is_floating_point()
         },
     }
     kinds = {kind: sorted(found) for kind, found in kinds.items() if found}
