@@ -180,23 +180,33 @@ def gradients_from_forward(op, inputs):
             with torch._C._AutoDispatchBelowAutograd():
                 loss, *gradients = op(*args)
             ctx.wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
-            tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
-            ctx.save_for_backward(*tensors, *[gradients[n] for n in ctx.wanted])
-            ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+            chosen = [(args[inputs[n]], gradients[n]) for n in ctx.wanted]
+            ctx.save_for_backward(*(tensor for pair in chosen for tensor in pair))
+            # Constants are not saved: whoever overwrites one, or made it in inference mode, may
+            # still go backward once.
+            needed = zip(args, ctx.needs_input_grad, strict=True)
+            ctx.constants = [None if need else arg for arg, need in needed]
+            ctx.versions = [_version(constant) for constant in ctx.constants]
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
             return loss, *gradients
 
         @staticmethod
         def backward(ctx, grad_loss, *_):
-            arity = len(ctx.others)
-            result = [None] * arity
+            result = [None] * len(ctx.constants)
             if grad_loss is None:
                 return tuple(result)
-            gradients = ctx.saved_tensors[arity:]
+            differentiated, gradients = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
             if torch.is_grad_enabled():
-                args = zip(ctx.saved_tensors, ctx.others, strict=False)
-                made = decomposed(*(other if t is None else t for t, other in args))[1:]
+                if ctx.versions != [_version(constant) for constant in ctx.constants]:
+                    raise RuntimeError(
+                        f"an argument of {name} was overwritten since: its gradient cannot be "
+                        "computed again, which create_graph=True needs"
+                    )
+                args = list(ctx.constants)
+                for n, tensor in zip(ctx.wanted, differentiated, strict=True):
+                    args[inputs[n]] = tensor
+                made = decomposed(*args)[1:]
                 gradients = [made[n] for n in ctx.wanted]
             for n, gradient in zip(ctx.wanted, gradients, strict=True):
                 result[inputs[n]] = _scaled(gradient, grad_loss)
@@ -219,6 +229,12 @@ def transformed():
     """Whether torch.func or forward-mode differentiation follows torch's own operators here."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _version(value):
+    """How often a tensor has been written to; None for what keeps no count."""
+    counted = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value._version if counted else None
 
 
 def _scaled(gradient, grad_loss):

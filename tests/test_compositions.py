@@ -183,3 +183,20 @@ def test_losses_refuse_what_is_no_tensor():
     ):
         with pytest.raises(TypeError, match=rf"^{name} is a dict, must be a tensor"):
             call({"logits": z})
+
+
+def test_constants_may_be_overwritten_or_made_in_inference_mode():
+    """A teacher's buffer that the next batch is read into; but no second order of stale values."""
+    z = torch.randn(6, 10, requires_grad=True)
+    with torch.inference_mode():
+        teacher = TEACHER.clone()
+    expected = torch.autograd.grad(losses.kl(z, TEACHER), z)[0]
+    assert torch.equal(torch.autograd.grad(losses.kl(z, teacher), z)[0], expected)
+    (twice,) = torch.autograd.grad(losses.kl(z, teacher), z, create_graph=True)
+    torch.testing.assert_close(twice, expected)
+    buffer = TEACHER.clone()
+    loss = losses.kl(z, buffer)
+    buffer.zero_()
+    assert torch.equal(torch.autograd.grad(loss, z, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="an argument of softmax_kl was overwritten since"):
+        torch.autograd.grad(loss, z, create_graph=True)
