@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from . import methods
-from .config import PRECISIONS, Config, number, recipe, recipes
+from .config import PLACES, PRECISIONS, Config, number, recipe, recipes
 from .digits import settings
 
 
@@ -21,12 +21,13 @@ def parse(argv, description=None):
         given.pop(k) for k in ("resume", "recipe", "precision", "options")
     )
     if resume:
-        if given or name or precision or options:
-            raise ValueError("--resume takes the run's own settings: no other flag goes with it")
-        if not (Path(resume) / "config.json").is_file():
-            raise FileNotFoundError(f"--resume is {resume}, a folder without a run's config.json")
-        saved = Config.from_json((Path(resume) / "config.json").read_text())
-        return dataclasses.replace(saved, out=resume), True
+        if given.keys() - PLACES or name or precision or options:
+            places = ", ".join("--" + place.replace("_", "-") for place in PLACES)
+            raise ValueError(
+                "--resume takes the run's own settings: no other flag goes with it but those of "
+                f"places, which may be others on another machine ({places})"
+            )
+        return dataclasses.replace(saved(resume), out=resume, **given), True
     fields = recipe(name) if name else {}
     if name and given.get("method", fields["method"]) != fields["method"]:
         fields.pop("method_options", None)  # they are the recipe's method's, as are its teachers
@@ -51,6 +52,17 @@ def parse(argv, description=None):
     return config, False
 
 
+def saved(folder):
+    """The Config of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume is {folder}, a folder without a run's config.json")
+    try:
+        return Config.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a run: {error}") from error
+
+
 def parser(description):
     result = argparse.ArgumentParser(
         prog="python -m fastadv.train",
@@ -60,7 +72,12 @@ def parser(description):
     )
     result.add_argument("--recipe", help="a published recipe; flags override its fields")
     result.add_argument("--list-recipes", action="store_true", help="what there is, and exit")
-    result.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    result.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder; of the flags below --device and paths of data, "
+        "teachers and cache may be given",
+    )
     result.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
     result.add_argument(
         "--set",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -10,6 +11,27 @@ from importlib import metadata, resources
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Fields that say where things are on one machine: a run may go on with others on another one.
+PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
+PLACES = ("device", *PATHS)
+
+
+def _whole(least):
+    rule = f"at least {least}, whole and below 2^63"
+    return rule, lambda value: type(value) is int and least <= value < 2**63
+
+
+_POSITIVE = "positive and finite", lambda value: 0 < value < math.inf
+_NOT_NEGATIVE = "at least 0 and finite", lambda value: 0 <= value < math.inf
+_SHARE = "in [0, 1)", lambda value: 0 <= value < 1
+# What a run's numbers must be; augmentation and methods check their own.
+RULES = {
+    **dict.fromkeys(("eps", "step_size", "lr", "clip_grad"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "awp_gamma"), _NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "ema"), _SHARE),
+    **dict.fromkeys(("epochs", "batch_size", "student_width", "eval_every"), _whole(1)),
+    **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
+}
 
 
 def number(text):
@@ -22,11 +44,14 @@ def number(text):
 
 
 def device(name):
-    """The torch.device of this name. Raises ValueError when this machine does not have it."""
+    """The torch.device of this name. Raises ValueError when nothing can be computed on it here."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {name!r}, which cannot be used here: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device is {name!r}, which cannot be used here ({reason}): give another, such as cpu"
+        ) from None
     return torch.device(name)
 
 
@@ -92,7 +117,7 @@ class Config:
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
 
     def __post_init__(self):
-        self.milestones = tuple(self.milestones)
+        self._check_numbers()
         if self.step_size is None:
             self.step_size = self.eps / 4
         for name in ("precision_attack", "precision_outer", "precision_teacher"):
@@ -100,12 +125,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
         if self.ema is not None and self.swa_start is not None:
             raise ValueError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}, must be in [0, 1)")
-        if self.swa_start is not None and not 0 <= self.swa_start < self.epochs:
+        if self.swa_start is not None and self.swa_start >= self.epochs:
             raise ValueError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad is {self.clip_grad}, must be positive")
         if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
             raise ValueError(
                 f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
@@ -117,17 +138,38 @@ class Config:
             raise ValueError(
                 f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"
             )
-        device(self.device)
         # A run may be resumed from anywhere.
-        for name in ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache"):
+        for name in PATHS:
             if getattr(self, name) not in (None, "memory", "off"):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
-        for name in ("epochs", "batch_size", "eval_every", "student_width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("lr", "momentum", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+
+    def _check_numbers(self):
+        for name, (rule, holds) in RULES.items():
+            value = getattr(self, name)
+            missing = value is None and getattr(Config, name) is None  # which is a default then
+            if not missing and not (isinstance(value, (int, float)) and holds(value)):
+                raise ValueError(f"{name} is {value!r}, must be {rule}")
+        epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
+        whole = all(type(epoch) is int for epoch in epochs)
+        if not whole or [0, *epochs] != sorted({0, *epochs}):
+            raise ValueError(
+                f"milestones is {self.milestones!r}, must be whole numbers of epochs from 1 on, "
+                "each larger than the one before"
+            )
+        self.milestones = tuple(epochs)
+
+    def doubts(self, images):
+        """What a run on so many images can have but hardly means, in a sentence each."""
+        if late := [str(epoch) for epoch in self.milestones if epoch >= self.epochs]:
+            yield (
+                f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
+                "does not drop there"
+            )
+        if self.batch_size > images:
+            yield (
+                f"batch_size is {self.batch_size}, more than the {images} training images: an "
+                "epoch is one step"
+            )
 
     def lr_at(self, epoch):
         """The learning rate of epoch `epoch`, counted from 0."""
@@ -138,7 +180,10 @@ class Config:
 
     @classmethod
     def from_json(cls, text):
+        """The Config that `to_json` wrote. Raises ValueError for what is none."""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"config is a {type(values).__name__}, must be an object of fields")
         values.pop("versions", None)
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:

@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .awp import AWP
 from .build import build_average, build_loader, build_method, build_nets
 from .cli import fresh_folder, parse
 from .config import Config
+from .config import device as usable
 from .digits import TEACHERS
 from .evaluate import accuracies
 from .info import isa
@@ -39,10 +41,12 @@ def train(config, resume=False):
     FileExistsError when the folder holds a run already, ValueError on unusable settings.
     In a `parallel.group()` the processes share out each batch and the validation.
     """
+    folder, device = Path(config.out), usable(config.device)
     parallel.check_device(config.device)
     torch.manual_seed(config.seed)
-    folder, device = Path(config.out), config.device
     dataset = data.load(config.data, config.data_dir)
+    for doubt in config.doubts(len(dataset.train)) if parallel.rank() == 0 else ():
+        warnings.warn(doubt, stacklevel=2)
     method = build_method(config).to(device)
     nets, student = build_nets(config, dataset, method)
     method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))

@@ -16,7 +16,7 @@ def config(npz, out, **changed):
         "epochs": 3,
         "batch_size": 32,
         "lr": 0.05,
-        "milestones": (2,),
+        "milestones": (2,) if changed.get("epochs", 3) > 2 else (),
         "out": str(out),
         "teacher_cache": "memory",
     }

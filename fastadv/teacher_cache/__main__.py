@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .. import cli, data
 from ..build import build_loader, build_method, build_teacher
+from ..config import device
 from . import TeacherCache, store
 
 
@@ -151,9 +152,8 @@ def checked(folder):
 
 def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
-    if args.run and rest:
-        raise ValueError(f"--run takes the run's own settings: {rest[0]} does not go with it")
-    config, _ = cli.parse(["--resume", args.run] if args.run else rest)
+    config, _ = cli.parse(["--resume", args.run, *rest] if args.run else rest)
+    device(config.device)  # raises where this machine has none
     dataset = data.load(config.data, config.data_dir)
     teacher, loader = build_teacher(config, dataset, args.which), build_loader(config, dataset)
     names = (
