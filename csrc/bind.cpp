@@ -130,10 +130,11 @@ int64_t labelled(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y, 
 
 int64_t cross_entropy(uintptr_t loss, uintptr_t grad, uintptr_t logits, uintptr_t y,
                       uintptr_t target, int64_t batch, int64_t classes, double smoothing,
-                      int64_t ignored, int dtype, int threads) {
+                      int64_t ignored, int reduction, int dtype, int threads) {
   return active->cross_entropy(at<float>(loss), at<void>(grad), at<const void>(logits),
                                at<const int64_t>(y), at<const float>(target), batch, classes,
-                               smoothing, ignored, static_cast<DType>(dtype), threads);
+                               smoothing, ignored, static_cast<Reduction>(reduction),
+                               static_cast<DType>(dtype), threads);
 }
 
 void feature_distance(uintptr_t loss, uintptr_t student_grad, uintptr_t teacher_grad,

@@ -12,6 +12,7 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Norm : int { linf = 0, l2 = 1 };
 enum class Init : int { uniform = 0, gaussian = 1 };
 enum class Distance : int { mse = 0, l2 = 1, cosine = 2 };
+enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 enum class Activation : int { none = 0, relu = 1, silu = 2 };
 
 // Arguments of apgd_step. Images and gradients: fp32 [batch, size], dense, in the same element
@@ -144,7 +145,7 @@ struct Table {
   // how many labels are neither `ignored` nor in [0, classes).
   int64_t (*cross_entropy)(float* loss, void* grad, const void* logits, const int64_t* y,
                            const float* target, int64_t batch, int64_t classes, double smoothing,
-                           int64_t ignored, DType dtype, int threads) noexcept;
+                           int64_t ignored, Reduction reduction, DType dtype, int threads) noexcept;
 
   // csrc/cpu/feature_distance.inl
   void (*feature_distance)(float* loss, void* student_grad, void* teacher_grad, const void* student,

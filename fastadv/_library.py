@@ -180,13 +180,14 @@ def gradients_from_forward(op, inputs):
             with torch._C._AutoDispatchBelowAutograd():
                 loss, *gradients = op(*args)
             ctx.wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
-            chosen = [(args[inputs[n]], gradients[n]) for n in ctx.wanted]
-            ctx.save_for_backward(*(tensor for pair in chosen for tensor in pair))
+            constants, saved = list(args), []
+            for n in ctx.wanted:
+                saved += args[inputs[n]], gradients[n]
+                constants[inputs[n]] = None
+            ctx.save_for_backward(*saved)
             # Constants are not saved: whoever overwrites one, or made it in inference mode, may
             # still go backward once.
-            needed = zip(args, ctx.needs_input_grad, strict=True)
-            ctx.constants = [None if need else arg for arg, need in needed]
-            ctx.versions = [_version(constant) for constant in ctx.constants]
+            ctx.constants, ctx.versions = constants, _versions(constants)
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
             return loss, *gradients
@@ -198,7 +199,7 @@ def gradients_from_forward(op, inputs):
                 return tuple(result)
             differentiated, gradients = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
             if torch.is_grad_enabled():
-                if ctx.versions != [_version(constant) for constant in ctx.constants]:
+                if ctx.versions != _versions(ctx.constants):
                     raise RuntimeError(
                         f"an argument of {name} was overwritten since: its gradient cannot be "
                         "computed again, which create_graph=True needs"
@@ -231,10 +232,10 @@ def transformed():
     return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _version(value):
-    """How often a tensor has been written to; None for what keeps no count."""
-    counted = isinstance(value, torch.Tensor) and not value.is_inference()
-    return value._version if counted else None
+def _versions(values):
+    """How often each tensor among them, but one of inference mode, has been written to."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _scaled(gradient, grad_loss):

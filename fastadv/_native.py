@@ -33,6 +33,7 @@ else:
 NORMS = {"linf": 0, "l2": 1}
 INITS = {"uniform": 0, "gaussian": 1}
 DISTANCES = {"mse": 0, "l2": 1, "cosine": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -289,9 +290,10 @@ def _labelled(kernel, loss, grad, logits, y):
     )
 
 
-def cross_entropy(loss, grad, logits, target, smoothing, ignore_index):
-    """Writes loss fp32 [B] and grad like logits [B, C] (none where it is empty). target: int64 [B]
-    or fp32 [B, C]. Contiguous. Returns how many labels are neither in [0, C) nor ignored."""
+def cross_entropy(loss, grad, logits, target, smoothing, ignore_index, reduction):
+    """Writes loss fp32, [B] or reduced, and grad like logits [B, C] (none where it is empty).
+    target: int64 [B] or fp32 [B, C]. Contiguous. Returns how many labels are neither in [0, C) nor
+    ignored."""
     dtype, labels = logits.dtype, target.dtype == torch.int64
     return _C.cross_entropy(
         _address("loss", _row("loss", loss)),
@@ -302,6 +304,7 @@ def cross_entropy(loss, grad, logits, target, smoothing, ignore_index):
         *logits.shape,
         smoothing,
         ignore_index,
+        REDUCTIONS[reduction],
         DTYPES[dtype],
         torch.get_num_threads(),
     )

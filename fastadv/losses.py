@@ -67,10 +67,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean", ignore_
     expect_tensors(logits=logits, target=target)
     if target.dtype.is_floating_point:
         target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    loss = ops.cross_entropy(_scalable(logits), target, label_smoothing, ignore_index)
-    if reduction == "mean" and target.dim() == 1:
-        return loss.sum() / (target != ignore_index).sum().clamp(min=1)
-    return _reduced(loss, reduction, "mean")
+    return ops.cross_entropy(_scalable(logits), target, label_smoothing, ignore_index, reduction)
 
 
 def margin(logits, y, kappa=None, reduction="none"):

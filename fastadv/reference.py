@@ -262,9 +262,10 @@ def mart_bce(logits, y, grad):
     return loss, gradient.to(logits.dtype)
 
 
-def cross_entropy(logits, target, label_smoothing, ignore_index, grad):
+def cross_entropy(logits, target, label_smoothing, ignore_index, reduction, grad):
     """-sum_c q_c log p_c [B] and its gradient p sum_c q_c - q [B, C], p = softmax(logits) and
-    q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels.
+    q = (1 - label_smoothing) t + label_smoothing / C, t the target or the one-hot of its labels;
+    or the sum of all, or the mean over the samples whose label is not ignore_index.
 
     logits [B, C]; target int64 [B] or [B, C]. A class with q_c = 0 counts 0. A label that is
     ignore_index: 0, gradient 0; any other outside [0, C): NaN, gradient 0. Label smoothing: Szegedy
@@ -283,6 +284,11 @@ def cross_entropy(logits, target, label_smoothing, ignore_index, grad):
     if valid is not None:
         loss = torch.where(valid, loss, torch.where(ignored, 0.0, math.nan))
         gradient = torch.where(valid[:, None], gradient, 0)
+    if reduction == "mean":
+        kept = torch.ones_like(loss) if valid is None else (~ignored).to(loss.dtype)
+        factor = 1 / kept.sum().clamp(min=1)
+        loss, gradient = loss * factor, gradient * factor
+    loss = loss if reduction == "none" else loss.sum()
     return loss, gradient.to(logits.dtype) if grad else logits.new_empty(0)
 
 

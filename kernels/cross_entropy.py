@@ -30,6 +30,7 @@ def cross_entropy_kernel(
     logits,
     y,
     target,
+    factor,
     keep,
     even,
     ignored,
@@ -39,13 +40,15 @@ def cross_entropy_kernel(
     BLOCK: tl.constexpr,
 ):
     """ROWS rows. loss: fp32 [batch]; logits: [batch, C], any float; grad: the same or None; y:
-    int64 [batch], or None and target: fp32 [batch, C]; keep, even: 1 - a and a / C. A label that is
-    `ignored`: 0, gradient 0; any other outside [0, C): NaN, gradient 0.
+    int64 [batch], or None and target: fp32 [batch, C]; factor: of loss and gradient, fp32 [], or
+    None; keep, even: 1 - a and a / C. A label that is `ignored`: 0, gradient 0; any other outside
+    [0, C): NaN, gradient 0.
 
     At the label the gradient comes from the sum over the other classes: p - 1 would cancel.
     """
     keep, even = tl.cast(keep, tl.float32), tl.cast(even, tl.float32)
     row = rows_of(ROWS)
+    share = 1.0 if factor is None else tl.load(factor)
     top = top_of(logits, row, batch, C, ROWS, BLOCK)
     label = tl.full([ROWS], -1, tl.int32)
     own = tl.zeros([ROWS], tl.float32)
@@ -78,18 +81,24 @@ def cross_entropy_kernel(
             if y is not None:
                 slope = tl.where(column == label[:, None], at_label, slope)
                 slope = tl.where((label >= 0)[:, None], slope, 0.0)
-            tl.store(grad + at, slope, inside)
+            tl.store(grad + at, slope * share, inside)
     log_total = tl.log(others.to(tl.float64) + own).to(tl.float32)  # of 1 + little, to its last bit
     value = tl.sum(far, 1) + mass * log_total
     if y is not None:
         value = tl.where(label >= 0, value, tl.where(skipped, 0.0, float("nan")))
-    tl.store(loss + row, value, row < batch)
+    tl.store(loss + row, value * share, row < batch)
 
 
-def cross_entropy(logits, target, label_smoothing, ignore_index, grad):
+def cross_entropy(logits, target, label_smoothing, ignore_index, reduction, grad):
     """(loss, gradient) of logits [B, C], fp32, bf16 or fp16; see `rows.launch`. target: int64 [B],
-    or fp32 [B, C]."""
+    or fp32 [B, C]. A mean's factor is computed on the device before, and the sum after."""
     target = target.contiguous()
     labels = (target, None) if target.dtype == torch.int64 else (None, target)
+    factor = None
+    if reduction == "mean":
+        kept = target != ignore_index if labels[0] is not None else target.new_ones(len(target))
+        factor = 1 / kept.sum(dtype=torch.float32).clamp(min=1)
     weights = 1 - label_smoothing, label_smoothing / logits.shape[1]
-    return launch(cross_entropy_kernel, logits, grad, *labels, *weights, ignore_index)
+    args = *labels, factor, *weights, ignore_index
+    loss, gradient = launch(cross_entropy_kernel, logits, grad, *args)
+    return loss if reduction == "none" else loss.sum(), gradient

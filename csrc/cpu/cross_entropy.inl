@@ -3,7 +3,8 @@
 //   loss = sum_c q_c (max z - z_c) + Q log Z; a term with t_c = 0 counts a / C alone
 //   grad = Q e^(z - max z) / Z - q
 // logits z: [batch, classes] fp32, bf16 or fp16; y: int64 [batch]; target: fp32 [batch, classes];
-// loss: fp32 [batch]; grad: like logits, or null. A label that is `ignored`: loss and gradient 0;
+// loss: fp32 [batch], or one number, the sum or the mean over the rows that are not ignored, whose
+// factor grad has too; grad: like logits, or null. A label that is `ignored`: loss and gradient 0;
 // any other outside [0, classes): loss NaN, gradient 0. Exponentials are fp32, sums and what
 // cancels fp64.
 
@@ -52,36 +53,42 @@ static void cross_entropy_sums(Rows<T>& rows, const Exp& e, const int64_t* y, co
   });
 }
 
-// grad = e scale - q for one row, e the exponentials; the label's element anew in fp64.
+// grad = factor (e scale - q) for one row, e the exponentials; the label's element anew in fp64.
 template <typename T>
 static void cross_entropy_grad(T* grad, const Row<T>& z, const Exp& e, double sum, double mass,
                                const int64_t* y, const float* target, int64_t n, double a,
-                               int64_t ignored) {
+                               int64_t ignored, double factor) {
   const bool valid = !y || (*y >= 0 && *y < n && *y != ignored);
   if (!valid) {
     __builtin_memset(grad, 0, n * sizeof(T));
     return;
   }
-  const F scale = splat(static_cast<float>(mass / sum)), keep = splat(static_cast<float>(1 - a));
-  const F even = splat(static_cast<float>(a / n));
+  const F scale = splat(static_cast<float>(factor * mass / sum));
+  const F keep = splat(static_cast<float>(factor * (1 - a)));
+  const F even = splat(static_cast<float>(factor * a / n));
   columns(n, [&](int64_t c, int64_t left) {
     const F q = target ? fma(load_head(target + c, left), keep, even) : even;
     store_head(grad + c, fma(z.again(e, c, left), scale, -q), left);
   });
   if (y) {  // p - 1 without the cancellation that makes it 0 at a confident row
-    const double value = (z.at(e, *y) - sum) / sum + a * (n - 1) / n;
+    const double value = factor * ((z.at(e, *y) - sum) / sum + a * (n - 1) / n);
     store(grad + *y, splat(static_cast<float>(value)), 1);
   }
 }
 
 static int64_t cross_entropy(float* loss, void* grad, const void* logits, const int64_t* y,
                              const float* target, int64_t batch, int64_t classes, double smoothing,
-                             int64_t ignored, DType dtype, int threads) noexcept {
+                             int64_t ignored, Reduction reduction, DType dtype,
+                             int threads) noexcept {
   const Exp e = exp_over(1);
   const double a = smoothing;
+  int64_t kept = batch;
+  for (int64_t i = 0; y && i < batch; ++i) kept -= y[i] == ignored;
+  const double factor = reduction == Reduction::mean && kept > 0 ? 1.0 / kept : 1.0;
+  Partial partial;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
+    for_rows(batch, classes, threads, [&](int64_t chunk, int64_t first, int count) {
       Rows<T> rows(static_cast<const T*>(logits) + first * classes, classes, classes, count);
       const int64_t* labels = y ? y + first : nullptr;
       const float* soft = target ? target + first * classes : nullptr;
@@ -89,17 +96,22 @@ static int64_t cross_entropy(float* loss, void* grad, const void* logits, const 
       cross_entropy_sums(rows, e, labels, soft, a > 0, sums);
       for (int r = 0; r < count; ++r) {
         const double mass = (1 - a) * sums.mass[r] + a;
-        loss[first + r] =
-            static_cast<float>((a < 1 ? (1 - a) * sums.far[r] : 0) +
-                               (a > 0 ? a / classes * sums.spread[r] : 0) + mass * sums.log_z[r]);
-        if (labels && labels[r] == ignored) loss[first + r] = 0;
+        double value = (a < 1 ? (1 - a) * sums.far[r] : 0) +
+                       (a > 0 ? a / classes * sums.spread[r] : 0) + mass * sums.log_z[r];
+        value = labels && labels[r] == ignored ? 0 : factor * value;
+        if (reduction == Reduction::none) {
+          loss[first + r] = static_cast<float>(value);
+        } else {
+          partial.chunk[chunk] += value;
+        }
         if (grad) {
           cross_entropy_grad(static_cast<T*>(grad) + (first + r) * classes, rows.row(r), e,
                              sums.z[r], mass, labels ? labels + r : nullptr,
-                             soft ? soft + r * classes : nullptr, classes, a, ignored);
+                             soft ? soft + r * classes : nullptr, classes, a, ignored, factor);
         }
       }
     });
   });
+  if (reduction != Reduction::none) *loss = partial.sum();
   return y ? wrong_labels(y, batch, classes, ignored) : 0;
 }

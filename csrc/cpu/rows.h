@@ -133,6 +133,17 @@ static void for_rows(int64_t batch, int64_t classes, int threads, const Body& bo
   });
 }
 
+// The sum of what the chunks of `for_rows` give, in their order.
+struct Partial {
+  double chunk[64] = {};
+
+  float sum() const {
+    double total = 0;
+    for (const double part : chunk) total += part;
+    return static_cast<float>(total);
+  }
+};
+
 // How many of the labels are neither `ignored` nor in [0, classes).
 static inline int64_t wrong_labels(const int64_t* y, int64_t batch, int64_t classes,
                                    int64_t ignored = 0) {

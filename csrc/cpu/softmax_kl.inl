@@ -76,7 +76,7 @@ static void kl_rows(const SoftmaxKL& k, const Exp& e, int64_t first, int rows, P
 
 static void softmax_kl(const SoftmaxKL& k, int threads) noexcept {
   const Exp e = exp_over(k.temperature);
-  double partial[64] = {};
+  Partial partial;
   for_rows(k.batch, k.classes, threads, [&](int64_t chunk, int64_t first, int rows) {
     PerRow out;
     with_type(k.dtype, [&](auto* t) {
@@ -87,15 +87,11 @@ static void softmax_kl(const SoftmaxKL& k, int threads) noexcept {
       const double loss = k.weight ? k.weight[first + r] * kl : kl;
       if (k.grad_weight) k.grad_weight[first + r] = static_cast<float>(kl);
       if (k.reduced) {
-        partial[chunk] += loss;
+        partial.chunk[chunk] += loss;
       } else {
         k.loss[first + r] = static_cast<float>(loss);
       }
     }
   });
-  if (k.reduced) {
-    double total = 0;
-    for (const double sum : partial) total += sum;
-    *k.loss = static_cast<float>(total);
-  }
+  if (k.reduced) *k.loss = partial.sum();
 }

@@ -52,11 +52,12 @@ def check_range(y, classes, name="y", ignored=None):
         )
 
 
-def define_loss(name, arguments, check, check_values=None):
+def define_loss(name, arguments, check, check_values=None, reduced=lambda *args: False):
     """Registers and returns the op `name(Tensor logits, <arguments>, bool grad)`, which gives the
     loss and, where grad is true, its gradient; from the functions of that name in `reference` and
     `_native`. check: as `define` has it. check_values: the same for what only a look at the values
-    tells, which on a GPU nobody takes; the kernel says whether there is something to find."""
+    tells, which on a GPU nobody takes; the kernel says whether there is something to find.
+    reduced: of the arguments after the logits, whether the loss is one number."""
     plain, kernel = getattr(reference, name), getattr(_native, name)
 
     def checked(logits, *args):
@@ -67,7 +68,7 @@ def define_loss(name, arguments, check, check_values=None):
     def native(logits, *args):
         if logits.dtype == torch.float64:
             return checked(logits, *args)
-        loss, gradient = outputs(logits, args[-1])
+        loss, gradient = outputs(logits, args[-1], reduced(*args))
         dense = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args[:-1])
         if kernel(loss, gradient, logits.contiguous(), *dense):
             check_values(logits, *args)
@@ -75,7 +76,7 @@ def define_loss(name, arguments, check, check_values=None):
 
     def fake(logits, *args):
         check(logits, *args)
-        return outputs(logits, args[-1])
+        return outputs(logits, args[-1], reduced(*args))
 
     op = define(
         f"{name}(Tensor logits, {arguments}, bool grad) -> (Tensor, Tensor)",
@@ -103,8 +104,8 @@ def define_labelled(name, least):
     return define_loss(name, "Tensor y", check, check_values)
 
 
-def outputs(logits, grad):
-    """Memory for (loss [B], gradient [B, C] or [0])."""
+def outputs(logits, grad, reduced=False):
+    """Memory for (loss, [B] or, where it is reduced, [], gradient [B, C] or [0])."""
     dtype = reference.loss_dtype(logits.dtype)
-    loss = _native.empty(logits.shape[:1], logits, dtype)
+    loss = _native.empty(() if reduced else logits.shape[:1], logits, dtype)
     return loss, _native.empty(logits.shape if grad else (0,), logits)

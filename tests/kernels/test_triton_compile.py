@@ -178,14 +178,14 @@ def rows():
         yield f"margin_kernel {kind}", "margin", (z, y, True), 2
         yield f"dlr_kernel {kind}", "dlr", (z, y, True), 2
         yield f"mart_bce_kernel {kind}", "mart_bce", (z, y, True), 2
-        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, -100, True), 2
+        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, -100, "none", True), 2
         offset = 0.0 if classes == 32768 else 1e-5
         yield f"softmax_entropy_kernel {kind}", "softmax_entropy", (z, 2.0, offset, True), 0
     name = "cross_entropy_kernel C=32768 probabilities"
-    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, -100, True), 0
+    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, -100, "none", True), 0
     z = torch.empty(64, 10)
     yield "tile_kernel C=10", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), None
-    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, -100, True), None
+    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, -100, "none", True), None
 
 
 class Recorder:

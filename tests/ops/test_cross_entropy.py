@@ -18,7 +18,19 @@ def isa(request):
         yield
 
 
-def make(batch, classes, soft=False, smoothing=0.0, dtype=torch.float32, grad=True, seed=0):
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def make(
+    batch,
+    classes,
+    soft=False,
+    smoothing=0.0,
+    dtype=torch.float32,
+    grad=True,
+    seed=0,
+    reduction="none",
+):
     g = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(batch, classes, generator=g)).to(dtype)
     target = torch.randint(classes, (batch,), generator=g)
@@ -30,21 +42,35 @@ def make(batch, classes, soft=False, smoothing=0.0, dtype=torch.float32, grad=Tr
 
     return OpCase(
         "cross_entropy",
-        (logits, target, smoothing, -100, grad),
-        public=both(lambda z, t: ops.cross_entropy(z, t, smoothing)),
-        plain=both(lambda z, t: F.cross_entropy(z, t, label_smoothing=smoothing, reduction="none")),
+        (logits, target, smoothing, -100, reduction, grad),
+        public=both(lambda z, t: ops.cross_entropy(z, t, smoothing, reduction=reduction)),
+        plain=both(
+            lambda z, t: F.cross_entropy(z, t, label_smoothing=smoothing, reduction=reduction)
+        ),
         inputs=(0,),
     )
 
 
 def gradient(logits, target, smoothing=0.0):
-    return torch.ops.fastadv.cross_entropy(logits, target, smoothing, -100, True)[1]
+    return torch.ops.fastadv.cross_entropy(logits, target, smoothing, -100, "none", True)[1]
 
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_op(soft, smoothing):
     check_op(make(9, 10, soft, smoothing))
+    check_op(make(9, 10, soft, smoothing, reduction="mean"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("batch", [0, 1, 17, 3001])
+def test_reductions(batch, dtype, reduction):
+    for soft in (False, True):
+        case = make(batch, 10, soft, 0.1, dtype, reduction=reduction)
+        if batch and not soft:
+            case.args[1][::3] = -100
+        check_values(case, ("contiguous", "permuted"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -81,14 +107,14 @@ def test_is_torchs(soft, smoothing):
 
 def test_probabilities_need_not_sum_to_one():
     logits, target, *_ = make(5, 10, soft=True).args
-    check_values(OpCase("cross_entropy", (logits, 3 * target - 0.2, 0.1, -100, True)))
-    check_values(OpCase("cross_entropy", (logits, 0 * target, 0.0, -100, True)))
+    check_values(OpCase("cross_entropy", (logits, 3 * target - 0.2, 0.1, -100, "none", True)))
+    check_values(OpCase("cross_entropy", (logits, 0 * target, 0.0, -100, "none", True)))
 
 
 @pytest.mark.usefixtures("isa")
 class TestExtremes:
     def check(self, logits, target, smoothing=0.0):
-        args = smoothing, -100, True
+        args = smoothing, -100, "none", True
         wide = target if target.dtype == torch.int64 else target.double()
         exact = reference.cross_entropy(logits.double(), wide, *args)
         same = reference.cross_entropy(logits, target, *args)
@@ -136,7 +162,7 @@ class TestExtremes:
     def test_nan_stays_in_its_row(self, column):
         for soft in (False, True):
             logits, target, *_ = make(20, 40, soft).args
-            clean = torch.ops.fastadv.cross_entropy(logits, target, 0.1, -100, True)
+            clean = torch.ops.fastadv.cross_entropy(logits, target, 0.1, -100, "none", True)
             logits[7, column] = math.nan
             got = self.check(logits, target, 0.1)
             others = torch.arange(20) != 7
@@ -147,7 +173,7 @@ class TestExtremes:
     def test_labels_out_of_range(self):
         logits, target, *_ = make(6, 10).args
         target[:5] = torch.tensor([-1, 10, -100, 2**62, -(2**62)])
-        loss, grad = unchecked("cross_entropy", logits, target, 0.1, -100)
+        loss, grad = unchecked("cross_entropy", logits, target, 0.1, -100, "none")
         assert loss.isnan().tolist() == [True, True, False, True, True, False]
         assert loss[2] == 0
         assert not grad[:5].any()
@@ -164,12 +190,14 @@ class TestExtremes:
         logits, target, *_ = make(6, 10).args
         target[:] = torch.tensor([ignored, 1, 2, ignored, 4, 9])
         logits[3] = math.nan
-        args = target, 0.1, ignored, True
+        args = target, 0.1, ignored, "none", True
         loss, grad = torch.ops.fastadv.cross_entropy(logits, *args)
         kept = target != ignored
         assert not loss[~kept].any()
         assert not grad[~kept].any()
-        others = torch.ops.fastadv.cross_entropy(logits[kept], target[kept], 0.1, -100, True)
+        others = torch.ops.fastadv.cross_entropy(
+            logits[kept], target[kept], 0.1, -100, "none", True
+        )
         assert torch.equal(loss[kept], others[0])
         assert torch.equal(grad[kept], others[1])
 
@@ -215,7 +243,7 @@ def test_graph_can_be_kept_and_needs_no_gradient():
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     torch.library.opcheck(
-        torch.ops.fastadv.cross_entropy.default, (logits, target, 0.1, -100, True)
+        torch.ops.fastadv.cross_entropy.default, (logits, target, 0.1, -100, "none", True)
     )
 
 
