@@ -1,6 +1,7 @@
 """VFD-Adv, vanilla feature distillation (Cao et al. 2022, arXiv 2206.02158)."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ..features import forward_features
 from .base import Method
 
 DISTANCES = ("mse", "l2", "cosine")
+OF_BASE = ("attack", "attack_bn", "milestones")  # one of each, read and assigned on either side
 
 
 class VFD(Method):
@@ -25,12 +27,12 @@ class VFD(Method):
     full text was not available: the penultimate layer, the distance, both weights, the projector,
     and that the attack stays the base's.
 
-    base: a Method. layers: names of `forward_features`, "student:teacher" where they differ.
-    distance: "mse" (mean over elements), "l2" or "cosine". normalise: features to unit length
-    first. Where channels differ a learned linear map (1x1 convolution on maps) projects the
-    student's; it trains with the student. lambda_adv, lambda_clean: beside the base's loss as it
-    is, a tenth of the batch mean for RSLAD and others. Raises ValueError where maps differ in
-    height or width.
+    base: a Method; its attack, attack_bn and milestones are the wrapper's too. layers: names of
+    `forward_features`, "student:teacher" where they differ. distance: "mse" (mean over elements),
+    "l2" or "cosine". normalise: features to unit length first. Where channels differ a learned
+    linear map (1x1 convolution on maps) projects the student's; it trains with the student.
+    lambda_adv, lambda_clean: beside the base's loss as it is, a tenth of the batch mean for RSLAD
+    and others. Raises ValueError where maps differ in height or width.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class VFD(Method):
         lambda_adv=1.0,
         lambda_clean=1.0,
     ):
-        super().__init__(base.attack, base.attack_bn)
+        nn.Module.__init__(self)  # what Method's own would set is the base's
         if distance not in DISTANCES:
             raise ValueError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
         self.base, self.distance, self.normalise = base, distance, normalise
@@ -52,6 +54,15 @@ class VFD(Method):
         self.projectors = nn.ModuleList()
         self.adversarial = base.adversarial
         self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
+
+    attack, attack_bn, milestones = (property(attrgetter(f"base.{name}")) for name in OF_BASE)
+
+    def __setattr__(self, name, value):
+        # Here, as nn.Module would take an attack that is a module before a property's setter.
+        if name in OF_BASE:
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def prepare(self, nets, x):
         self.base.prepare(nets, x)
@@ -72,6 +83,15 @@ class VFD(Method):
 
     def end_epoch(self, state):
         return self.base.end_epoch(state)
+
+    def attacked(self, nets):
+        return self.base.attacked(nets)
+
+    def targets(self, nets, batch, state):
+        return self.base.targets(nets, batch, state)
+
+    def inner(self, nets, x_adv, *targets):
+        return self.base.inner(nets, x_adv, *targets)
 
     def perturb(self, nets, batch, state, start=None):
         return self.base.perturb(nets, batch, state, start)

@@ -1,10 +1,13 @@
 """VFD-Adv as a wrapper: layers, distances, projectors, and what it adds to its base."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastadv import methods, models
+from fastadv.attacks import PGD
 from fastadv.features import forward_features
 from fastadv.frozen import InPrecision
 
@@ -112,6 +115,67 @@ def test_state_options_and_teachers_are_those_of_both():
     assert method.init_state("cpu").keys() == {"epoch", "weights", "first"}
     assert method.end_epoch(method.init_state("cpu"))["epoch"] == 1
     assert methods.get("vfd+at").teachers == ("clean_teacher",)
+
+
+class Noted(torch.nn.Module):
+    """An attack that counts its calls, and is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.bad_gradients = 0
+
+    def ascend(self, inner, x, *targets, start=None, index=None):
+        self.bad_gradients += 1
+        assert inner(x, *targets).shape == (len(x),)
+        return x + self.bad_gradients
+
+
+@pytest.mark.parametrize("side", ["wrapper", "base"])
+@pytest.mark.parametrize("kind", [Noted, PGD])
+@pytest.mark.parametrize("base", methods.METHODS)
+def test_one_attack_seen_from_both(setup, base, kind, side):
+    student, teacher, _, batch = setup
+    method, nets = prepared(f"vfd+{base}", student, teacher, batch)
+    state, attack = method.init_state("cpu"), kind()
+    assert method.attack is method.base.attack is not attack
+    (method if side == "wrapper" else method.base).attack = attack
+    assert method.attack is method.base.attack is attack
+    if kind is Noted and method.adversarial:
+        for count in (1, 2):
+            assert torch.equal(method.perturb(nets, batch, state), batch.x + count)
+            assert method.attack.bad_gradients == method.base.attack.bad_gradients == count
+    copied = copy.deepcopy(method)
+    assert copied.attack is copied.base.attack is not attack
+
+
+@pytest.mark.parametrize("side", ["wrapper", "base"])
+@pytest.mark.parametrize("base", methods.METHODS)
+def test_one_mode_and_one_schedule_seen_from_both(setup, base, side):
+    student, teacher, _, batch = setup
+    method, nets = prepared(f"vfd+{base}", student, teacher, batch, milestones=(2, 4))
+    assigned = method if side == "wrapper" else method.base
+    assert method.milestones == method.base.milestones == (2, 4)
+    assert method.decayed(1.0, {"epoch": 3}) == method.base.decayed(1.0, {"epoch": 3}) == 0.1
+    assigned.milestones = (5,)
+    assert method.decayed(1.0, {"epoch": 3}) == method.base.decayed(1.0, {"epoch": 3}) == 1.0
+    for mode in ("train", "eval"):
+        assigned.attack_bn = mode
+        assert method.attack_bn == method.base.attack_bn == mode
+        seen = method.attacked(nets).student
+        assert (seen is nets.student) == (mode == "train")
+
+
+@pytest.mark.parametrize("base", ["at", "trades", "rslad", "adaad"])
+def test_the_inner_problem_is_the_bases(setup, base):
+    student, teacher, _, batch = setup
+    method, nets = prepared(f"vfd+{base}", student, teacher, batch)
+    student.eval()
+    ours = method.targets(nets, batch, {})
+    theirs = method.base.targets(nets, batch, {})
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    values = (part.inner(nets, batch.x_adv, *ours) for part in (method, method.base))
+    assert torch.equal(*values)
 
 
 def test_errors_name_what_is_wrong(setup):
