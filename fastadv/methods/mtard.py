@@ -12,15 +12,18 @@ class MTARD(LabelAttack):
     L_nat = KL(t_n(x) || s(x)) / 10, batch mean; t_n is the clean teacher.
 
     The weights start at 1/2 and follow the relative losses r_k = (L_k / L_k of the first step)^b:
-    w_k <- w_k - rate (w_k - r_k / sum r), before they are used. The loss is a tenth of the batch
-    mean on CIFAR-10 and CIFAR-100 alike. Its value, which the weights see, is that of the authors'
-    code: log(q + 1e-5) of the teacher's probabilities q.
+    w_k <- w_k - rate (w_k - r_k / sum r), before they are used; for rates in [0, 1] (ValueError for
+    others) they stay shares of 1. The loss is a tenth of the batch mean on CIFAR-10 and CIFAR-100
+    alike. Its value, which the weights see, is that of the authors' code: log(q + 1e-5) of the
+    teacher's probabilities q.
     """
 
     teachers = ("teacher", "clean_teacher")
 
     def __init__(self, weight_rate=0.025, b=1.0, **options):
         super().__init__(**options)
+        if not 0 <= weight_rate <= 1:
+            raise ValueError(f"weight_rate is {weight_rate}, must be in [0, 1]")
         self.weight_rate, self.b = weight_rate, b
 
     def cacheable(self):
@@ -49,9 +52,8 @@ class MTARD(LabelAttack):
         first = torch.where(state["first"] == 0, pair, state["first"])
         relative = (pair / first) ** self.b
         rate = self.decayed(self.weight_rate, state)
-        weights = state["weights"] - rate * (state["weights"] - relative / relative.sum())
-        weights = weights.clamp(min=0)
-        return state | {"weights": weights / weights.sum(), "first": first}
+        weights = state["weights"].lerp(relative / relative.sum(), rate)
+        return state | {"weights": weights, "first": first}
 
 
 def divergence(student_logits, teacher_logits):

@@ -178,6 +178,20 @@ def test_dynamic_weights_and_temperatures_over_steps(setup, name):
     assert len(seen) == 5  # they do move
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.025, 1.0])
+@pytest.mark.parametrize("name", ["mtard", "bmtard"])
+def test_the_weights_of_teachers_are_shares_at_every_rate(name, rate):
+    """Also where one loss is all there is, for as long as it takes."""
+    method = methods.get(name, weight_rate=rate)
+    state = method.balanced(torch.tensor([2.0, 0.5]), method.init_state("cpu"))
+    for pair in 200 * [[1.0, 0.0]] + 200 * [[0.0, 1.0]] + 200 * [[0.3, 0.9], [7.0, 1e-7]]:
+        state = method.balanced(torch.tensor(pair), state)
+        assert (state["weights"] >= 0).all()
+        assert float(state["weights"].sum()) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="weight_rate is 1.01, must be in .0, 1."):
+        methods.get(name, weight_rate=1.01)
+
+
 def test_dynamic_rates_drop_at_the_milestones():
     method = methods.get("mtard", milestones=(1, 3))
     state, rates = method.init_state("cpu"), []
