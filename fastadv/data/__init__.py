@@ -4,7 +4,7 @@ from pathlib import Path
 
 from . import cifar, digits, npz, svhn
 from .augmentation import Augmentation
-from .dataset import Dataset, ImageSet
+from .dataset import Dataset, ImageSet, check_classes
 from .loader import Fields, Loader, decode_view, encode_view
 
 __all__ = [
@@ -33,8 +33,9 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     at `data_dir`.
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
-    it stays the same. Raises ValueError for an unknown name, an absent `data_dir` or a bad file,
-    FileNotFoundError for a missing one, ImportError for digits without scikit-learn.
+    it stays the same. Warns of classes without training images. Raises ValueError for an unknown
+    name, an absent `data_dir` or a bad file, FileNotFoundError for a missing one, ImportError for
+    digits without scikit-learn.
     """
     if name == "digits":
         return digits.load(seed)
@@ -42,4 +43,4 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         raise ValueError(f"unknown data set {name!r}; known: {KNOWN}")
     if data_dir is None:
         raise ValueError(f"data set {name!r} needs data_dir, the place of its files")
-    return READERS[name](data_dir, seed)
+    return check_classes(READERS[name](data_dir, seed))

@@ -1,10 +1,13 @@
 """What every data set is read into, and the held-out split."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+SHOWN = 10  # classes that a warning names
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,19 @@ def cut(full: ImageSet, *sizes: int, seed: int) -> list[ImageSet]:
     """Disjoint random subsets of the given sizes, the last one being all that remains."""
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
     return [full.take(rows) for rows in order.split([*sizes, len(full) - sum(sizes)])]
+
+
+def check_classes(dataset: Dataset) -> Dataset:
+    """`dataset`, with a warning that names the classes which no training image has, for what a
+    network says of those is learned from nothing."""
+    count = torch.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    empty = (count == 0).nonzero().flatten().tolist()
+    if not empty:
+        return dataset
+    shown = ", ".join(map(str, empty[:SHOWN])) + (", ..." if len(empty) > SHOWN else "")
+    text = f"{len(empty)} of {dataset.num_classes} classes have no training image: {shown}"
+    first = min(int(split.labels.min()) for split in (dataset.train, dataset.val, dataset.test))
+    if first > 0:
+        text += f"; labels begin at {first}, must count from 0"
+    warnings.warn(f"data set {dataset.name!r}: {text}", stacklevel=3)
+    return dataset

@@ -28,6 +28,8 @@ def load(path: str | Path, seed: int) -> Dataset:
         raise ValueError(f"{path}: train_images are {shapes[0]} each but test_images {shapes[1]}")
     if len(train) < 10 or len(test) < 1:
         raise ValueError(f"{path}: train_images needs 10 images or more, test_images 1 or more")
+    if len(train.labels.unique()) < 2:
+        raise ValueError(f"{path}: train_labels are all {train.labels[0]}, must be of two classes")
     channels, _, width = train.images.shape[1:]
     padding, flips = (4, 2) if channels == 3 and width >= 16 else (1, 1)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1

@@ -120,3 +120,70 @@ def test_damaged_missing_and_other_files(path):
         data.load("npz", path.with_suffix(".npy"))
     with pytest.raises(FileNotFoundError, match=r"gone\.npz"):
         data.load("npz", path.with_name("gone.npz"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: labels + 1, "1 of 5 classes .*: 0; labels begin at 1, must count from 0$"),
+        (lambda labels: labels + 3, "3 of 7 classes .*: 0, 1, 2; labels begin at 3, must count"),
+        (lambda labels: labels * 2, "3 of 7 classes have no training image: 1, 3, 5$"),
+        (lambda labels: np.where(labels == 3, 5, labels), "2 of 6 classes .*: 3, 4$"),
+        (lambda labels: labels * 9, "24 of 28 classes .*: 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, ...$"),
+    ],
+)
+def test_classes_without_images_are_named(path, change, message):
+    made = arrays()
+    changed = {k: change(v) if k.endswith("labels") else v for k, v in made.items()}
+    np.savez(path, **changed)
+    with pytest.warns(UserWarning, match=f"data set 'set': {message}"):
+        loaded = data.load("npz", path)
+    assert loaded.num_classes == max(changed["train_labels"]) + 1  # warned of, and taken
+
+
+def test_a_class_of_the_test_images_alone(path):
+    np.savez(path, **arrays(test_labels=np.array([4, 0, 1, 2, 3, 0, 1])))
+    with pytest.warns(UserWarning, match="1 of 5 classes have no training image: 4$"):
+        data.load("npz", path)
+    np.savez(path, **arrays(train_labels=np.arange(40) % 3 + 1, test_labels=np.arange(7) % 4))
+    with pytest.warns(UserWarning, match="1 of 4 classes have no training image: 0$"):
+        data.load("npz", path)
+
+
+def test_a_whole_set_of_classes_is_not_warned_of(path, recwarn):
+    np.savez(path, **arrays())
+    data.load("npz", path)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("label", [0, 3])
+def test_one_class_is_none(path, label):
+    np.savez(path, **arrays(train_labels=np.full(40, label)))
+    with pytest.raises(ValueError, match=rf"train_labels are all {label}, must be of two classes"):
+        data.load("npz", path)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange(40) % 4 == 1,
+        np.arange(40) % 4 + 0.0,
+        np.eye(4)[np.arange(40) % 4].astype(int),
+        np.array(["cat", "dog"] * 20),
+        np.arange(40) % 4 - 1,
+        np.arange(40) % 4 * 2**40,
+        np.full(40, 2**63, np.uint64),
+    ],
+)
+def test_labels_are_class_numbers(path, labels):
+    np.savez(path, **arrays(train_labels=labels))
+    with pytest.raises(ValueError, match=r"set\.npz: train_labels (is|holds) "):
+        data.load("npz", path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64, ">i4"])
+def test_labels_of_any_integer_type(path, dtype):
+    np.savez(path, **arrays(train_labels=(np.arange(40) % 4).astype(dtype)))
+    loaded = data.load("npz", path)
+    assert loaded.train.labels.dtype == torch.int64
+    assert torch.equal(loaded.train.labels, loaded.train.index % 4)
