@@ -1,27 +1,41 @@
 """Features by name: what the modules of a network return, and what its classifier reads."""
 
+import torch
 from torch import nn
+
+from .logits import ask
 
 
 def forward_features(model, x, names):
     """(logits [B, C], {name: features [B, ...]}) of one forward pass, gradients included.
 
     names: "penultimate" is the input of the network's last nn.Linear, "logits" its output; any
-    other name is a submodule's, such as "layer4", and means what it returns. Halves come as
-    float32. With several calls of one module in a pass, the last counts.
-    Raises ValueError for a name that the network does not have.
+    other name is a submodule's, such as "layer4", and means what it returns. Images take the dtype
+    of the network's parameters; halves come as float32. With several calls of one module in a pass,
+    the last counts.
+    Raises ValueError for a name that the network does not have, or does not use, TypeError for a
+    module that returns no tensor.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, must be a tensor")
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"names is {names!r}, must be a list or tuple of names")
     net, found, hooks = unwrapped(model), {}, []
     try:
         for name in names:
             if name != "logits":
                 hooks.append(_record(net, name, found))
-        logits = model(x)
+        logits = _single("logits", ask(model, x))
     finally:
         for hook in hooks:
             hook.remove()
     found["logits"] = logits
-    return logits, {name: _single(found[name]) for name in names}
+    for name in names:
+        if name not in found:
+            raise ValueError(f"layer is {name!r}, which the network does not call")
+    return logits, {name: _single(name, found[name]) for name in names}
 
 
 def unwrapped(model):
@@ -45,5 +59,7 @@ def _record(net, name, found):
     return modules[name].register_forward_hook(lambda _, args, out: found.update({name: out}))
 
 
-def _single(features):
+def _single(name, features):
+    if not isinstance(features, torch.Tensor):
+        raise TypeError(f"layer {name!r} returns a {type(features).__name__}, must be a tensor")
     return features.float() if features.itemsize < 4 else features

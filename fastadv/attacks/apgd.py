@@ -5,33 +5,36 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from .checks import attacked, check_budget
-from .iterates import better, gradient, likeliest_others, where
+from ..logits import ask
+from . import checks
+from .iterates import ByValue, better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
 
 MOMENTUM = 0.75  # the weight of the step, against that of the last move
 LOSSES = ("ce", "dlr", "targeted")
 
 
-@dataclass
-class APGD:
+@dataclass(eq=False)
+class APGD(ByValue):
     """Maximises a loss within a ball by steps with momentum, from 2 eps on and halved per sample.
 
-    eps: in units of x (8/255, not 8). steps: gradient steps of one round. loss: "ce", "dlr", or
-    "targeted", the targeted DLR towards each of the `target_classes` (at most C - 1) likeliest
-    other classes at x. restarts: rounds, for "targeted" of each target class; a sample that a round
+    eps: in units of x (8/255, not 8), or one radius per sample, a tensor [B] or [B, 1, ...]: then
+    every batch has B images. steps: gradient steps of one round. loss: "ce", "dlr", or "targeted",
+    the targeted DLR towards each of the `target_classes` (at most C - 1) likeliest other classes at
+    x. restarts: rounds, for "targeted" of each target class; a sample that a round
     breaks has no further ones. norm: "linf" or "l2". lo, hi: the box of valid images. rho: a
     sample's step is halved where no more than this share of the steps raised the loss.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
-    Raises ValueError on a radius in the wrong unit and other values that make no sense.
+    Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
+    on values of the wrong kind.
 
     Differences from the authors' code: starts are uniform in the ball, not on its surface; the
     first step counts as a rise against the start, as in the paper, not against 0; of the
     misclassified iterates the one of highest loss is returned, not the last.
     """
 
-    eps: float = 8 / 255
+    eps: float | torch.Tensor = 8 / 255
     steps: int = 100
     restarts: int = 1
     loss: str = "ce"
@@ -43,13 +46,11 @@ class APGD:
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        check_budget(self.eps, self.eps, self.norm, self.lo, self.hi)
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}, must be one of {', '.join(LOSSES)}")
+        checks.check_budget(self, per_sample=True)
+        checks.one_of("loss", self.loss, LOSSES)
         for name in ("steps", "restarts", "target_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.rho <= 1:
+            setattr(self, name, checks.whole(name, getattr(self, name), 1))
+        if not 0 <= checks.number("rho", self.rho) <= 1:
             raise ValueError(f"rho is {self.rho}, must be in [0, 1]")
 
     @torch.inference_mode(False)
@@ -57,22 +58,24 @@ class APGD:
         """x_adv for `model`: per sample the misclassified point of highest loss, else the point of
         highest loss. A sample that is misclassified at x stays there.
 
-        x: float32 [B, ...] in [lo, hi]; y: int64 [B]. index: int64 [B] dataset ids that decide each
-        sample's random starts. The model maps x to logits [B, C] (C >= 3 for "dlr", 4 for
-        "targeted"); it runs in eval mode, its modes are put back and its parameters' `.grad` stays
-        untouched. Raises ValueError or TypeError naming the argument.
+        x: float32 or float64 [B, ...] in [lo, hi]; y: integers [B]. index: int64 [B] dataset ids
+        that decide each sample's random starts. The model maps x, in the dtype of its parameters,
+        to logits [B, C] (C >= 3 for "dlr", 4 for "targeted") or to what has them; it runs in eval
+        mode, its modes are put back and its parameters' `.grad` stays untouched. x_adv has x's
+        dtype. Raises ValueError or TypeError naming the argument.
         """
+        y, index = checks.check_call(self, model, x, y, index)
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
+        with checks.attacked(model, x, y) as logits:
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):
         """All restarts and target classes, each on the samples that are robust so far."""
 
         def inner(x_adv, y, target):
-            logits = model(x_adv)
+            logits = ask(model, x_adv)
             if self.loss == "targeted":
                 loss = losses.dlr_targeted(logits, y, target)
             else:
@@ -84,34 +87,37 @@ class APGD:
             targets = likeliest_others(logits, y, self.target_classes)
         x_adv, wrong = x.clone(), logits.argmax(1) != y
         loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-        seed = torch.randint(2**63 - 1, (), device="cpu")
+        seed, radii = torch.randint(2**63 - 1, (), device="cpu"), checks.radii(self.eps, x)
         for counter in range(targets.shape[1] * self.restarts):
             rows = (~wrong).nonzero()[:, 0]  # the one host sync of a round
             if not len(rows):
                 break
             target = targets[rows, counter // self.restarts]
-            start = self._start(x[rows], seed, index[rows], counter)
-            new = self.ascend(inner, x[rows], y[rows], target, start=start)
+            eps = checks.rows_of(radii, rows)
+            start = self._start(x[rows], eps, seed, index[rows], counter)
+            new = self.ascend(inner, x[rows], y[rows], target, start=start, eps=eps)
             old = x_adv[rows], loss[rows], wrong[rows]
             x_adv[rows], loss[rows], wrong[rows] = where(better(new[1:], old[1:]), new, old)
         return x_adv
 
-    def _start(self, x, seed, index, restart):
+    def _start(self, x, eps, seed, index, restart):
         box = {"lo": self.lo, "hi": self.hi}
         keys = {"seed": seed, "index": index, "restart": restart}
-        return ops.random_start(x, self.eps, norm=self.norm, **keys, **box)
+        return ops.random_start(x, eps, norm=self.norm, **keys, **box)
 
     @torch.no_grad()
-    def ascend(self, inner, x, *targets, start):
+    def ascend(self, inner, x, *targets, start, eps=None):
         """One round without host syncs: (x_adv, loss [B], wrong [B]) of the iterate to return.
 
         inner(x_adv, *targets) -> (loss [B], wrong [B] bool), sample by sample; targets are [B, ...]
         and constant. The step overwrites the x_adv it was given. start: x_adv to begin from, in
-        ball and box. Modes are the caller's.
+        ball and box. eps: the radii of these samples, where they are not the attack's own. Modes
+        are the caller's.
         """
+        eps = checks.radii(self.eps if eps is None else eps, x)
         x_adv, x_old, x_best, x_found = (start.clone() for _ in range(4))
         grad_best, bad = torch.zeros_like(x_adv), x.new_zeros((), dtype=torch.int64)
-        step_size = x.new_full((len(x),), 2 * self.eps)
+        step_size = 2 * eps + x.new_zeros(len(x))
         best = checked = torch.full_like(step_size, -torch.inf)  # the highest loss, at checkpoints
         before, rises = -best, torch.zeros_like(best)  # the start itself is no rise
         halved = torch.ones_like(best, dtype=torch.bool)
@@ -137,7 +143,7 @@ class APGD:
                 better_found=better_found,
                 restart=restart,
                 weight=MOMENTUM if i else 1.0,
-                eps=self.eps,
+                eps=eps,
                 norm=self.norm,
                 lo=self.lo,
                 hi=self.hi,

@@ -1,32 +1,139 @@
-"""What an attack makes sure of once per call. Every message names the argument."""
+"""What an attack makes sure of, when it is made and once per call. Every message names the
+argument."""
 
 import contextlib
-import warnings
+import math
+import numbers
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from ..frozen import refresh
+from ..logits import ask
+
+NORMS = "linf", "l2"
 
 
-def check_budget(eps, step_size, norm, lo, hi):
-    """Refuses eps in the wrong unit and warns of a step beyond the ball."""
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm is {norm!r}, must be 'linf' or 'l2'")
-    if not eps >= 0 or (norm == "linf" and eps > hi - lo):
-        raise ValueError(f"eps is {eps}, must be in [0, {hi - lo}] (did you mean {eps}/255?)")
-    if not step_size > 0 and eps > 0:
-        raise ValueError(f"step_size is {step_size}, must be positive")
-    if step_size > eps:
-        warnings.warn(
-            f"step_size {step_size:.5g} is larger than eps {eps:.5g}: are they swapped?",
-            stacklevel=4,
-        )
+def described(value):
+    """A wrong argument in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    if value is None or isinstance(value, (str, numbers.Number)):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def one_of(name, value, choices):
+    """Raises ValueError unless the value is one of these names."""
+    if not isinstance(value, str) or value not in choices:
+        given = repr(value) if isinstance(value, str) else described(value)
+        raise ValueError(f"{name} is {given}, must be one of {', '.join(choices)}")
+
+
+def number(name, value):
+    """The value, a real number or a tensor of one, as a float; TypeError for others."""
+    one = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+    if isinstance(one, bool) or not isinstance(one, numbers.Real):
+        raise TypeError(f"{name} is {described(value)}, must be a number")
+    return float(one)
+
+
+def whole(name, value, least):
+    """The value as an int; TypeError unless it is whole, ValueError below `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {described(value)}, must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}, must be at least {least}")
+    return int(value)
+
+
+def listed(name, value, kind):
+    """The value as a list; TypeError for text and what has no items."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {described(value)}, must be a list of {kind}")
+    return list(value)
+
+
+def check_budget(attack, per_sample=False):
+    """Refuses a norm, box and radius that make no sense, and makes floats of the attack's lo, hi
+    and eps; of a tensor of one radius per sample, [B] or [B, 1, ...], a copy [B]."""
+    one_of("norm", attack.norm, NORMS)
+    attack.lo, attack.hi = number("lo", attack.lo), number("hi", attack.hi)
+    if not attack.lo < attack.hi:
+        raise ValueError(f"lo is {attack.lo}, must be below hi, {attack.hi}")
+    eps, extremes = attack.eps, [attack.eps]
+    if isinstance(eps, torch.Tensor) and eps.dim():
+        if not per_sample or eps.is_complex() or eps.dtype == torch.bool:
+            kind = "a real number" if per_sample else f"one number for {type(attack).__name__}"
+            raise TypeError(f"eps is {described(eps)} of {eps.dtype}, must be {kind}")
+        if eps.numel() != len(eps):
+            raise ValueError(f"eps has shape {tuple(eps.shape)}, must be [B] or [B, 1, ...]")
+        extremes = [value.item() for value in (eps.aminmax() if len(eps) else ())]
+        attack.eps = eps.detach().reshape(-1).clone()
+    else:
+        attack.eps = number("eps", eps)
+    room = attack.hi - attack.lo
+    for value in extremes:
+        _check_radius(value, attack.norm, room if math.isfinite(room) else 1.0)
+
+
+def _check_radius(eps, norm, room):
+    """One radius; `room`: the most that linf allows."""
+    if norm == "linf" and not 0 <= eps <= room:
+        raise ValueError(f"eps is {eps}, must be in [0, {room}] (did you mean {eps}/255?)")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, must be at least 0 and finite")
+
+
+def radii(eps, x):
+    """An attack's eps for x [B, ...]: a float as it is, one radius per sample as [B] in x's dtype
+    and on its device. Raises ValueError for a batch of another size."""
+    if not isinstance(eps, torch.Tensor):
+        return eps
+    if len(eps) != len(x):
+        raise ValueError(f"eps has {len(eps)} values, must have {len(x)}, one per image of x")
+    return eps.to(x)
+
+
+def largest(eps):
+    """The largest of an attack's radii."""
+    if not isinstance(eps, torch.Tensor):
+        return eps
+    return eps.max().item() if eps.numel() else 0.0
+
+
+def repeated(eps, times):
+    """`radii` of a batch that comes so many times over."""
+    return eps.repeat(times) if isinstance(eps, torch.Tensor) else eps
+
+
+def rows_of(eps, rows):
+    """`radii` of some rows of a batch."""
+    return eps[rows] if isinstance(eps, torch.Tensor) else eps
+
+
+def check_model(model, name="model"):
+    """Raises TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} is {described(model)}, must be a torch.nn.Module")
+
+
+def check_tensor(name, value, like=None):
+    """Raises TypeError unless it is a tensor, ValueError unless it is on the device of `like`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {described(value)}, must be a tensor")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, must be on {like.device}")
 
 
 def check_images(x, lo, hi):
-    """x: float32 [B, ...] within [lo, hi]."""
+    """x: float32 or float64 [B, ...] within [lo, hi]."""
+    check_tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x is {x.dtype}, must be torch.float32")
+        raise TypeError(f"x is {x.dtype}, must be torch.float32 or torch.float64")
+    if not x.dim():
+        raise ValueError("x has shape (), must be [B, ...]")
     if x.numel() == 0:
         return
     least, most = (v.item() for v in x.aminmax())
@@ -37,19 +144,44 @@ def check_images(x, lo, hi):
         )
 
 
-def check_labels(y, shape):
-    """y: int64 [B] with 0 <= y < C for logits of this shape, (B, C)."""
-    batch, classes = shape
-    if y.dtype != torch.int64 or y.shape != (batch,):
-        raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({batch},)")
+def integral(tensor):
+    """Whether its dtype is one of integers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def as_labels(y, x):
+    """y as int64 [B], of any integer type, for x [B, ...]; `check_labels` then sees to their
+    range."""
+    check_tensor("y", y, like=x)
+    if not integral(y) or y.shape != x.shape[:1]:
+        raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},)")
+    return y.long()
+
+
+def as_index(index, x):
+    """index as int64 [B], of any integer type, for x [B, ...]."""
+    check_tensor("index", index, like=x)
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
+    if not integral(index):
+        raise TypeError(f"index is {index.dtype}, must be torch.int64")
+    return index.long()
+
+
+def check_labels(y, classes):
+    """y: int64 [B] with 0 <= y < classes."""
     if y.numel() and not (y.min() >= 0 and y.max() < classes):
         raise ValueError(f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]")
 
 
 def check_logits(logits, batch):
-    """[B, C], finite, and not already probabilities."""
+    """[B, C] of two classes or more, finite, and not already probabilities."""
     if logits.dim() != 2 or logits.shape[0] != batch:
         raise ValueError(f"model returned shape {tuple(logits.shape)}, must be ({batch}, classes)")
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C], C >= 2")
+    if not logits.is_floating_point():
+        raise TypeError(f"model returned {logits.dtype}, must return logits in floating point")
     values = logits.detach()
     if not values.isfinite().all():
         raise ValueError("model returned NaN or infinite logits")
@@ -60,16 +192,22 @@ def check_logits(logits, batch):
 @torch.no_grad()
 def checked_logits(model, x, y):
     """The logits [B, C] of x, after a look at them and at the labels."""
-    logits = model(x)
+    logits = ask(model, x)
     check_logits(logits, len(x))
-    check_labels(y, logits.shape)
+    check_labels(y, logits.shape[1])
     return logits
 
 
+def wide(tensor):
+    """Halves as float32, others as they are."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 def probabilities(logits):
-    """Whether [B, C] of two classes or more look like the outcome of a softmax."""
-    sums_to_one = (logits.float().sum(1) - 1).abs().max() < 1e-3
-    return bool(logits.shape[1] > 1 and sums_to_one and logits.min() >= 0)
+    """Whether [B, C], C >= 2, look like the outcome of a softmax."""
+    rounding = max(1e-3, torch.finfo(logits.dtype).eps)
+    sums_to_one = (wide(logits).sum(1) - 1).abs().max() < rounding
+    return bool(sums_to_one and logits.min() >= 0)
 
 
 @contextlib.contextmanager
@@ -84,15 +222,21 @@ def evaluating(model):
             module.training = True
 
 
-@contextlib.contextmanager
-def attacked(model, x, y, index, lo, hi):
-    """(logits [B, C] of x, index [B], in order where None is given), after a look at everything;
-    within it the model is in eval mode, and a twin up to date."""
-    check_images(x, lo, hi)
+def check_call(attack, model, x, y, index):
+    """(y, index) int64 [B] of an attack's call, index in order where it is None, after a look at
+    all arguments."""
+    check_model(model)
+    check_images(x, attack.lo, attack.hi)
+    y = as_labels(y, x)
     if index is None:
-        index = torch.arange(len(x), device=x.device)
-    elif index.shape != x.shape[:1]:
-        raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
+        return y, torch.arange(len(x), device=x.device)
+    return y, as_index(index, x)
+
+
+@contextlib.contextmanager
+def attacked(model, x, y):
+    """The logits [B, C] of x, after a look at them and the labels; within it the model is in eval
+    mode, and a twin up to date."""
     refresh(model)
     with evaluating(model):
-        yield checked_logits(model, x, y), index
+        yield checked_logits(model, x, y)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import ops
+from ..logits import ask
 from ..reference import per_sample
-from .checks import attacked, check_budget
+from . import checks
 from .iterates import gradient, likeliest_others
 
 ALPHA_MAX = 0.1  # the most that an iterate is drawn towards x
@@ -28,7 +29,8 @@ class FAB:
     "l2". lo, hi: the box of valid images.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
-    Raises ValueError on a radius in the wrong unit and other values that make no sense.
+    Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
+    on values of the wrong kind.
 
     The defaults are those of AutoAttack's FAB-T; like its code, and other than the paper, there is
     no final search along the line to x. Differences from that code: random starts are uniform in
@@ -45,34 +47,36 @@ class FAB:
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        check_budget(self.eps, self.eps, self.norm, self.lo, self.hi)
+        checks.check_budget(self)
+        for name in ("lo", "hi"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be finite")
         for name in ("steps", "restarts", "target_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+            setattr(self, name, checks.whole(name, getattr(self, name), 1))
 
     @torch.inference_mode(False)
     def __call__(self, model, x, y, *, index=None):
         """x_adv for `model`: per sample the nearest misclassified point found, where it lies within
         eps, else x itself. A sample that is misclassified at x stays there.
 
-        x: float32 [B, ...] in [lo, hi]; y: int64 [B]. index: int64 [B] dataset ids that decide each
-        sample's random starts. The model maps x to logits [B, C], C >= 2; it runs in eval mode, its
-        modes are put back and its parameters' `.grad` stays untouched. Raises ValueError or
+        x: float32 or float64 [B, ...] in [lo, hi]; y: integers [B]. index: int64 [B] dataset ids
+        that decide each sample's random starts. The model maps x, in the dtype of its parameters,
+        to logits [B, C], C >= 2, or to what has them; it runs in eval mode, its modes are put back
+        and its parameters' `.grad` stays untouched. x_adv has x's dtype. Raises ValueError or
         TypeError naming the argument.
         """
+        y, index = checks.check_call(self, model, x, y, index)
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
-            if logits.shape[1] < 2:
-                raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C], C >= 2")
+        with checks.attacked(model, x, y) as logits:
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):
         """All target classes and restarts, each on the samples that are robust so far."""
 
         def inner(x_adv, y, target):
-            logits = model(x_adv)
+            logits = ask(model, x_adv)
             of_target, of_label = (logits.gather(1, c[:, None])[:, 0] for c in (target, y))
             return of_target - of_label, logits.argmax(1) != y
 

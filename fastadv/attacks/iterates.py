@@ -1,8 +1,23 @@
-"""What the attacks of evaluation share: gradients of iterates, and which of two to keep."""
+"""What attacks share: equality by value, gradients of iterates, and which of two to keep."""
+
+import dataclasses
 
 import torch
 
 from ..reference import per_sample
+
+
+class ByValue:
+    """A dataclass with tensors among its fields that compares as one without."""
+
+    def __eq__(self, other):
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def _values(self):
+        found = [getattr(self, field.name) for field in dataclasses.fields(self) if field.compare]
+        return [v.tolist() if isinstance(v, torch.Tensor) else v for v in found]
 
 
 def gradient(inner, x_adv, *targets):
@@ -10,8 +25,23 @@ def gradient(inner, x_adv, *targets):
     leaf = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         loss, wrong = inner(leaf, *targets)
-        grad = torch.autograd.grad(loss.sum(), leaf)[0]
+        grad = gradient_to(leaf, loss)
     return grad, loss.detach(), wrong
+
+
+def gradient_to(leaf, loss):
+    """d sum(loss) / d leaf. Raises RuntimeError where the loss has none, TypeError where it is no
+    tensor."""
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"inner returned a {type(loss).__name__}, must return a tensor [B]")
+    grad = None
+    if loss.requires_grad:
+        grad = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0]
+    if grad is None:
+        raise RuntimeError(
+            "model has no gradient to its images, which this attack follows; Square needs none"
+        )
+    return grad
 
 
 def better(new, old):

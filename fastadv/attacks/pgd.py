@@ -1,31 +1,37 @@
 """Projected gradient descent (Madry et al. 2018); FGSM (Goodfellow et al. 2015) is a preset."""
 
 import functools
+import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 
 from .. import losses, ops
 from ..frozen import refresh
-from .checks import check_budget, check_images, check_labels, check_logits, evaluating
-from .iterates import better, where
+from ..logits import ask
+from . import checks
+from .checks import evaluating
+from .iterates import ByValue, better, gradient_to, where
 
 
-@dataclass
-class PGD:
+@dataclass(eq=False)
+class PGD(ByValue):
     """Maximises a per-sample objective within a ball around x, by `steps` projected steps.
 
-    eps, step_size: in units of x (8/255, not 8). init: "uniform" in the ball, clipped to the box
-    (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
+    eps, step_size: in units of x (8/255, not 8). eps may also be one radius per sample, a tensor
+    [B] or [B, 1, ...]: then every batch has B images. init: "uniform" in the ball, clipped to the
+    box (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
     clip_start: whether the start is clipped to the box, where other than that (ARD's is not).
     norm: "linf" or "l2". lo, hi: the box of valid images. restarts: starts per sample, all in one
     batch. keep: which iterate of a start is returned, "last" (as published) or "best".
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
     gradient with NaN or infinity in it; NaN elements do not move.
-    Raises ValueError on a radius in the wrong unit; warns when step_size > eps.
+    Raises ValueError on a radius in the wrong unit, TypeError on values of the wrong kind; warns
+    when step_size > eps.
     """
 
-    eps: float = 8 / 255
+    eps: float | torch.Tensor = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
     init: str = "uniform"
@@ -39,44 +45,57 @@ class PGD:
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        check_budget(self.eps, self.step_size, self.norm, self.lo, self.hi)
-        if self.init not in ("uniform", "gaussian", "zero"):
-            raise ValueError(f"init is {self.init!r}, must be 'uniform', 'gaussian' or 'zero'")
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}, must be at least 0")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}, must be at least 1")
-        if self.keep not in ("last", "best"):
-            raise ValueError(f"keep is {self.keep!r}, must be 'last' or 'best'")
+        checks.check_budget(self, per_sample=True)
+        self.step_size = checks.number("step_size", self.step_size)
+        most = checks.largest(self.eps)
+        if not 0 <= self.step_size < math.inf or (self.step_size == 0 and most > 0):
+            raise ValueError(f"step_size is {self.step_size}, must be positive and finite")
+        if self.step_size > most:
+            warnings.warn(
+                f"step_size {self.step_size:.5g} is larger than eps {most:.5g}: are they swapped?",
+                stacklevel=3,
+            )
+        self.steps = checks.whole("steps", self.steps, 0)
+        self.restarts = checks.whole("restarts", self.restarts, 1)
+        self.sigma = checks.number("sigma", self.sigma)
+        if not 0 <= self.sigma < math.inf:
+            raise ValueError(f"sigma is {self.sigma}, must be at least 0 and finite")
+        checks.one_of("init", self.init, ("uniform", "gaussian", "zero"))
+        checks.one_of("keep", self.keep, ("last", "best"))
+        if not isinstance(self.clip_start, (bool, type(None))):
+            given = checks.described(self.clip_start)
+            raise TypeError(f"clip_start is {given}, must be True, False or None")
 
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
         """x_adv for `model`; the objective is "ce", "margin", "cw" (the margin up to kappa = 50, as
         evaluations have it) or "dlr" (three classes or more) of (logits, y), or "kl" of (logits,
         target_logits).
 
-        x: float32 [B, ...] in [lo, hi]; y: int64 [B]; target_logits: [B, C], constant. start: x_adv
-        to begin from instead of `init`. index: int64 [B] dataset ids that decide each sample's
-        random start. The model maps x to logits; it runs in eval mode, its modes are put back and
-        its parameters' `.grad` stays untouched. With `restarts` or keep="best": per sample the
-        misclassified point of highest objective, else the point of highest objective, which takes
-        one more forward pass. Raises ValueError or TypeError naming the argument.
+        x: float32 or float64 [B, ...] in [lo, hi]; y: integers [B]; target_logits: [B, C],
+        constant. start: x_adv to begin from instead of `init`. index: int64 [B] dataset ids that
+        decide each sample's random start. The model maps x, in the dtype of its parameters, to
+        logits or to what has them (see `logits.logits_of`); it runs in eval mode, its modes are put
+        back and its parameters' `.grad` stays untouched. x_adv has x's dtype. With `restarts` or
+        keep="best": per sample the misclassified point of highest objective, else the point of
+        highest objective, which takes one more forward pass. Raises ValueError or TypeError naming
+        the argument.
         """
-        if loss not in OBJECTIVES:
-            raise ValueError(f"loss is {loss!r}, must be one of {', '.join(OBJECTIVES)}")
-        name, target = ("target_logits", target_logits) if loss == "kl" else ("y", y)
-        if target is None:
-            raise ValueError(f"{name} is missing, which loss={loss!r} needs")
-        check_images(x, self.lo, self.hi)
+        y, target = self._arguments(model, x, y, loss, target_logits)
         if self.restarts > 1 and start is not None:
             raise ValueError(f"start is given, must be None with restarts={self.restarts}")
-        target, checked, found = target.detach(), [], []
+        eps, checked, found = checks.radii(self.eps, x), [], []
+        if not x.numel():
+            self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
+            return x.detach().clone()
 
         def inner(x_adv, target, label, last=False):
-            logits = model(x_adv)
+            logits = ask(model, x_adv)
             if not checked:  # the first forward pass vouches for the rest
-                check_logits(logits, len(x_adv))
-                if loss != "kl":
-                    check_labels(target, logits.shape)
+                checks.check_logits(logits, len(x_adv))
+                if loss == "kl" and target.shape != logits.shape:
+                    given, shape = tuple(target.shape), tuple(logits.shape)
+                    raise ValueError(f"target_logits has shape {given}, must be {shape}")
+                checks.check_labels(label, logits.shape[1])
                 checked.append(True)
             value = OBJECTIVES[loss](logits, target)
             if self.keep == "best" or last:
@@ -89,42 +108,65 @@ class PGD:
             if self.restarts > 1:
                 start = self._starts(x, index)
                 x, target = (torch.cat([v] * self.restarts) for v in (x, target))
+                eps = checks.repeated(eps, self.restarts)
             label = torch.cat([y if y is not None else target_logits.argmax(1)] * self.restarts)
-            x_adv = self.ascend(inner, x, target, label, start=start, index=index)
-            if not len(x) or (self.restarts == 1 and self.keep == "last"):
+            x_adv = self.ascend(inner, x, target, label, start=start, index=index, eps=eps)
+            if self.restarts == 1 and self.keep == "last":
                 return x_adv
             with torch.no_grad():
                 inner(x_adv, target, label, last=True)
         first, *others = zip(*(v.chunk(self.restarts) for v in found), strict=True)
         return functools.reduce(_best, others, first)[0]
 
+    def _arguments(self, model, x, y, loss, target_logits):
+        """(y int64 [B] or None, the objective's constant), after a look at them all."""
+        checks.one_of("loss", loss, OBJECTIVES)
+        name, target = ("target_logits", target_logits) if loss == "kl" else ("y", y)
+        if target is None:
+            raise ValueError(f"{name} is missing, which loss={loss!r} needs")
+        checks.check_model(model)
+        checks.check_images(x, self.lo, self.hi)
+        if y is not None:
+            y = checks.as_labels(y, x)
+        if loss != "kl":
+            return y, y
+        checks.check_tensor("target_logits", target, like=x)
+        if not target.is_floating_point() or target.dim() != 2:
+            given = f"{target.dtype} {tuple(target.shape)}"
+            raise ValueError(f"target_logits is {given}, must be logits [B, C]")
+        return y, target.detach()
+
     @torch.inference_mode(False)
-    def ascend(self, inner, x, *targets, start=None, index=None):
+    def ascend(self, inner, x, *targets, start=None, index=None, eps=None):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
-        and constant. The building block of training methods: no checks; modes and the refresh of
-        twins are the caller's."""
-        x_adv = self.start(x, index) if start is None else start.detach().clone()
-        if x_adv.shape != x.shape:
-            raise ValueError(f"start has shape {tuple(x_adv.shape)}, must be {tuple(x.shape)}")
-        self.bad_gradients = self.climb(inner, x_adv, x, *targets).sum()
+        and constant. eps: the radii of these samples, where they are not the attack's own. The
+        building block of training methods: no checks; modes and the refresh of twins are the
+        caller's."""
+        checks.check_tensor("x", x)
+        eps = checks.radii(self.eps if eps is None else eps, x)
+        x_adv = self.start(x, index, eps) if start is None else started(start, x).clone()
+        self.bad_gradients = self.climb(inner, x_adv, x, *targets, eps=eps).sum()
         return x_adv
 
-    def climb(self, inner, x_adv, x, *targets):
+    def climb(self, inner, x_adv, x, *targets, eps=None):
         """The steps from x_adv on, in place; int64 [B], how many of each sample's gradients had NaN
-        or infinity in them."""
+        or infinity in them. eps: as of `ascend`."""
+        eps = checks.radii(self.eps if eps is None else eps, x)
         bad = torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device)
         for _ in range(self.steps if x.numel() else 0):
             grad = input_gradient(inner, x_adv, *targets)
             bad += ~grad.reshape(len(x), -1).sum(1).isfinite()
             with torch.no_grad():
-                ops.pgd_step_(x_adv, grad, x, self.eps, self.step_size, self.norm, self.lo, self.hi)
+                ops.pgd_step_(x_adv, grad, x, eps, self.step_size, self.norm, self.lo, self.hi)
         return bad
 
-    def start(self, x, index=None, **counter):
-        """x_adv to begin from; counter: of `ops.random_start`."""
+    def start(self, x, index=None, eps=None, **counter):
+        """x_adv to begin from. eps: as of `ascend`; counter: of `ops.random_start`."""
         clip = self.init == "uniform" if self.clip_start is None else self.clip_start
+        index = None if index is None else checks.as_index(index, x)
+        eps = checks.radii(self.eps if eps is None else eps, x)
         keys = {"index": index} | ({"lo": self.lo, "hi": self.hi} if clip else {}) | counter
-        return ops.random_start(x, self.eps, self.init, self.norm, self.sigma, **keys)
+        return ops.random_start(x, eps, self.init, self.norm, self.sigma, **keys)
 
     def _starts(self, x, index):
         """[restarts * B, ...]: of one seed, so that a sample's starts are its own in any batch."""
@@ -135,8 +177,18 @@ class PGD:
 
 
 def FGSM(eps=8 / 255, norm="linf"):
-    """One step of full length from x itself."""
-    return PGD(eps=eps, step_size=eps, steps=1, init="zero", norm=norm)
+    """One step of full length from x itself. eps: as of a PGD."""
+    return PGD(eps=eps, step_size=checks.largest(eps), steps=1, init="zero", norm=norm)
+
+
+def started(start, x):
+    """start, x_adv to begin from; TypeError or ValueError unless it is a tensor like x."""
+    checks.check_tensor("start", start, like=x)
+    if start.shape != x.shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
+    if start.dtype != x.dtype:
+        raise TypeError(f"start is {start.dtype}, must be {x.dtype}")
+    return start.detach()
 
 
 def _best(new, old):
@@ -148,7 +200,13 @@ def input_gradient(inner, x_adv, *targets):
     """d sum(inner(x_adv, *targets)) / d x_adv; no other gradient is computed or touched."""
     leaf = x_adv.detach().requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(inner(leaf, *targets).sum(), leaf)[0]
+        return gradient_to(leaf, inner(leaf, *targets))
+
+
+def widened(*tensors):
+    """Tensors in the dtype that holds all of theirs."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 OBJECTIVES = {
@@ -156,5 +214,5 @@ OBJECTIVES = {
     "margin": lambda logits, y: losses.margin(logits, y),
     "dlr": lambda logits, y: losses.dlr(logits, y),
     "cw": lambda logits, y: losses.margin(logits, y, kappa=50.0),
-    "kl": lambda logits, target: losses.kl(logits, target, reduction="none"),
+    "kl": lambda logits, target: losses.kl(*widened(logits, target), reduction="none"),
 }

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from .checks import attacked, check_budget
+from ..logits import ask
+from . import checks
 from .iterates import where
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -24,7 +25,8 @@ class Square:
     as in AutoAttack, whatever `queries` is (the paper stretches the schedule to it).
     restarts: searches; a sample that one of them breaks takes no part in the next. norm: "linf"
     (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
-    Raises ValueError on a radius in the wrong unit and other values that make no sense.
+    Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
+    on values of the wrong kind.
 
     As in the authors' code, from which the published numbers are, and other than in the paper, a
     window smaller than the image never reaches its last row or column, and both halves of an l2
@@ -41,11 +43,10 @@ class Square:
     hi: float = 1.0
 
     def __post_init__(self):
-        check_budget(self.eps, self.eps, self.norm, self.lo, self.hi)
+        checks.check_budget(self)
         for name in ("queries", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 < self.p_init <= 1:
+            setattr(self, name, checks.whole(name, getattr(self, name), 1))
+        if not 0 < checks.number("p_init", self.p_init) <= 1:
             raise ValueError(f"p_init is {self.p_init}, must be in (0, 1]")
 
     @torch.inference_mode(False)
@@ -54,16 +55,18 @@ class Square:
         """x_adv for `model`: per sample the misclassified point found, else the point of the
         highest margin seen. A sample that is misclassified at x stays there.
 
-        x: float32 [B, C, H, W] in [lo, hi]; y: int64 [B]. index: int64 [B] dataset ids that, with
-        torch's CPU generator, decide each sample's random numbers, whatever its batch. The model
-        maps x to logits; it runs in eval mode and its modes are put back. Raises ValueError or
+        x: float32 or float64 [B, C, H, W] in [lo, hi]; y: integers [B]. index: int64 [B] dataset
+        ids that, with torch's CPU generator, decide each sample's random numbers, whatever its
+        batch. The model maps x, in the dtype of its parameters, to logits or to what has them; it
+        runs in eval mode and its modes are put back. x_adv has x's dtype. Raises ValueError or
         TypeError naming the argument.
         """
+        y, index = checks.check_call(self, model, x, y, index)
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, C, H, W]")
         if not x.numel():
             return x.detach().clone()
-        with attacked(model, x, y, index, self.lo, self.hi) as (logits, index):
+        with checks.attacked(model, x, y) as logits:
             return self._restarts(model, x.detach(), y, logits, index)
 
     def _restarts(self, model, x, y, logits, index):
@@ -196,7 +199,7 @@ class Square:
 
 
 def _margin(model, x_adv, y):
-    logits = model(x_adv)
+    logits = ask(model, x_adv)
     return ops.margin(logits, y), logits.argmax(1) != y
 
 

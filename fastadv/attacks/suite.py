@@ -5,7 +5,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
+from ..frozen import refresh
+from ..logits import ask
 from .apgd import APGD
+from .checks import evaluating, listed, number
 from .fab import FAB
 from .pgd import FGSM, PGD
 from .square import Square
@@ -62,7 +67,11 @@ class Stage:
         """x_adv [B, ...]."""
         if self.loss is None:
             return self.attack(model, x, y, index=index)
-        target = {"target_logits": model(x).detach()} if self.loss == "kl" else {}
+        target = {}
+        if self.loss == "kl":
+            refresh(model)
+            with torch.no_grad(), evaluating(model):
+                target["target_logits"] = ask(model, x)
         return self.attack(model, x, y, loss=self.loss, index=index, **target)
 
     def among(self, names):
@@ -83,8 +92,9 @@ class Stage:
 def single(name, eps, norm="linf"):
     """The stage of one name: of ATTACKS, or "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of eps / 4; LOSS
     ce, margin, dlr or kl), or a PGD after "transfer-". Raises ValueError for others, and for an eps
-    that is not positive and finite."""
-    if not 0 < eps < math.inf:
+    that is not positive and finite, TypeError where they are no text and no number."""
+    _check_name(name)
+    if not 0 < number("eps", eps) < math.inf:
         raise ValueError(f"eps is {eps}, must be positive and finite")
     if name.startswith(TRANSFER):
         name_there = name.removeprefix(TRANSFER)
@@ -98,6 +108,9 @@ def single(name, eps, norm="linf"):
         return Stage(name, *ATTACKS[name](eps, norm))
     if found := PGD_NAME.fullmatch(name):
         loss, steps, restarts = found.groups()
+        for what, count in (("steps", steps), ("restarts", restarts or 1)):
+            if not int(count):
+                raise ValueError(f"attack is {name!r}: {what} is 0, must be at least 1")
         attack = PGD(eps, eps / 4, int(steps), norm=norm, restarts=int(restarts or 1), keep="best")
         return Stage(name, attack, loss or "ce")
     near = difflib.get_close_matches(name, [*ATTACKS, *SUITES], 1)
@@ -106,10 +119,24 @@ def single(name, eps, norm="linf"):
     raise ValueError(f"attack is {name!r}, must be one of {', '.join(known)}{hint}")
 
 
+def made(stages):
+    """The stages as a list; TypeError unless `stages` or `cascade` made them."""
+    found = [stages] if isinstance(stages, str) else listed("stages", stages, "stages")
+    for stage in found:
+        if not isinstance(stage, Stage):
+            raise TypeError(f"stages has {stage!r}, must be made by suite.stages(names, eps)")
+    return found
+
+
+def _check_name(name):
+    if not isinstance(name, str):
+        raise TypeError(f"attack is {name!r}, must be a name")
+
+
 def cascade(names, eps, norm="linf", prefix=""):
     """The stage "clean" and those of `names`, each on what those before it left robust."""
     found = [single("clean", eps, norm)]
-    for name in names:
+    for name in listed("names", names, "attacks"):
         before = tuple(stage.name for stage in found)
         found.append(replace(single(name, eps, norm), name=prefix + name, after=before))
     return found
@@ -121,10 +148,12 @@ def stages(names, eps, norm="linf"):
     "clean", on what is right there; the name of a suite of CASCADES for its cascade, as
     "suite:attack".
 
-    Raises ValueError naming an unknown attack, eps or norm.
+    Raises ValueError or TypeError naming an unknown attack, eps or norm.
     """
+    names = names.split(",") if isinstance(names, str) else names
     found = []
-    for name in names.split(",") if isinstance(names, str) else names:
+    for name in listed("names", names, "attacks, or text with commas"):
+        _check_name(name)
         suite = ALIASES.get(name, name)
         if suite in CASCADES:
             found += cascade(CASCADES[suite], eps, norm, f"{suite}:")
