@@ -8,26 +8,32 @@
 Arguments, their order and their defaults are those of torchattacks 3.5 (FGSM, PGD, PGDL2, APGD; a
 call alone, not its setters) and of the authors' AutoAttack, but for its device: by default that of
 the images. Models map images in [0, 1] to logits; their modes are put back. Arguments whose meaning
-fastadv does not have are refused by a ValueError.
+fastadv does not have are refused by a ValueError, those of the wrong kind by a TypeError.
 """
 
 import torch
 from torch import nn
 
 from . import attacks, evaluate
-from .attacks import suite
+from .attacks import checks, suite
 from .attacks.checks import evaluating
+from .config import PRECISIONS
 from .config import device as usable
 from .data.dataset import ImageSet
 from .evaluate import report, validity
+from .logits import ask
 
 NORMS = {"Linf": "linf", "L2": "l2"}
 
 
 def _norm(norm):
-    if norm not in NORMS:
+    if norm not in tuple(NORMS):
         raise ValueError(f"norm is {norm!r}, must be 'Linf' or 'L2'")
     return NORMS[norm]
+
+
+def _seed(seed):
+    return None if seed is None else checks.whole("seed", seed, 0)
 
 
 def _only(**arguments):
@@ -49,6 +55,9 @@ class _Module(nn.Module):
 
 
 def _module(model):
+    if not callable(model):
+        given = checks.described(model)
+        raise TypeError(f"model is {given}, must be a torch.nn.Module or a function of images")
     return model if isinstance(model, nn.Module) else _Module(model).eval()
 
 
@@ -56,7 +65,7 @@ class _Attack:
     """An attack bound to a model: a call takes images [B, ...] and labels [B] to x_adv."""
 
     def __init__(self, model, attack, seed=None):
-        self.model, self.attack, self.seed = _module(model), attack, seed
+        self.model, self.attack, self.seed = _module(model), attack, _seed(seed)
 
     def __repr__(self):
         return f"{self.attack}"
@@ -108,8 +117,8 @@ class AutoAttack:
     "custom" with `attacks_to_run` of apgd-ce, apgd-dlr, apgd-t, fab-t and square.
 
     model: a module or a function from images in [0, 1] to logits. precision: "fp32" or "bf16" of
-    the search; what counts is the model itself in float32 either way. Raises ValueError for
-    versions and arguments that fastadv does not know.
+    the search; what counts is the model itself, in the dtype of its own parameters, either way.
+    Raises ValueError for versions and arguments that fastadv does not know.
     """
 
     def __init__(
@@ -131,10 +140,13 @@ class AutoAttack:
             raise ValueError(f"version is {version!r}, must be 'standard' or 'custom'")
         if version == "standard" and attacks_to_run:
             raise ValueError(f"attacks_to_run is {attacks_to_run}, must be for version 'custom'")
+        if isinstance(attacks_to_run, str):
+            raise TypeError(f"attacks_to_run is {attacks_to_run!r}, must be a list of names")
+        checks.one_of("precision", precision, PRECISIONS)
         self.model = _module(model)
-        self.eps, self.norm, self.seed, self.precision = eps, _norm(norm), seed, precision
+        self.eps, self.norm, self.seed, self.precision = eps, _norm(norm), _seed(seed), precision
         self.verbose, self.log_path = verbose, log_path
-        self.device = device and usable(device)
+        self.device = None if device is None else usable(device)
         self.attacks_to_run = list(
             suite.CASCADES["aa"] if version == "standard" else attacks_to_run
         )
@@ -142,8 +154,12 @@ class AutoAttack:
 
     def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False):
         """x_adv [N, ...] as x_orig: of each image the example that breaks it, else x itself; with
-        return_labels also the classes that the model gives them. x_orig: float32 in [0, 1]; y_orig:
-        int64 [N]. Attacks that need more classes than there are are left out with a warning."""
+        return_labels also the classes that the model gives them. x_orig: float32 or float64 in
+        [0, 1]; y_orig: integers [N]. bs: images at a time. Attacks that need more classes than
+        there are are left out with a warning."""
+        checks.whole("bs", bs, 1)
+        checks.check_images(x_orig, 0.0, 1.0)
+        y_orig = checks.as_labels(y_orig, x_orig)
         if not self.attacks_to_run:
             raise ValueError("attacks_to_run is [], must name the attacks of version 'custom'")
         device = self.device or x_orig.device
@@ -177,7 +193,7 @@ class AutoAttack:
     @torch.no_grad()
     def _labels(self, x, bs, device):
         with evaluating(self.model):
-            parts = [self.model(part.to(device)).argmax(1) for part in x.split(bs)]
+            parts = [ask(self.model, part.to(device)).argmax(1) for part in x.split(bs)]
         return torch.cat(parts).to(x.device)
 
     def _tell(self, text):

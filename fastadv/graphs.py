@@ -7,9 +7,10 @@ import itertools
 import torch
 from torch import nn
 
-from .attacks.checks import check_images, check_labels, evaluating
-from .attacks.pgd import OBJECTIVES, PGD
+from .attacks.checks import as_labels, check_images, check_labels, check_tensor, evaluating
+from .attacks.pgd import OBJECTIVES, PGD, started
 from .frozen import refresh
+from .logits import ask
 from .methods import Method, Nets
 
 
@@ -20,9 +21,9 @@ class Captured:
     The networks' tensors are read where they lie, so that new weights need no new recording:
     optimisers write in place, and so does the refresh of a twin of `freeze`. A smaller batch is
     filled up with former images, for samples do not depend on each other. Attacked step by step are
-    images on other devices, networks in train mode, and objectives that cannot be recognised: all
-    but a functools.partial of a function, or of a Method's, whose arguments are networks, Nets of
-    them, numbers and text.
+    images on other devices, networks in train mode, an eps per sample, and objectives that cannot
+    be recognised: all but a functools.partial of a function, or of a Method's, whose arguments are
+    networks, Nets of them, numbers and text.
 
     attack: a PGD with one restart that keeps the last iterate; ValueError for others.
     bad_gradients: as of a PGD.
@@ -38,16 +39,19 @@ class Captured:
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
         """As `PGD.__call__`; the logits of a model are checked in its first call alone."""
         target = target_logits if loss == "kl" else y
-        if model is not self.model or not on_gpu(x) or loss not in OBJECTIVES or target is None:
+        known = model is self.model and isinstance(x, torch.Tensor) and on_gpu(x)
+        if not known or loss not in tuple(OBJECTIVES) or target is None:
             given = {"target_logits": target_logits, "start": start, "index": index}
             x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
             if on_gpu(x):
                 with torch.no_grad(), evaluating(model):
-                    self.model, self.classes = model, model(x[:1]).shape[1]
+                    self.model, self.classes = model, ask(model, x[:1]).shape[1]
             return x_adv
         check_images(x, self.attack.lo, self.attack.hi)
+        check_tensor("target_logits" if loss == "kl" else "y", target, like=x)
         if loss != "kl":
-            check_labels(y, (len(x), self.classes))
+            target = as_labels(y, x)
+            check_labels(target, self.classes)
         refresh(model)
         inner = functools.partial(_objective, model, loss)
         with evaluating(model):
@@ -64,9 +68,7 @@ class Captured:
             self.seen = key
             self.recording = None  # frees its memory
             return self._noted(self.attack.ascend(inner, x, *targets, start=start, index=index))
-        start = self.attack.start(x, index) if start is None else start.detach()
-        if start.shape != x.shape:
-            raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
+        start = self.attack.start(x, index) if start is None else started(start, x)
         with torch.cuda.device_of(x):
             if self.recording is None or len(x) > self.recording.batch:
                 self.recording = None
@@ -114,12 +116,12 @@ def on_gpu(x):
 
 
 def _objective(model, loss, x_adv, target):
-    return OBJECTIVES[loss](model(x_adv), target)
+    return OBJECTIVES[loss](ask(model, x_adv), target)
 
 
 def _likeness(attack, inner, x, targets):
     """What attacks of one recording have in common; None where that cannot be known."""
-    if not isinstance(inner, functools.partial):
+    if not isinstance(inner, functools.partial) or isinstance(attack.eps, torch.Tensor):
         return None
     owner = getattr(inner.func, "__self__", None)
     nets = _networks((*inner.args, *inner.keywords.values()))

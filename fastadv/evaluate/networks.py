@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .. import checkpoint, models
-from ..attacks.checks import evaluating
+from ..attacks.checks import described, evaluating
 from ..config import Config
+from ..logits import cast_to, logits_of
 
 
 def from_run(path):
@@ -17,6 +18,8 @@ def from_run(path):
 
     Raises ValueError naming the file when a run did not write it.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path is {described(path)}, must be a file or a run's folder")
     if Path(path).is_dir():
         path = Path(path) / "best.safetensors"
     if not Path(path).is_file():
@@ -43,7 +46,7 @@ def from_code(name, path=None):
     The module is imported and the function called without arguments: only name code you trust.
     Raises ValueError naming what is missing or not a network.
     """
-    module, _, function = name.partition(":")
+    module, _, function = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not (module and function):
         raise ValueError(f"model-from is {name!r}, must be module:function")
     try:
@@ -67,11 +70,15 @@ def check_fits(model, dataset, path):
     x = torch.zeros(1, *images.shape[1:])
     try:
         with evaluating(model), torch.no_grad():
-            logits = model(x)
+            output = model(cast_to(model, x))
     except Exception as error:  # whatever a foreign network raises
         raise ValueError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        given = list(getattr(logits, "shape", [])) or type(logits).__name__
+    try:
+        logits = logits_of(output)
+    except TypeError:
+        logits = None
+    if logits is None or logits.dim() != 2:
+        given = type(output).__name__ if logits is None else list(logits.shape)
         raise ValueError(f"{path} returns {given} for one image, must be logits [1, classes]")
     classes = logits.shape[1]
     if classes != dataset.num_classes:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import checkpoint
+from ..attacks.checks import described, whole
 
 UNKNOWN, RIGHT, WRONG = range(3)
 SAVE_EVERY = 2.0  # seconds
@@ -54,8 +55,15 @@ class Record:
     saved: float = 0.0
 
     def __post_init__(self):
-        if self.count < 1:
+        if whole("count", self.count, 0) < 1:
             raise ValueError("there are no images to evaluate")
+        examples = self.examples
+        if examples is not None and np.shape(examples)[:1] != (self.count,):
+            raise ValueError(
+                f"examples has shape {np.shape(examples)}, must be [{self.count}, ...]"
+            )
+        if not isinstance(examples, (np.ndarray, type(None))):
+            raise TypeError(f"examples is {described(examples)}, must be a numpy array")
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             if self._state.exists():

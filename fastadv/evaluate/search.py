@@ -8,21 +8,24 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import parallel
-from ..attacks import suite
+from ..attacks import checks, suite
 from ..attacks.checks import checked_logits, evaluating
 from ..config import PRECISIONS
+from ..config import device as usable
 from ..frozen import freeze
+from ..logits import cast_to, logits_of
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
 from .report import worst_case
 
-# How much further than eps, or than 1, rounding may take an example, as a share of it.
 _log = logging.getLogger("fastadv")
+# How much further than eps, or than 1, rounding may take an example, as a share of it.
 ROUNDING = {"linf": 1e-6, "l2": 1e-5}
 
 
 class Counted(nn.Module):
     """A network that counts the images that pass through it, forward and backward, and names what
-    it raises."""
+    it raises. Images come to it in the dtype of its parameters, its logits out of whatever holds
+    them."""
 
     def __init__(self, net):
         super().__init__()
@@ -31,9 +34,10 @@ class Counted(nn.Module):
 
     def forward(self, x):
         try:
-            logits = self.net(x)
+            output = self.net(cast_to(self.net, x))
         except Exception as error:
             raise ValueError(f"model raised {type(error).__name__}: {error}") from error
+        logits = logits_of(output)
         self.forwards += len(x)
         if logits.requires_grad:
             logits.register_hook(self._count)
@@ -45,7 +49,8 @@ class Counted(nn.Module):
 
 @torch.no_grad()
 def judge(model, x, x_adv, y, eps, norm):
-    """(right, valid, distance) [B] of the examples x_adv [B, ...] for `model` itself, in float32.
+    """(right, valid, distance) [B] of the examples x_adv [B, ...] for `model` itself, without
+    autocast: in the dtype of its parameters, float32 for most.
 
     valid: within eps of x and in [0, 1], to rounding. Raises ValueError for labels or logits that
     make no sense.
@@ -87,9 +92,7 @@ class Search:
         x_adv = attempt(self.source if stage.transferred else self.twin)
         right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
         if not stage.transferred and stage.name != "clean":
-            disputed = right.nonzero()[:, 0]
-            with torch.no_grad():
-                disputed = disputed[self.twin(x_adv[disputed]).argmax(1) != y[disputed]]
+            disputed = self._disputed(x_adv, y, right)
             cost.disputed = len(disputed)
             if len(disputed):
                 x_adv[disputed] = attempt(self.model, disputed)
@@ -100,6 +103,15 @@ class Search:
         cost.forwards, cost.backwards = (b - a for a, b in zip(before, self._passes(), strict=True))
         cost.seconds = time.perf_counter() - start
         return x_adv, broken, cost
+
+    @torch.no_grad()
+    def _disputed(self, x_adv, y, right):
+        """int64 rows of what the model classifies right and the twin does not."""
+        rows = right.nonzero()[:, 0]
+        if not len(rows):
+            return rows
+        with evaluating(self.twin):
+            return rows[self.twin(x_adv[rows]).argmax(1) != y[rows]]
 
     def _passes(self):
         nets = [net for net in (self.model, self.twin, self.source) if net is not None]
@@ -130,31 +142,27 @@ def run(
 ):
     """Attacks the images of `split`, stage after stage (see `suite.stages`): the Record.
 
-    split: a data.ImageSet, whose images may also be float32 in [0, 1].
+    split: a data.ImageSet, whose images may also be float32 or float64 in [0, 1].
     The search runs on twins in `precision` ("fp32" or "bf16"); an image counts as broken when
-    `model` itself misclassifies its example in float32 and the example lies within ball and box. A
-    stage's batches are filled from the images that it still has to attack. Random draws depend on
-    (seed, image) alone, so that batch size and order do not change them. source: the network that
-    "transfer-" attacks follow. record: what is known already, to go on from.
-    Raises ValueError naming the stage and the images for labels, logits or models that make no
-    sense.
+    `model` itself, in the dtype of its own parameters, misclassifies its example and the example
+    lies within ball and box. A stage's batches are filled from the images that it still has to
+    attack. Random draws depend on (seed, image) alone, so that batch size and order do not change
+    them. source: the network that "transfer-" attacks follow. record: what is known already, to go
+    on from.
+    Raises ValueError or TypeError for arguments that make no sense and stages that need more
+    classes than the model has, before any attack; ValueError naming the stage and the images for
+    labels, logits or models that make no sense.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
-    if not 0 <= seed < 2**63:
+    checks.one_of("precision", precision, PRECISIONS)
+    checks.whole("batch_size", batch_size, 1)
+    if checks.whole("seed", seed, 0) >= 2**63:
         raise ValueError(f"seed is {seed}, must be in [0, 2^63)")
-    record = record or Record(len(split))
-    sizes = [len(split.images), len(split.labels), len(split.index), record.count]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"split and record have {sizes} images, labels, indices and verdicts")
+    device = usable(device)
+    stages, record = _checked(model, split, stages, source, record, device)
     search = Search(model, source, precision)
     try:
         with torch.random.fork_rng(devices=[]):
             for stage in stages:
-                if stage.transferred and source is None:
-                    raise ValueError(f"{stage.name} needs a source: the network to transfer from")
                 _attack(search, stage, split, record, batch_size, device, seed, progress)
                 if progress:
                     share = record.right(stage.name).double().mean()
@@ -162,6 +170,41 @@ def run(
     finally:
         record.save(force=True)
     return record
+
+
+def _checked(model, split, stages, source, record, device):
+    """(stages as a list, the record), after a look at all that there is to evaluate."""
+    checks.check_model(model)
+    if source is not None:
+        checks.check_model(source, "source")
+    columns = {name: getattr(split, name, None) for name in ("images", "labels", "index")}
+    for name, column in columns.items():
+        checks.check_tensor(f"split.{name}", column)
+    if not isinstance(record, (Record, type(None))):
+        raise TypeError(f"record is {checks.described(record)}, must be a Record")
+    record = record or Record(len(split))
+    sizes = [*map(len, columns.values()), record.count]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"split and record have {sizes} images, labels, indices and verdicts")
+    stages = suite.made(stages)
+    for stage in stages:
+        if stage.transferred and source is None:
+            raise ValueError(f"{stage.name} needs a source: the network to transfer from")
+    if max((stage.classes for stage in stages), default=0) > 2:  # those of any classifier
+        with torch.no_grad(), evaluating(model):
+            logits = Counted(model)(_floating(split.images[:1].to(device)))
+            checks.check_logits(logits, 1)
+        classes = logits.shape[1]
+        for stage in stages:
+            if stage.classes > classes:
+                needs = f"{stage.name} needs {stage.classes} classes"
+                raise ValueError(f"{needs}, the model has {classes}: leave it out")
+    return stages, record
+
+
+def _floating(images):
+    """Images as models take them, in [0, 1]."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def _attack(search, stage, split, record, batch_size, device, seed, progress):
@@ -174,8 +217,9 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
     bar = tqdm(total=len(todo), desc=stage.name, leave=False, disable=None if progress else True)
     for rows in todo.split(batch_size) if len(todo) else ():
         x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
-        x = x if x.is_floating_point() else x.float() / 255
+        x = _floating(x)
         try:
+            y = checks.as_labels(y, x)
             x_adv, broken, cost = search(stage, x, y, index, seed)
         except ValueError as error:
             images = f"images {int(rows[0])} to {int(rows[-1])}"
@@ -209,6 +253,7 @@ def accuracies(model, split, attacks, **options):
     """{attack: accuracy in [0, 1]} on `split`; options are those of `correct`. The processes
     of a `parallel.group()` must all call it: they share the images out, each gets the whole result.
     """
+    attacks = checks.listed("attacks", attacks, "names")
     share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
     return {
         name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attacks.checks import check_labels, evaluating, probabilities
+from ..attacks import checks, suite
+from ..attacks.checks import evaluating
 from ..attacks.pgd import input_gradient
+from ..logits import ask
 from .search import Counted
 
 TINY = torch.finfo(torch.float32).tiny
@@ -24,27 +26,35 @@ class LogProbabilities(nn.Module):
         self.net = net
 
     def forward(self, x):
-        return self.net(x).clamp_min(TINY).log()
+        return checks.wide(ask(self.net, x)).clamp_min(TINY).log()
 
 
 def probe(model, x, y, stages):
     """(network to attack, stages that can attack it, warnings) from a first batch of images.
 
-    x: float32 [B, ...]; y: int64 [B]. Raises ValueError for a model that fails, fewer than two
-    classes, labels out of range, logits that are not finite, and when no attack is left.
+    x: float32 or float64 [B, ...] in [0, 1]; y: integers [B]. Raises ValueError for no images, a
+    model that fails, fewer than two classes, labels out of range, logits that are not finite, and
+    when no attack is left; TypeError naming the argument of a wrong kind.
     """
+    checks.check_model(model)
+    checks.check_images(x, 0.0, 1.0)
+    y, stages = checks.as_labels(y, x), suite.made(stages)
+    if not len(x):
+        raise ValueError("x has no images, must have one at least")
     training = any(module.training for module in model.modules())
     with evaluating(model), torch.no_grad():
         logits, again, alone = (Counted(model)(v) for v in (x, x, x[:1]))
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-        given = tuple(getattr(logits, "shape", ())) or type(logits).__name__
-        raise ValueError(f"model returned {given}, must be logits [B, 2 or more]")
-    check_labels(y, logits.shape)
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        given = tuple(logits.shape)
+        raise ValueError(f"model returned {given}, must be logits [{len(x)}, 2 or more]")
+    if not logits.is_floating_point():
+        raise TypeError(f"model returned {logits.dtype}, must return logits in floating point")
+    checks.check_labels(y, logits.shape[1])
     if not logits.isfinite().all():
         raise ValueError("model returned NaN or infinite logits")
     found = ["the model was in train mode: it is evaluated in eval mode"] if training else []
     found += _unsteady(logits, again, alone)
-    if probabilities(logits):
+    if checks.probabilities(logits):
         found.append("the model returns probabilities: their logarithms were attacked as logits")
         model = LogProbabilities(model).eval()
     differentiable, warnings = _gradients(model, x, y, logits.argmax(1) == y)
@@ -86,7 +96,7 @@ def _gradients(model, x, y, right):
     classified right."""
 
     def inner(v):
-        return F.cross_entropy(model(v), y, reduction="none")
+        return F.cross_entropy(checks.wide(ask(model, v)), y, reduction="none")
 
     try:
         with evaluating(model):
