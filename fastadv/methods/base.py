@@ -1,7 +1,7 @@
 """What a training method is made of: the networks, a batch, and the two problems of the paper."""
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,49 @@ from torch import nn
 
 from .. import losses
 from ..attacks import PGD
+from ..attacks.checks import wide
 from ..features import forward_features
-from ..frozen import Frozen, freeze, refresh
+from ..frozen import Frozen, InPrecision, freeze, refresh
+from ..logits import cast_to, logits_of
+
+
+class Answering:
+    """Mixed into the class of a network: called, it takes images of any floating dtype, computes in
+    that of its parameters, and gives logits, those of halves in float32."""
+
+    def __call__(self, x):
+        return wide(logits_of(super().__call__(cast_to(self, x))))
+
+    def __reduce__(self):
+        """Copies and files are of the network itself."""
+        kind = type(self).__mro__[2]
+        return _view, (_view(self, kind), kind)
+
+
+def answering(net):
+    """A view of a network as `Answering`: the parameters, buffers, hooks, mode and all other
+    attributes of the two are one. What answers so already, and what is no module, is itself."""
+    if isinstance(net, (InPrecision, Answering)) or not isinstance(net, nn.Module):
+        return net
+    return _view(net, _answering(type(net)))
+
+
+@cache
+def _answering(kind):
+    return type(kind.__name__, (Answering, kind), {})
+
+
+def _view(net, kind):
+    """An object of another class with the attributes of `net`, now and later."""
+    view = object.__new__(kind)
+    object.__setattr__(view, "__dict__", vars(net))
+    return view
 
 
 @dataclass
 class Nets:
-    """The networks of a method, [0, 1] images -> logits. Teachers are frozen and in eval mode;
+    """The networks of a method, [0, 1] images -> logits or what has them (`logits.logits_of`), in
+    any floating dtype: each is seen as `answering` it. Teachers are frozen and in eval mode;
     ValueError where one is in train mode.
 
     teacher: the robust one. clean_teacher: the natural ("standard", "vanilla") one. student_twin:
@@ -31,6 +67,8 @@ class Nets:
         for name in ("teacher", "clean_teacher"):
             if getattr(self, name) is not None and getattr(self, name).training:
                 raise ValueError(f"{name} is in train mode, must be in eval mode: freeze({name})")
+        for one in fields(self):
+            setattr(self, one.name, answering(getattr(self, one.name)))
 
     def attacked(self, attack_bn):
         """These nets with the student that the attack queries, twins refreshed."""
@@ -45,8 +83,9 @@ class Nets:
 
 @dataclass
 class Batch:
-    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B], or probabilities [B, classes] where images
-    are mixed; index, view: ids of image and augmentation. What teachers say of it is memoised."""
+    """x: float32 or float64 [B, C, H, W] in [0, 1]; y: int64 [B], or probabilities [B, classes]
+    where images are mixed; index, view: ids of image and augmentation. What teachers say of it is
+    memoised."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -94,6 +133,8 @@ class Method(nn.Module):
         super().__init__()
         if attack_bn not in ("eval", "train", None):
             raise ValueError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
+        if isinstance(attack, type) or not (attack is None or hasattr(attack, "ascend")):
+            raise TypeError(f"attack is {attack!r}, must be a PGD")
         self.attack = attack or PGD(init=self.init, clip_start=self.clip_start)
         self.attack_bn = attack_bn or self.attack_bn
         self.milestones = milestones

@@ -1,0 +1,222 @@
+"""Networks as people have them, in methods: what they return, and which dtype they compute in."""
+
+import copy
+import io
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from fastadv import freeze, methods
+from fastadv.attacks import PGD
+from fastadv.methods.base import Answering, Batch, Nets
+
+EPS = 8 / 255
+NAMES = [*methods.METHODS, "vfd+rslad", "vfd+at"]
+
+
+class Net(nn.Module):
+    """A small network that keeps its logits in an object, and acts on its own mode."""
+
+    def __init__(self, width, wrap=lambda z: types.SimpleNamespace(logits=z)):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, width, 3, bias=False), nn.BatchNorm2d(width)
+        self.linear, self.wrap = nn.Linear(36 * width, 5), wrap
+
+    def forward(self, x):
+        features = self.bn(self.conv(x)).relu().flatten(1)
+        return self.wrap(self.linear(features))
+
+
+def networks(wrap=None, widths=(4, 4, 4)):
+    """Student, robust teacher, clean teacher."""
+    torch.manual_seed(0)
+    nets = [Net(width, *([wrap] if wrap else [])) for width in widths]
+    for net in nets:
+        net(torch.rand(32, 1, 8, 8))
+        nn.init.normal_(net.linear.weight, std=0.3)
+    return nets[0], nets[1].eval(), nets[2].eval()
+
+
+def images():
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(8, 1, 8, 8, generator=g), torch.randint(5, (8,), generator=g)
+
+
+def prepared(name, student, teacher, clean_teacher, x):
+    """(method, nets, state) ready for the first step."""
+    method = methods.get(name, attack=PGD(EPS, EPS / 4, 3))
+    nets = Nets(student, teacher, clean_teacher)
+    method.prepare(nets, x)
+    state = method.init_state("cpu")
+    return method, nets, {k: v.to(x) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def outer(name, nets, x, y, x_adv):
+    """(loss, gradients of the student) of one step of a method on examples that are given."""
+    method, nets, state = prepared(name, *nets, x)
+    loss, _ = method.outer(nets, Batch(x, y, x_adv=x_adv), state)
+    return loss.detach(), torch.autograd.grad(loss, list(nets.student.parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_attacks_as_float32_does(name):
+    """But for signs that rounding decides; and half networks as the float32 ones that they hold."""
+    x, y = images()
+    found = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        of_x = torch.float64 if dtype == torch.float64 else torch.float32
+        nets = [net.to(dtype) for net in networks()]
+        method, nets, state = prepared(name, *nets, x.to(of_x))
+        start = (x + 0.01).clamp(0, 1).to(of_x)
+        found[dtype] = method.perturb(nets, Batch(x.to(of_x), y), state, start=start)
+        assert found[dtype].dtype == of_x
+        assert (found[dtype] - x).abs().max() <= EPS + 1e-6
+    low, high, half = found.values()
+    assert ((high - low).abs() < 1e-5).double().mean() > 0.99
+    assert ((half - low).abs() < 1e-5).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_trains_as_float32_does(name):
+    (x, y), noise = images(), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    x_adv = (x + EPS * (2 * noise - 1)).clamp(0, 1)
+    low, grads = outer(name, networks(), x, y, x_adv)
+    nets = [net.double() for net in networks()]
+    high, exact = outer(name, nets, x.double(), y, x_adv.double())
+    assert {tensor.dtype for tensor in (high, *exact)} == {torch.float64}
+    torch.testing.assert_close(high.float(), low, rtol=1e-4, atol=1e-5)
+    for g, e in zip(grads, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float64_gradient_is_a_difference_quotient(name):
+    """To six digits, as no float32 on the way would leave it."""
+    (x, y), h = (v.double() if v.is_floating_point() else v for v in images()), 1e-6
+    student, *teachers = (net.double() for net in networks())
+    x_adv = x + EPS * torch.rand(x.shape, generator=torch.Generator().manual_seed(2)).sign()
+    x_adv = x_adv.clamp(0, 1)
+    _, grads = outer(name, (student, *teachers), x, y, x_adv)
+    torch.manual_seed(3)
+    direction = [torch.randn_like(g) for g in grads]
+
+    def loss(step):
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for p, d in zip(moved.parameters(), direction, strict=True):
+                p.add_(d, alpha=step)
+        return outer(name, (moved, *teachers), x, y, x_adv)[0]
+
+    slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
+    torch.testing.assert_close((loss(h) - loss(-h)) / (2 * h), slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_learn(name, dtype):
+    """Student and teachers in a half, whose logits methods see in float32."""
+    x, y = images()
+    nets = [net.to(dtype) for net in networks()]
+    low, grads = outer(name, networks(), x, y, x)
+    high, rough = outer(name, nets, x, y, x)
+    assert high.dtype == torch.float32
+    torch.testing.assert_close(high, low, rtol=0.1, atol=0.02)
+    for g, r in zip(grads[-2:], rough[-2:], strict=True):
+        assert r.dtype == dtype
+        assert torch.cosine_similarity(g.flatten(), r.float().flatten(), 0) > 0.9 or g.norm() < 1e-4
+
+
+WRAPS = {
+    "object": lambda z: types.SimpleNamespace(logits=z),
+    "tuple": lambda z: (z, z[:, :, None]),
+    "dict": lambda z: {"logits": z, "loss": z.sum()},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_logits_are_found_in_what_networks_return(name, wrap):
+    x, y = images()
+    results = []
+    for kind in (lambda z: z, WRAPS[wrap]):
+        method, nets, state = prepared(name, *networks(kind), x)
+        batch = Batch(x, y)
+        batch.x_adv = method.perturb(nets, batch, state, start=x)
+        loss, _ = method.outer(nets, batch, state)
+        results.append((batch.x_adv, loss))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_what_has_no_logits_is_refused():
+    x, y = images()
+    student, teacher, _ = networks(lambda z: {"scores": z})
+    for name, nets in (("at", (student,)), ("rslad", (student, teacher))):
+        method, nets, state = methods.get(name), Nets(*nets), {}
+        with pytest.raises(TypeError, match="returned a dict of 'scores', must return logits"):
+            method.perturb(nets, Batch(x, y), state)
+
+
+def test_the_student_is_the_network_itself_but_for_its_answers():
+    """One with it in everything: a trainer may hold either."""
+    net, *_ = networks()
+    seen, nets = Nets(net).student, Nets(net)
+    assert isinstance(seen, Net)
+    assert seen.state_dict().keys() == net.state_dict().keys()
+    assert all(a is b for a, b in zip(seen.parameters(), net.parameters(), strict=True))
+    assert [name for name, _ in seen.named_modules()] == [name for name, _ in net.named_modules()]
+    seen.eval()
+    assert not net.training
+    net.train()
+    assert seen.training
+    net.extra = nn.Parameter(torch.zeros(1))
+    assert seen.extra is net.extra
+    seen.register_buffer("count", torch.ones(()))
+    assert "count" in net.state_dict()
+    calls, (x, _) = [], images()
+    handle = seen.register_forward_hook(lambda module, args, output: calls.append(output))
+    net(x)
+    assert isinstance(seen(x), torch.Tensor)
+    assert len(calls) == 2
+    assert isinstance(calls[0], types.SimpleNamespace)  # the network's own answer is as it was
+    handle.remove()
+    assert repr(seen) == repr(net)
+    assert Nets(nets.student).student is nets.student
+    twin = freeze(net)
+    assert Nets(net, teacher=twin).teacher is twin
+
+
+def test_copies_and_files_are_of_the_network_itself():
+    net, *_ = networks()
+    net.wrap = torch.relu  # what a file can hold
+    seen, file = Nets(net).student, io.BytesIO()
+    assert isinstance(seen, Answering)
+    torch.save(seen, file)
+    file.seek(0)
+    for other in (copy.deepcopy(seen), torch.load(file, weights_only=False)):
+        assert type(other) is Net
+        assert other.linear.weight is not net.linear.weight
+        assert torch.equal(other.linear.weight, net.linear.weight)
+    assert type(freeze(seen).net) is Net
+
+
+def test_networks_of_other_kinds():
+    """Compiled, scripted and containers of modules."""
+    x, _ = images()
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    expected = plain(x)
+    for net in (plain, torch.compile(plain, backend="eager"), torch.jit.trace(plain, x)):
+        seen = Nets(net).student
+        torch.testing.assert_close(seen(x), expected)
+        torch.testing.assert_close(seen(x.double()), expected)
+        assert len(list(seen.parameters())) == 2
+    assert Nets(plain).student[1] is plain[1]
+    torch.testing.assert_close(torch.compile(Nets(plain).student, backend="eager")(x), expected)
+
+
+def test_an_attack_that_cannot_ascend_is_refused():
+    for attack in ("pgd", 3, PGD):
+        with pytest.raises(TypeError, match="attack is .*, must be a PGD"):
+            methods.get("at", attack=attack)
