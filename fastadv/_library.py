@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _native
+from .hooks import transformed
 
 # What `auto` runs on a GPU where an op has both. Provisional, by the cost of a launch: no kernel
 # has been timed on a GPU yet. Calls that CUDA C++ does not take go to Triton in any case.
@@ -224,12 +225,6 @@ def gradients_from_forward(op, inputs):
             return op(*args)
 
     _library.impl(name, autograd, "Autograd")
-
-
-def transformed():
-    """Whether torch.func or forward-mode differentiation follows torch's own operators here."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _versions(values):

@@ -145,10 +145,10 @@ NO_GRADIENT = ("pgd_step", "pgd_step_")
 def may_refuse(name, dtype, layout, pattern, error):
     """Whether this call is one that torch or fastadv refuses by design, and says so."""
     text = str(error)
+    if name == "pgd_step_" and pattern == "vmap":
+        return True  # what it overwrites lies in no batch
     if name in NO_GRADIENT and dtype in (torch.bfloat16, torch.float16):
         return isinstance(error, TypeError) and "must be torch.float32" in text
-    if name in NO_GRADIENT and pattern == "vmap":
-        return name == "pgd_step_"  # overwrites what vmap does not batch
     if pattern == "jvp" and layout == "expanded":
         return "more than one element of the written-to tensor" in text  # torch's own
     if name == "batch_norm" and pattern in ("vmap", "jvp", "func.grad"):  # of torch's module

@@ -3,7 +3,8 @@
 import torch
 
 from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward, transformed
+from .._library import FLOATS, define, expect, gradients_from_forward
+from ..hooks import transformed
 
 # Of labels, as data sets have them; int64 is what the kernels take.
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}

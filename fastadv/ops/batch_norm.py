@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _library, _native, reference
-from .._library import FLOATS, define, expect, transformed
-from ..hooks import hooked
+from .._library import FLOATS, define, expect
+from ..hooks import hooked, transformed
 
 HAS_KERNEL = torch.float32, torch.bfloat16
 
