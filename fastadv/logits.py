@@ -32,10 +32,14 @@ def ask(model, x):
 
 
 def cast_to(model, x):
-    """x in the dtype of the first floating point parameter; as it is where there is none."""
+    """x in the model's dtype; as it is where the model has none, or x is not of floating point."""
+    return x.to(dtype_of(model, x.dtype)) if x.is_floating_point() else x
+
+
+def dtype_of(model, default=torch.float32):
+    """The dtype of the first floating point parameter, `default` where there is none."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
-    return x.to(dtype)
+    return next((p.dtype for p in parameters if p.is_floating_point()), default)
 
 
 def _described(output):
