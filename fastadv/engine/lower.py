@@ -45,6 +45,9 @@ def lower(net, dtype):
     head = _head(net, graph, lowering.found, boundary)
     executor = Trunk if kind == "cpu" else Folded
     stages = lowering.finished(boundary)
+    others = {str(t.dtype) for stage in stages for t in stage.tensors()} - {"torch.float32"}
+    if others:
+        raise Unsupported(f"its weights are {', '.join(sorted(others))}")
     affine = functools.partial(image_affine, net, stages[0].conv.weight, lowering.image.steps)
     return executor(stages, affine, dtype), head
 

@@ -68,6 +68,13 @@ class Stage:
         conv = self.conv
         return *map(pair, (conv.kernel_size, conv.stride, conv.dilation)), self.padding
 
+    def tensors(self):
+        """The parameters and statistics that it computes with."""
+        found = [] if self.conv is None else [self.conv.weight, self.conv.bias]
+        for norm in (self.norm, self.affine):
+            found += [] if norm is None else parts(norm)[:-1]
+        return [tensor for tensor in found if tensor is not None]
+
     def fold(self, dtype):
         """Makes weights, bias, scale and shift from the present parameters."""
         if self.affine is not None:

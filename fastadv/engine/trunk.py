@@ -1,12 +1,15 @@
 """Runs the plan of a trunk: forward, and backward to the image."""
 
+import functools
 import sys
+import threading
 from collections import defaultdict
 
 import numpy as np
 import torch
 
 from .. import _native
+from ..hooks import transformed
 from .stage import CHANNELS, IMAGES, Ref, Unsupported, blocks_of
 from .taps import (
     adaptive_pairs,
@@ -25,8 +28,9 @@ class Trunk:
 
     stages: in order of computation, the last one's `out` being the result. image_affine: () ->
     (scale, shift) [C], the normalisation before the first convolution. dtype: of the activations,
-    weights and gradients between stages, float32 or bfloat16; sums are fp32. Weights are those of
-    the last `refresh()`. An image's features do not depend on the others of its batch.
+    weights and gradients between stages, float32 or bfloat16; sums are fp32. Weights are folded in
+    the first forward pass after a `refresh()`. An image's features do not depend on the others of
+    its batch.
     """
 
     device = torch.device("cpu")
@@ -36,7 +40,7 @@ class Trunk:
         self.image_affine = image_affine
         self.dtype = dtype
         self.plan = None  # for the latest shape and layout of images
-        self.refreshes = 0
+        self.refreshes, self.stale = 0, True
         self.number = number = {stage: n for n, stage in enumerate(stages)}
         for stage in stages:
             for ref in {stage.source, stage.before} - {None}:
@@ -52,9 +56,16 @@ class Trunk:
             if read:
                 self.backward_ends[min(read)].append(stage)
 
-    @torch.no_grad()
     def refresh(self):
-        """Folds and packs the weights anew."""
+        """Weights are folded anew when they are next needed; the backward passes of earlier forward
+        passes are refused from now on."""
+        self.refreshes += 1
+        self.stale = True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold(self):
+        """Folds and packs the weights."""
         for stage in self.stages:
             stage.fold(self.dtype)
         scale, shift = self.image_affine()
@@ -64,15 +75,29 @@ class Trunk:
         self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
         self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
         self.per_channel = scale
-        self.refreshes += 1
+        self.stale = False
+
+    @torch.compiler.disable
+    def guarded(self, logits):
+        """These, their backward pass refused once there was a refresh, before torch refuses that of
+        the head in other words."""
+        if logits.requires_grad:
+            logits.register_hook(functools.partial(self.check, self.refreshes))
+        return logits
+
+    def check(self, refreshes, _=None):
+        """RuntimeError where there was a refresh after so many."""
+        if refreshes != self.refreshes:
+            raise RuntimeError("the twin was refreshed between this forward pass and its backward")
 
     @torch.compiler.disable
     def __call__(self, x):
         channels = self.stages[0].conv.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]")
-        if not self.refreshes:
-            self.refresh()
+        with FOLDING:
+            if self.stale:
+                self.fold()
         x = x.resolve_neg()
         x = x if _native.is_dense(x) else x.contiguous()
         key, plan = (x.shape[1:], x.stride()[1:]), self.plan
@@ -268,6 +293,9 @@ class Step:
         self.backward = lists(source, out, tap, size[0] * size[1], taps)
 
 
+FOLDING = threading.Lock()  # threads may share a trunk
+
+
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, trunk, plan):
@@ -275,8 +303,11 @@ class _Run(torch.autograd.Function):
         return trunk.forward(x.detach(), plan, ctx.slopes if ctx.needs_input_grad[0] else None)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if ctx.weights != ctx.trunk.refreshes:
-            raise RuntimeError("the twin was refreshed between this forward pass and its backward")
+        if torch.is_grad_enabled() or transformed():
+            raise RuntimeError(
+                "a twin's trunk on the CPU has plain first-order gradients only: for create_graph, "
+                "batched or forward-mode ones call the model itself, in eval mode"
+            )
+        ctx.trunk.check(ctx.weights)
         return ctx.trunk.backward(grad, ctx.plan, ctx.slopes), None, None
