@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +120,95 @@ def test_a_student_learns_the_same(name, width, size):
     usual, ours = ((gradients[k, low] - exact).norm() for k in (InPrecision, Trained))
     assert 0 < ours <= 1.5 * usual
     assert not torch.equal(gradients[InPrecision, low], gradients[Trained, low])
+
+
+def strided(dtype, layout, channels=8, stride=(2, 2), padding=(0, 0)):
+    """x, weight and bias of a narrow 1x1 convolution, and its arguments after those."""
+    x, weight, bias = make(5, channels, 16, (37, 36), 1, dtype=dtype)
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    return [x, weight, bias], (stride, padding, (1, 1), 1)
+
+
+@pytest.mark.parametrize("stride", [2, (3, 3), (4, 2), (1, 2), [2]])
+@pytest.mark.parametrize("padding", [0, (0, 0), "valid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_narrow_strided_convolutions_take_their_pixels_first(stride, padding, dtype, layout):
+    """The library, which would write outside its memory, gets no stride."""
+    inputs, options = strided(dtype, layout, 15, stride, padding)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    with Convolutions() as run, FastConvolutions():
+        out = F.conv2d(*inputs, *options)
+        F.conv2d(input=inputs[0], weight=inputs[1], stride=stride)
+        F.conv2d(inputs[0][0], inputs[1], stride=stride)
+    assert [step for _, step in run.seen] == [1, 1, 1]
+    assert out.is_contiguous(memory_format=layout)
+    grad = torch.randn(out.shape)
+    for want, got in zip(
+        results(F.conv2d, exact, options, grad), results(conv2d, inputs, options, grad), strict=True
+    ):
+        assert got.dtype == dtype
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding", "groups"),
+    [(16, 1, 2, 0, 1), (8, 1, 1, 0, 1), (8, 1, 2, 1, 1), (8, 3, 2, 1, 1), (16, 1, 2, 0, 2)],
+)
+def test_no_other_convolution_is_changed_for_it(channels, kernel, stride, padding, groups):
+    x, weight, bias = make(5, channels, 16, (9, 9), kernel, groups, torch.float32)
+    options = (stride, stride), (padding, padding), (1, 1), groups
+    with Convolutions() as run:
+        got, want = conv2d(x, weight, bias, *options), F.conv2d(x, weight, bias, *options)
+    assert torch.equal(got, want)
+    assert run.seen[0] == run.seen[1]
+
+
+NARROW = """
+import sys
+import torch
+from torch import nn
+from fastadv import models
+from fastadv.trained import Trained
+
+torch.set_num_threads(2)
+widths, batches = (eval(arg) for arg in sys.argv[1:])
+nhwc = {"memory_format": torch.channels_last}
+for dtype, size in ((torch.float32, 16), (torch.bfloat16, 32)):
+    for width in widths:
+        layer = nn.Conv2d(width, 2 * width, 1, stride=2, bias=False).to(**nhwc)
+        model = Trained(nn.Sequential(layer, nn.Flatten()), dtype)
+        for batch in batches:
+            x = torch.randn(batch, width, size, size).contiguous(**nhwc)
+            logits = model(x)
+            weights = torch.randn(logits.shape)
+            (found,) = torch.autograd.grad((logits * weights).sum(), layer.weight)
+            pixels = x[:, :, ::2, ::2].double().transpose(0, 1).flatten(1)
+            grad = weights.double().view(batch, 2 * width, -1).transpose(0, 1).flatten(1)
+            exact = grad @ pixels.t()
+            error = (found[:, :, 0, 0] - exact).abs().max() / exact.abs().max()
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2), (width, batch, error)
+student = models.get("resnet18", width=8).to(**nhwc)
+for _ in range(3):
+    Trained(student)(torch.rand(53, 3, 16, 16).contiguous(**nhwc)).square().mean().backward()
+"""
+
+
+@pytest.mark.parametrize(
+    ("widths", "batches"),
+    [
+        ("(4, 8, 12, 15, 16, 17, 32, 64)", "(1, 5, 16, 33, 53, 64)"),
+        pytest.param("range(4, 65)", "range(1, 65)", marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_no_gradient_writes_outside_its_memory(widths, batches):
+    """In a process of its own, which glibc ends where it finds its memory overwritten."""
+    env = os.environ | {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    command = [sys.executable, "-c", NARROW, widths, batches]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
 
 
 def test_the_mode_ends_with_the_forward_pass():
