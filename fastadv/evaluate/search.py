@@ -13,7 +13,7 @@ from ..attacks.checks import checked_logits, evaluating
 from ..config import PRECISIONS
 from ..config import device as usable
 from ..frozen import freeze
-from ..logits import cast_to, logits_of
+from ..logits import ask
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
 from .report import worst_case
 
@@ -34,10 +34,9 @@ class Counted(nn.Module):
 
     def forward(self, x):
         try:
-            output = self.net(cast_to(self.net, x))
+            logits = ask(self.net, x)
         except Exception as error:
             raise ValueError(f"model raised {type(error).__name__}: {error}") from error
-        logits = logits_of(output)
         self.forwards += len(x)
         if logits.requires_grad:
             logits.register_hook(self._count)

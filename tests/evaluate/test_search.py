@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fastadv import checkpoint, evaluate
 from fastadv.attacks import PGD
 from fastadv.attacks.suite import stages
 from fastadv.data.dataset import ImageSet
-from fastadv.evaluate import Record, search
+from fastadv.evaluate import Record, search, validity
 from fastadv.evaluate.record import RIGHT, UNKNOWN, WRONG, open_examples
 from fastadv.evaluate.search import judge
 
@@ -328,3 +329,265 @@ def test_examples_are_of_their_evaluation(tmp_path):
     with pytest.raises(ValueError, match="adversarial.npy: missing or damaged"):
         open_examples(path, images, begun=True)
     assert (open_examples(path, images, begun=False) == np.float32(0.2)).all()
+
+
+class Leaving(PGD):
+    """Stands in for an attack: moves each image of the split as `moves` says, by its index."""
+
+    def __call__(self, model, x, y, *, index, **_):
+        self.bad_gradients = 0
+        return x + self.moves[index]
+
+
+MOVES = ("inside", "ball", "box", "both", "nowhere")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_examples_that_leave_ball_or_box_are_never_broken(model, norm):
+    """Of five kinds of examples that all fool the model only those inside count, and are kept."""
+    eps, count = 0.1, 25
+    kind = torch.arange(count) % 5
+    x = torch.full((count, 1, 8, 8), 0.5)
+    x[(kind == 2) | (kind == 3), 0, 0, 0] = 0.95
+    step = {"inside": 0.09, "ball": 0.2, "box": 0.08, "both": 0.3, "nowhere": 0.0}
+    moves = torch.zeros_like(x)
+    moves[:, 0, 0, 0] = torch.tensor([step[name] for name in MOVES])[kind]
+
+    class Moved(nn.Module):
+        """Class 1 for what was moved by anything, class 0 for the images as they are."""
+
+        def forward(self, v):
+            left = ((v[:, 0, 0, 0] - 0.5).abs() > 1e-3) & ((v[:, 0, 0, 0] - 0.95).abs() > 1e-3)
+            return torch.stack([0.5 + v.mean((1, 2, 3)) * 0, left.float()], 1)
+
+    split = ImageSet(x, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+    attack = Leaving(eps, eps / 4, norm=norm)
+    attack.moves = moves
+    clean, stage = stages(["pgd-3"], eps, norm)
+    examples = x.numpy().copy()
+    record = evaluate.run(
+        Moved(),
+        split,
+        [clean, dataclasses.replace(stage, attack=attack)],
+        batch_size=7,
+        record=Record(count, examples=examples),
+    )
+    broken, cost = ~record.right(stage.name), record.costs[stage.name]
+    assert torch.equal(broken, kind == 0)
+    assert cost.invalid == int((kind >= 1).sum() - (kind == 4).sum())
+    assert cost.largest == pytest.approx(0.09)
+    changed = (torch.from_numpy(examples) != x).flatten(1).any(1)
+    assert torch.equal(changed, kind == 0)
+    (found,) = validity.review(record, [clean, stage])
+    assert found.startswith(f"pgd-3 left the ball or the box at {cost.invalid} images")
+    with torch.no_grad():
+        _, valid, _ = judge(Moved(), x, x + moves, split.labels, eps, norm)
+    assert [bool(valid[i]) for i in range(5)] == [True, False, False, False, True]
+
+
+def test_a_ball_is_of_its_norm(model):
+    """In l2 the pixels add up, in linf they do not; a box has a floor as well."""
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    x_adv = x + 0.08
+    x[2], x_adv[2] = 0.05, -0.01
+    assert judge(model_of(4), x, x_adv, y, 0.1, "linf")[1].tolist() == [True, True, False]
+    assert judge(model_of(4), x, x_adv, y, 0.1, "l2")[1].tolist() == [False, False, False]
+    assert judge(model_of(4), x, x_adv, y, 0.161, "l2")[1].tolist() == [True, True, False]
+
+
+def model_of(pixels):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 2))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda z: {"logits": z}, lambda z: (z, z[:, :, None]), lambda z: [z]]
+)
+def test_logits_are_found_in_what_models_return(model, split, wrap):
+    suite = stages(["paper", "quick", "pgd-kl-3", "square"], EPS)[:-1]
+    found, expected = (evaluate.run(net, split, suite) for net in (Wrapped(model, wrap), model))
+    for stage in suite:
+        assert torch.equal(found.right(stage.name), expected.right(stage.name)), stage.name
+        assert found.costs[stage.name].forwards == expected.costs[stage.name].forwards
+    evaluate.check_fits(Wrapped(model, wrap), Data(split, 5), "net")
+
+
+class Data:
+    def __init__(self, split, num_classes):
+        self.train, self.num_classes, self.name = split, num_classes, "noise"
+
+
+def test_what_has_no_logits_is_refused(model, split):
+    scores = Wrapped(model, lambda z: {"scores": z})
+    for names in (["clean"], ["pgd20"], ["apgd-t"]):
+        with pytest.raises(ValueError, match="model returned a dict of 'scores', must return log"):
+            evaluate.run(scores, split, stages(names, EPS))
+    with pytest.raises(ValueError, match="net returns dict for one image, must be logits"):
+        evaluate.check_fits(scores, Data(split, 5), "net")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_verdict_is_in_the_models_own_dtype(model, split, dtype):
+    """As the model is: a half is judged as a half, float64 as float64, images in float64 too."""
+    net = copy.deepcopy(model).to(dtype)
+    clean, attack = stages(["pgd-5"], EPS / 2)
+    for images in (split.images, split.images.double() / 255):
+        x = images.double() if images.is_floating_point() else images.float() / 255
+        whole = ImageSet(images, split.labels, split.index)
+        examples = x.numpy().copy()
+        record = Record(len(split), examples=examples)
+        evaluate.run(net, whole, [clean, attack], record=record)
+        with torch.no_grad():
+            right = [
+                net(v.to(dtype)).argmax(1) == split.labels for v in (x, torch.from_numpy(examples))
+            ]
+        assert torch.equal(record.right("clean"), right[0])
+        assert torch.equal(record.right("pgd-5"), right[1])
+        assert 5 < right[1].sum() < right[0].sum()
+        assert torch.from_numpy(examples).dtype == x.dtype
+
+
+def test_stages_that_need_more_classes_are_refused_before_any_work(split):
+    three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    labels = ImageSet(split.images, split.labels % 3, split.index)
+    record, asked = Record(len(split)), []
+    three.register_forward_hook(lambda module, args, output: asked.append(len(output)))
+    with pytest.raises(ValueError, match="aa:apgd-t needs 4 classes, the model has 3: leave it"):
+        evaluate.run(three, labels, stages(["clean", "aa"], EPS), record=record)
+    assert asked == [1]
+    assert not record.verdicts
+    with pytest.raises(ValueError, match="quick:apgd-t-20 needs 4 classes, the model has 3"):
+        evaluate.correct(three, labels, "quick", eps=EPS)
+    with pytest.raises(ValueError, match="apgd-t needs 4 classes, the model has 3"):
+        evaluate.accuracies(three, labels, ["clean", "apgd-t"], eps=EPS)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(ValueError, match="pgd-dlr-3 needs 3 classes, the model has 2"):
+        evaluate.run(two, labels, stages(["pgd-dlr-3"], EPS))
+    evaluate.run(three, labels, stages(["pgd-dlr-3", "apgd-dlr"], EPS))
+
+
+def test_a_model_that_cannot_be_copied_keeps_its_mode_and_statistics(split):
+    """Attacked as it is, in eval mode: also where its own output or verdict is asked for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    net(noise())
+    expected = evaluate.run(copy.deepcopy(net), split, stages(["pgd-kl-3", "pgd20"], EPS))
+    net.kept = torch.ones(1, requires_grad=True) * 2  # deepcopy refuses it
+    before = copy.deepcopy(net.state_dict())
+    record = evaluate.run(net, split, stages(["pgd-kl-3", "pgd20"], EPS))
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for name in ("pgd-kl-3", "pgd20"):
+        assert torch.equal(record.right(name), expected.right(name))
+
+
+def test_a_model_is_not_asked_about_no_images(split):
+    """One that cannot take an empty batch is evaluated where every image is wrong as it is."""
+
+    class Viewed(nn.Module):
+        def forward(self, x):
+            assert len(x)
+            z = x.flatten(1)[:, :5] * 0
+            return z + torch.tensor([9.0, 0, 0, 0, 0])
+
+    labels = ImageSet(split.images, split.labels * 0 + 1, split.index)
+    record = evaluate.run(Viewed(), labels, stages(["pgd20", "quick"], EPS))
+    assert not record.right("pgd20").any()
+    assert record.costs["quick:apgd-ce-20"].images == 0
+
+
+def test_labels_of_any_integer_type(model, split):
+    expected = evaluate.correct(model, split, "pgd20", eps=EPS)
+    for dtype in (torch.uint8, torch.int32):
+        labels = ImageSet(split.images, split.labels.to(dtype), split.index.to(torch.int32))
+        assert torch.equal(evaluate.correct(model, labels, "pgd20", eps=EPS), expected)
+
+
+def test_arguments_of_the_wrong_kind_are_named(model, split):
+    good = stages(["clean"], EPS)
+
+    def part(**changed):
+        columns = {"images": split.images, "labels": split.labels, "index": split.index}
+        return ImageSet(**columns | changed)
+
+    for (net, images, suite, options), error, match in (
+        ((None, split, good, {}), TypeError, "model is None, must be a torch.nn.Module"),
+        (
+            (model.forward, split, good, {}),
+            TypeError,
+            "model is a method, must be a torch.nn.Modul",
+        ),
+        ((model, split, ["clean"], {}), TypeError, "stages has 'clean', must be made by suite"),
+        (
+            (model, split, "clean", {}),
+            TypeError,
+            "stages has 'clean', must be made by suite.stages",
+        ),
+        ((model, split, None, {}), TypeError, "stages is None, must be a list of stages"),
+        ((model, split, [PGD()], {}), TypeError, "stages has PGD.*, must be made by suite.stages"),
+        ((model, (1, 2), good, {}), TypeError, "split.images is None, must be a tensor"),
+        (
+            (model, part(labels=[1, 2]), good, {}),
+            TypeError,
+            "split.labels is a list, must be a ten",
+        ),
+        (
+            (model, part(images=split.images.numpy()), good, {}),
+            TypeError,
+            "split.images is a ndarra",
+        ),
+        ((model, part(labels=split.labels.float()), good, {}), ValueError, "y is torch.float32"),
+        ((model, split, good, {"source": "net"}), TypeError, "source is 'net', must be a torch.nn"),
+        (
+            (model, split, good, {"precision": ["fp32"]}),
+            ValueError,
+            "precision is a list, must be o",
+        ),
+        (
+            (model, split, good, {"batch_size": 2.5}),
+            TypeError,
+            "batch_size is 2.5, must be a whole",
+        ),
+        (
+            (model, split, good, {"batch_size": True}),
+            TypeError,
+            "batch_size is True, must be a who",
+        ),
+        ((model, split, good, {"seed": "0"}), TypeError, "seed is '0', must be a whole number"),
+        ((model, split, good, {"seed": 2**63}), ValueError, r"seed is 92\d+, must be in \[0, 2.63"),
+        ((model, split, good, {"record": {}}), TypeError, "record is a dict, must be a Record"),
+        (
+            (model, split, good, {"device": "gpu"}),
+            ValueError,
+            "device is 'gpu', which cannot be use",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            evaluate.run(net, images, suite, **options)
+    with pytest.raises(TypeError, match="attacks is 'clean', must be a list of names"):
+        evaluate.accuracies(model, split, "clean", eps=EPS)
+    for options, error, match in (
+        ({"count": 2.5}, TypeError, "count is 2.5, must be a whole number"),
+        ({"count": 0}, ValueError, "there are no images"),
+        ({"count": 2, "examples": [1, 2]}, TypeError, "examples is a list, must be a numpy array"),
+        (
+            {"count": 2, "examples": np.ones(3)},
+            ValueError,
+            r"examples has shape \(3,\), must be \[2",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            Record(**options)
+    with pytest.raises(TypeError, match="path is None, must be a file or a run's folder"):
+        evaluate.from_run(None)
+    with pytest.raises(ValueError, match="model-from is 3, must be module:function"):
+        evaluate.from_code(3)
