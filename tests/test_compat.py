@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -160,3 +162,87 @@ def test_labels_leave_the_model_as_it_was(batch):
     assert compat.PGD(lambda v: net(v), steps=1)(x, y).shape == x.shape
     assert repr(compat.PGD(net)).startswith("PGD(eps=0.031")
     assert len(labels) == 12
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+KINDS = [compat.FGSM, compat.PGD, compat.PGDL2, compat.APGD]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_may_wrap_their_logits_and_compute_in_any_dtype(model, batch, kind):
+    x, y = batch
+    torch.manual_seed(0)
+    expected = kind(model)(x, y)
+    torch.manual_seed(0)
+    assert torch.equal(kind(Wrapped(model, lambda z: {"logits": z}))(x, y), expected)
+    torch.manual_seed(0)
+    assert torch.equal(kind(lambda v: (model(v),))(x, y.to(torch.uint8)), expected)
+    for dtype in (torch.bfloat16, torch.float64):
+        for of_x in (torch.float32, torch.float64):
+            x_adv = kind(copy.deepcopy(model).to(dtype))(x.to(of_x), y)
+            assert x_adv.dtype == of_x
+            assert not torch.equal(x_adv, x.to(of_x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.float64])
+def test_autoattack_takes_them_too(model, batch, dtype, of_x):
+    x, y = batch[0].to(of_x), batch[1]
+    net = Wrapped(copy.deepcopy(model).to(dtype), lambda z: {"logits": z}).eval()
+    with torch.no_grad():
+        y = net(x.to(dtype))["logits"].argmax(1).to(torch.int32)
+    x_adv, labels = autoattack(net).run_standard_evaluation(x, y, bs=5, return_labels=True)
+    assert x_adv.dtype == of_x
+    with torch.no_grad():
+        assert torch.equal(labels, net(x_adv.to(dtype))["logits"].argmax(1))
+    assert torch.equal((x_adv != x).flatten(1).any(1), labels != y)
+    assert (labels != y).any()
+
+
+def test_arguments_of_the_wrong_kind_are_named(model, batch):
+    x, y = batch
+    attack = autoattack(model)
+    for call, error, match in (
+        (lambda: compat.PGD(None), TypeError, "model is None, must be a torch.nn.Module or a func"),
+        (lambda: compat.PGD(model, eps="8/255"), TypeError, "eps is '8/255', must be a number"),
+        (lambda: compat.PGD(model, steps=2.5), TypeError, "steps is 2.5, must be a whole number"),
+        (lambda: compat.PGD(model)(x.numpy(), y), TypeError, "x is a ndarray, must be a tensor"),
+        (lambda: compat.PGD(model)(x, y.tolist()), TypeError, "y is a list, must be a tensor"),
+        (lambda: compat.FGSM(model)(x, y + 5), ValueError, "y has labels from"),
+        (lambda: compat.APGD(model, seed=0.5), TypeError, "seed is 0.5, must be a whole number"),
+        (
+            lambda: compat.APGD(model, norm=["Linf"]),
+            ValueError,
+            r"norm is \['Linf'\], must be 'Linf",
+        ),
+        (lambda: autoattack(3), TypeError, "model is 3, must be a torch.nn.Module or a function"),
+        (
+            lambda: autoattack(model, attacks_to_run="square"),
+            TypeError,
+            "attacks_to_run is 'square', must be a list of names",
+        ),
+        (
+            lambda: autoattack(model, precision="fp16"),
+            ValueError,
+            "precision is 'fp16', must",
+        ),
+        (lambda: attack.run_standard_evaluation(x.numpy(), y), TypeError, "x is a ndarray"),
+        (lambda: attack.run_standard_evaluation(x, y.tolist()), TypeError, "y is a list"),
+        (lambda: attack.run_standard_evaluation(x, y, bs=2.5), TypeError, "bs is 2.5, must be a w"),
+        (lambda: attack.run_standard_evaluation(x[:0], y[:0]), ValueError, "x has no images"),
+        (
+            lambda: compat.AutoAttack(model, eps=torch.rand(12)),
+            TypeError,
+            r"eps is a tensor \[12\], must be a number",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            call()

@@ -59,7 +59,7 @@ def pgd():
     return PGD(EPS, EPS / 4, 4)
 
 
-def same(captured, model, x, y, **options):
+def same(captured, model, x, y=None, **options):
     """Whether one more call gives what a PGD gives from the same random state."""
     state = torch.get_rng_state()
     found = captured(model, x, y, **options)
@@ -262,6 +262,64 @@ def test_errors_are_those_of_pgd(model, player):
     for attack in (PGD(restarts=2), PGD(keep="best"), APGD(), captured, None):
         with pytest.raises(ValueError, match="attack is .*, must be a PGD with restarts=1"):
             graphs.Captured(attack)
+
+
+def test_arguments_of_the_wrong_kind_are_named_also_in_a_replay(model, player):
+    x, y = batch()
+    captured, z = graphs.Captured(pgd()), torch.randn(6, 7)
+    for _ in range(3):
+        captured(model, x, y)
+    for args, options, error, match in (
+        ((x.numpy(), y), {}, TypeError, "x is a ndarray, must be a tensor"),
+        ((x, y.tolist()), {}, TypeError, "y is a list, must be a tensor"),
+        ((x, y.float()), {}, ValueError, "y is torch.float32"),
+        ((x, y[:5]), {}, ValueError, r"y is torch.int64 \(5,\), must be torch.int64 \(6,\)"),
+        ((x, y), {"loss": ["ce"]}, ValueError, "loss is a list, must be one of ce"),
+        ((x, y), {"index": [0] * 6}, TypeError, "index is a list, must be a tensor"),
+        ((x, y), {"start": x.tolist()}, TypeError, "start is a list, must be a tensor"),
+        ((x, y), {"start": x.double()}, TypeError, "start is torch.float64, must be torch.float32"),
+        (
+            (x,),
+            {"loss": "kl", "target_logits": z.tolist()},
+            TypeError,
+            "target_logits is a list, must be a tensor",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            captured(model, *args, **options)
+    assert same(captured, model, x, y.to(torch.uint8))
+    assert player.counts == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_any_dtype_and_output_are_replayed(model, player, dtype):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model.to(dtype)
+
+        def forward(self, v):
+            return {"logits": self.net(v)}
+
+    captured, net = graphs.Captured(pgd()), Wrapped()
+    for seed in range(4):
+        x, y = batch(seed=seed)
+        assert same(captured, net, x.to(torch.float64) if seed > 1 else x, y)
+    z = torch.randn(6, 7)
+    for _ in range(3):
+        assert same(captured, net, batch()[0], loss="kl", target_logits=z)
+    assert player.recordings == 2
+
+
+def test_a_radius_per_sample_is_attacked_step_by_step(model, player):
+    x, y = batch()
+    eps = torch.linspace(EPS, 2 * EPS, 6)
+    captured = graphs.Captured(PGD(eps, EPS / 4, 12, init="zero"))
+    for _ in range(4):
+        x_adv = captured(model, x, y)
+        assert torch.equal(x_adv, PGD(eps, EPS / 4, 12, init="zero")(model, x, y))
+    assert ((x_adv - x).abs().flatten(1).amax(1) <= eps + 1e-6).all()
+    assert player.counts == (0, 0)
 
 
 def test_other_devices_are_attacked_step_by_step(model, monkeypatch):

@@ -212,3 +212,40 @@ def test_models_that_return_no_logits_are_refused(batch, net, match):
         validity.probe(net.eval(), x, y % 2, stages(["clean"], EPS))
     with pytest.raises(ValueError, match="no attack is left: apgd-t left out: needs 4 classes"):
         validity.probe(linear(2), x, y % 2, stages(["apgd-t"], EPS)[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_probabilities_of_any_dtype_are_attacked_as_logits(batch, dtype):
+    x, _ = batch
+    soft = nn.Sequential(linear(), nn.Softmax(1)).to(dtype).eval()
+    y = labelled(linear(), x).labels
+    net, _, found = validity.probe(soft, x, y, stages(["pgd20"], EPS))
+    assert found[0].startswith("the model returns probabilities: their logarithms were attacked")
+    with torch.no_grad():
+        logits = net(x)
+        assert logits.isfinite().all()
+        assert torch.equal(logits.argmax(1), soft(x.to(dtype)).argmax(1))
+    certain = nn.Sequential(linear(scale=1e4), nn.Softmax(1)).to(dtype).eval()
+    net, _, _ = validity.probe(certain, x, y, stages(["pgd20"], EPS))
+    assert net(x).isfinite().all()
+
+
+def test_what_a_probe_cannot_judge_is_named(batch):
+    x, y = batch
+    suite = stages(["pgd20"], EPS)
+
+    class Short(nn.Module):
+        def forward(self, v):
+            return linear()(v)[:2]
+
+    for (net, images, labels, chosen), error, match in (
+        ((linear(), x[:0], y[:0], suite), ValueError, "x has no images, must have one at least"),
+        ((None, x, y, suite), TypeError, "model is None, must be a torch.nn.Module"),
+        ((linear(), x.tolist(), y, suite), TypeError, "x is a list, must be a tensor"),
+        ((linear(), x + 1, y, suite), ValueError, r"x is in \[.*, must be in \[0.0, 1.0\]"),
+        ((linear(), x, y.float(), suite), ValueError, "y is torch.float32"),
+        ((linear(), x, y, ["pgd20"]), TypeError, "stages has 'pgd20', must be made by suite"),
+        ((Short(), x, y, suite), ValueError, r"model returned \(2, 5\), must be logits \[60, 2"),
+    ):
+        with pytest.raises(error, match=match):
+            validity.probe(net, images, labels, chosen)
