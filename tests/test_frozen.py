@@ -1,9 +1,14 @@
+import collections
+import copy
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from fastadv import freeze, models
 from fastadv.attacks import PGD
+from fastadv.frozen import InPrecision
 
 
 @pytest.fixture(params=["resnet18", "resnet20"])  # with a trunk of the engine and without
@@ -75,8 +80,131 @@ def test_bfloat16_is_close_and_returns_float32(model):
 
 
 def test_refuses_other_precisions():
-    with pytest.raises(ValueError, match="dtype is torch.float16, must be"):
-        freeze(nn.Linear(2, 2), torch.float16)
+    allowed = (
+        "must be torch.float32, torch.bfloat16 or torch.float64, or None for that of the model"
+    )
+    for dtype, model in (
+        (torch.float16, nn.Linear(2, 2)),
+        (torch.float16, nn.Linear(2, 2).half()),
+        (torch.int64, nn.Flatten()),
+        ("float32", nn.Linear(2, 2)),
+    ):
+        for made in (freeze, InPrecision):
+            with pytest.raises(ValueError, match=f"dtype is {dtype}, {allowed}"):
+                made(model, dtype)
+    for own, dtype in ((torch.float64, torch.float32), (torch.float16, torch.bfloat16)):
+        with pytest.raises(
+            ValueError, match=f"{dtype}, must be that of the net's parameters, {own}"
+        ):
+            InPrecision(nn.Linear(2, 2).to(own), dtype)
+
+
+class Wrapped(nn.Module):
+    """A network that returns its logits in something, with features."""
+
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+Named = collections.namedtuple("Named", ("loss", "logits"))
+WRAPS = {
+    "tuple": lambda logits: (logits, logits.exp()[None]),
+    "named": lambda logits: Named(logits.sum(), logits),
+    "dict": lambda logits: {"features": logits.exp(), "logits": logits},
+    "object": lambda logits: types.SimpleNamespace(logits=logits),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_twin_returns_the_logits_alone(model, wrap, dtype):
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    twins = [freeze(m, dtype) for m in (model.eval(), Wrapped(model, WRAPS[wrap]))]
+    for kind in (twins[1], torch.compile(twins[1], backend="eager")):
+        found, expected = kind(x), twins[0](x)
+        if wrap == "object" and dtype != torch.float64:  # which cannot be traced: without a trunk
+            rounding = 0.1 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+        else:
+            assert torch.equal(found, expected)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.autograd.grad(found.sum(), x)[0].abs().sum() > 0
+
+
+def test_what_has_no_logits_is_refused(model):
+    x = torch.rand(2, 3, 8, 8)
+    for wrap in (lambda v: (v, v), lambda v: {"out": v}, lambda v: types.SimpleNamespace(out=v)):
+        twin = freeze(Wrapped(model, wrap))
+        with pytest.raises(TypeError, match="model returned a .*, must return logits"):
+            twin(x)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(model, low):
+    """They compute as they are, or cast, from float32 images to float32 logits and gradients."""
+    model = model.to(low).eval()
+    x = torch.rand(4, 3, 8, 8)
+    for made in (freeze(model), InPrecision(model)):
+        assert made.dtype == low
+        leaf, plain = (x.clone().requires_grad_() for _ in range(2))
+        found, expected = made(leaf), model(plain.to(low)).float()
+        assert torch.equal(found, expected)
+        (grad,) = torch.autograd.grad(found.logsumexp(1).sum(), leaf)
+        (wanted,) = torch.autograd.grad(expected.logsumexp(1).sum(), plain)
+        assert torch.equal(grad, wanted)
+    assert freeze(model).trunk is None
+    exact = freeze(model, torch.float32)
+    assert same(exact(x), copy.deepcopy(model).float()(x))
+    near = freeze(model, torch.bfloat16)
+    torch.testing.assert_close(near(x), exact(x), rtol=0.1, atol=0.1)
+    with torch.no_grad():
+        model.linear.bias.add_(1)
+    for twin in (exact, near):
+        first = twin(x)
+        assert first.dtype == torch.float32
+        twin.refresh()
+        torch.testing.assert_close(twin(x), first + 1, rtol=0.1, atol=0.1)
+
+
+def test_float64_end_to_end(model):
+    """Of float64 models, and of others where it is asked for; images of either dtype."""
+    exact, x = copy.deepcopy(model).double().eval(), torch.rand(4, 3, 8, 8)
+    expected = exact(x.double())
+    for twin in (freeze(exact), freeze(exact, torch.float64), freeze(model, torch.float64)):
+        assert twin.dtype == torch.float64
+        assert twin.trunk is None
+        for images in (x, x.double()):
+            assert torch.equal(twin(images), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(twin(images), expected)
+    assert same(freeze(exact, torch.float32)(x.double()), expected.float())
+    assert freeze(freeze(model, torch.float64)).dtype == torch.float32  # the model's own again
+    with torch.no_grad():
+        model.linear.weight.mul_(-1)
+    twin.refresh()
+    assert torch.equal(twin(x), copy.deepcopy(model).double().eval()(x.double()))
+
+
+def test_networks_without_parameters():
+    x = torch.rand(4, 3, 2, 2)
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float64):
+        logits = freeze(nn.Flatten(), dtype)(x)
+        assert torch.equal(logits, x.flatten(1))
+        assert logits.dtype == (dtype if dtype == torch.float64 else torch.float32)
+
+
+def test_gradients_of_float64_twins():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.SiLU(), nn.Flatten(), nn.Linear(12, 3)
+    )
+    twin, x = freeze(net, torch.float64), torch.rand(2, 2, 3, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(twin, x)
+    assert torch.autograd.gradgradcheck(twin, x)
 
 
 def test_an_attack_refreshes_a_compiled_twin():

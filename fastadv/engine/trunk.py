@@ -304,7 +304,8 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or transformed():
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # by is_grads_batched
+        if torch.is_grad_enabled() or transformed() or batched:
             raise RuntimeError(
                 "a twin's trunk on the CPU has plain first-order gradients only: for create_graph, "
                 "batched or forward-mode ones call the model itself, in eval mode"
