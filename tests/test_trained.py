@@ -1,3 +1,4 @@
+import copy
 import itertools
 import os
 import subprocess
@@ -6,19 +7,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import func, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import data, models
 from fastadv.build import build_method, build_nets
 from fastadv.config import Config
 from fastadv.frozen import InPrecision
-from fastadv.trained import FastConvolutions, Trained, conv2d
+from fastadv.trained import FastConvolutions, Trained, _pointwise, _side_by_side, conv2d
 
 NHWC = {"memory_format": torch.channels_last}
 
 
 class Convolutions(TorchDispatchMode):
-    """Collects the shape of the input and the stride of every convolution that is run."""
+    """Collects the shape of the input and the larger stride of every convolution that is run."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +28,7 @@ class Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution.default:
-            self.seen.append((tuple(args[0].shape), args[3][0]))
+            self.seen.append((tuple(args[0].shape), max(args[3])))
         return func(*args, **(kwargs or {}))
 
 
@@ -209,6 +211,102 @@ def test_no_gradient_writes_outside_its_memory(widths, batches):
     command = [sys.executable, "-c", NARROW, widths, batches]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
+def second_order(function, x, weight):
+    """Gradients to both of |d sum sin(function) / d (x, weight)|^2."""
+    first = torch.autograd.grad(function(x, weight).sin().sum(), (x, weight), create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight))
+
+
+# what computes it, how torch does, (batch, in, out, (H, W), kernel)
+TWICE = {
+    "pointwise": (
+        lambda x, w: _pointwise(x, w, None, 2),
+        lambda x, w: F.conv2d(x, w, None, 2),
+        (4, 24, 5, (9, 7), 1),
+    ),
+    "side by side": (
+        lambda x, w: _side_by_side(x, w, None, 2),
+        lambda x, w: F.conv2d(x, w, None, 2, 1),
+        (4, 24, 5, (9, 7), 3),
+    ),
+    "pixels first": (
+        lambda x, w: conv2d(x, w, None, (3, 2)),
+        lambda x, w: F.conv2d(x, w, None, (3, 2)),
+        (4, 7, 5, (9, 7), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_forms_are_differentiable_twice(name):
+    ours, torchs, shape = TWICE[name]
+    x, weight, _ = make(*shape, dtype=torch.float64)
+    for found, wanted in zip(
+        second_order(ours, x, weight), second_order(torchs, x, weight), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 40, (9, 7), 1), (16, 128, 24, (4, 4), 3)])
+def test_bfloat16_forms_are_differentiable_twice(shape):
+    pad = shape[-1] // 2
+    options = (None, (2, 2), (pad, pad), (1, 1), 1)
+    x, weight, _ = make(*shape)
+    scaled = (weight / 30).detach().requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (x, scaled)]
+    found = second_order(lambda x, w: conv2d(x, w, *options), x, scaled)
+    wanted = second_order(lambda x, w: F.conv2d(x, w, *options), *exact)
+    for got, want in zip(found, wanted, strict=True):
+        assert F.cosine_similarity(got.double().flatten(), want.flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_under_transforms(dtype):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 1, 2), nn.Flatten()
+    net, x = nn.Sequential(*layers).to(**NHWC).eval(), torch.rand(4, 3, 9, 9)
+    ours, usual = (
+        lambda image, kind=kind: kind(net, dtype)(image[None]).logsumexp(1).sum()
+        for kind in (Trained, InPrecision)
+    )
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.01}
+    )
+    for transform in (
+        lambda f: func.vmap(func.grad(f))(x),
+        lambda f: func.jvp(func.vmap(f), (x,), (x,))[1],
+        lambda f: func.vmap(func.grad(lambda v: func.grad(f)(v).square().sum()))(x),
+    ):
+        torch.testing.assert_close(transform(ours), transform(usual), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_students_of_other_dtypes_that_return_more_than_logits(dtype):
+    """They compute in their own dtype; images and the gradient to them stay float32."""
+    net = Tuple(models.get("resnet18", width=4)).to(**NHWC)
+    exact = copy.deepcopy(net).double()
+    student = Trained(net.to(dtype))
+    x, grad = torch.rand(8, 3, 8, 8).requires_grad_(), torch.randn(8, 10)
+    logits = student(x)
+    assert student.dtype == dtype
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    found = torch.autograd.grad(logits, (x, net.net.linear.weight), grad.to(logits.dtype))
+    assert [g.dtype for g in found] == [torch.float32, dtype]
+    wanted = exact(x.double())[0]
+    error = (logits - wanted).norm() / wanted.norm()
+    assert error < (1e-12 if dtype == torch.float64 else 0.1)
+
+
+class Tuple(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits, {"features": logits}
 
 
 def test_the_mode_ends_with_the_forward_pass():
