@@ -8,7 +8,7 @@ import torch
 
 from . import ops
 from ._library import expect_tensors
-from .ops._logits import checked_labels
+from .ops._logits import as_labels, check_labels, check_range
 
 
 def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):
@@ -110,10 +110,17 @@ def dlr_targeted(logits, y, target, reduction="none"):
     expect_tensors(logits=logits, y=y, target=target)
     if logits.dim() != 2 or logits.shape[1] < 4:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 4")
-    y, target = checked_labels("y", y, logits), checked_labels("target", target, logits)
+    y, target = as_labels(y), as_labels(target)
+    check_labels(y, logits)
+    check_labels(target, logits, "target")
     wide = logits.float() if logits.itemsize < 4 else logits
     top = wide.topk(4).values
-    ahead = wide.gather(1, target[:, None]) - wide.gather(1, y[:, None])
+    try:
+        ahead = wide.gather(1, target[:, None]) - wide.gather(1, y[:, None])
+    except RuntimeError:  # on a CPU, by a label that torch does not name
+        check_range(y, logits.shape[1])
+        check_range(target, logits.shape[1], "target")
+        raise
     loss = ahead[:, 0] / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
     return _reduced(loss, reduction, "mean")
 

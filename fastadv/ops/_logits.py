@@ -4,7 +4,6 @@ import torch
 
 from .. import _native, reference
 from .._library import FLOATS, define, expect, gradients_from_forward
-from ..hooks import transformed
 
 # Of labels, as data sets have them; int64 is what the kernels take.
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -29,15 +28,6 @@ def check_labels(y, logits, name="y"):
     if y.dtype != torch.int64:
         raise TypeError(f"{name} is {y.dtype}, must be integers")
     expect(name, y, like=logits, shape=logits.shape[:1])
-
-
-def checked_labels(name, y, logits):
-    """`as_labels`, after all checks of labels; a look at the values where that is possible."""
-    y = as_labels(y)
-    check_labels(y, logits, name)
-    if y.is_cpu and not (torch.compiler.is_compiling() or transformed()):
-        check_range(y, logits.shape[1], name)
-    return y
 
 
 def check_range(y, classes, name="y", ignored=None):
