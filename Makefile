@@ -5,7 +5,7 @@ STAMP := $(VENV)/installed
 SANITIZED := build/sanitized
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: install demo test test-slow bench lint sanitize clean
+.PHONY: install demo test test-slow test-matrix bench lint sanitize clean
 
 install: $(STAMP)
 
@@ -23,6 +23,20 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
+
+# The tests again with the oldest Python and torch that pyproject.toml promises and with the newest
+# torch that installs, each in an environment of its own.
+PYTHON_oldest ?= python3.10
+PYTHON_newest ?= $(PYTHON)
+TORCH_oldest := torch==2.8.0
+TORCH_newest := torch
+test-matrix: matrix-oldest matrix-newest
+
+matrix-%:
+	test -d build/matrix/$* || $(PYTHON_$*) -m venv build/matrix/$*
+	build/matrix/$*/bin/pip install -q --disable-pip-version-check '$(TORCH_$*)' -e '.[test]'
+	build/matrix/$*/bin/python -c 'import sys, torch; print(sys.version.split()[0], torch.__version__)'
+	build/matrix/$*/bin/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile
 
 bench: install
 	$(BIN)/python -m pytest $(filter-out %attack.py %train_step.py %teacher_cache.py %evaluate.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave
