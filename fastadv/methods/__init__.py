@@ -38,6 +38,7 @@ METHODS = {
 
 
 COMMON = ("attack", "attack_bn", "milestones")  # options of every method
+SHARES = ("adv_weight", "alpha", "clean_weight", "label_smoothing")  # of 1
 
 
 def named(name):
@@ -66,7 +67,7 @@ def get(name, **given):
             listed = ", ".join(f"{option}={default}" for option, default in known.items())
             raise ValueError(f"method {name} has no option {key}; it has {listed or 'none'}")
         if key in known:
-            _check(f"{key} of method {name}", value, known[key])
+            _check(name, key, value, known[key])
     method = base(**given)
     return VFD(method, **vanilla) if name.startswith("vfd+") else method
 
@@ -82,18 +83,22 @@ def options(cls):
     return found
 
 
-def _check(name, value, default):
-    """Raises ValueError unless the value is of the default's kind; no number is negative."""
+def _check(method, option, value, default):
+    """Raises ValueError unless the value is of the default's kind; no number is negative, and
+    none of `SHARES` above 1."""
     if isinstance(default, bool):
         right, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
+        most, kind = (1, "in [0, 1]") if option in SHARES else (math.inf, "of at least 0")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        right, kind = number and 0 <= value < math.inf, "a number of at least 0"
+        right, kind = number and 0 <= value <= most and value < math.inf, f"a number {kind}"
     else:
         # Lists are what a config.json makes of tuples.
-        right, kind = isinstance(value, (str, tuple, list)), "a name, or names with commas"
+        names = value if isinstance(value, (tuple, list)) else [value]
+        right = all(isinstance(name, str) for name in names)
+        kind = "a name, or names with commas"
     if not right:
-        raise ValueError(f"{name} is {value!r}, must be {kind}")
+        raise ValueError(f"{option} of method {method} is {value!r}, must be {kind}")
 
 
 __all__ = [

@@ -17,6 +17,8 @@ class AdaAD(MismatchAttack):
 
     def __init__(self, alpha=1.0, reduction="mean", parity=False, **options):
         super().__init__(**options)
+        if reduction not in ("mean", "batchmean"):
+            raise ValueError(f"reduction is {reduction!r}, must be 'mean' or 'batchmean'")
         self.alpha, self.reduction, self.parity = alpha, reduction, parity
 
     def cacheable(self):

@@ -48,7 +48,9 @@ class VFD(Method):
         if distance not in DISTANCES:
             raise ValueError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
         self.base, self.distance, self.normalise = base, distance, normalise
-        layers = (layers,) if isinstance(layers, str) else layers
+        layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        if not layers or len(set(layers)) < len(layers):
+            raise ValueError(f"layers is {layers}, must be one name or more, each once")
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()

@@ -1,6 +1,7 @@
 """Each method against a plain transcription of its paper: x_adv, loss, gradients, BatchNorm."""
 
 import copy
+import math
 from functools import partial
 
 import papers
@@ -398,11 +399,36 @@ def test_what_a_method_may_cache_is_what_it_reads_of_x(setup, name, options):
         ({"beta": float("nan")}, "beta of method trades is nan, must be a number of at least 0"),
         ({"parity": "maybe"}, "parity of method trades is 'maybe', must be true or false"),
         ({"parity": 1.0}, "parity of method trades is 1.0, must be true or false"),
+        ({"label_smoothing": 1.5}, "label_smoothing of method trades is 1.5, must be a number in"),
     ],
 )
 def test_a_value_unlike_the_default_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         methods.get("trades", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("rslad", "adv_weight"),
+        ("ard", "alpha"),
+        ("adaad", "alpha"),
+        ("advfunmatch", "clean_weight"),
+    ],
+)
+def test_shares_are_in_0_1(name, option):
+    """Beyond 1 the other term's weight would be negative: the student is driven from its target."""
+    for share in (0, 0.5, 1):
+        assert getattr(methods.get(name, **{option: share}), option) == share
+    for share in (1.001, 2, -0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"{option} of method {name} is .* in \[0, 1\]"):
+            methods.get(name, **{option: share})
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "nope"])
+def test_the_reduction_of_adaad_is_one_of_the_authors(reduction):
+    with pytest.raises(ValueError, match=f"reduction is '{reduction}', must be 'mean' or 'batchm"):
+        methods.get("adaad", reduction=reduction)
 
 
 def test_a_teacher_in_train_mode_is_refused(setup):

@@ -182,6 +182,12 @@ def test_errors_name_what_is_wrong(setup):
     student, teacher, _, batch = setup
     with pytest.raises(ValueError, match="distance is 'l1', must be one of mse, l2, cosine"):
         methods.get("vfd+at", distance="l1")
+    for layers in ((), [], ("fc", "layer4", "fc")):
+        with pytest.raises(ValueError, match="layers is .*, must be one name or more, each once"):
+            methods.get("vfd+at", layers=layers)
+    for layers in (("fc", 1.0), 3.0, {"fc": 1}):
+        with pytest.raises(ValueError, match="layers of method vfd.at is .*, must be a name"):
+            methods.get("vfd+at", layers=layers)
     with pytest.raises(ValueError, match="layer is 'layer9', must be penultimate, logits or"):
         prepared("vfd+at", student, teacher, batch, layers="layer9")
     with pytest.raises(ValueError, match="student layer3 is .*, teacher layer4 is .*channels"):
