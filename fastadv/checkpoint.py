@@ -109,7 +109,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -252,7 +253,8 @@ def _reason(error: Exception, head: bytes) -> str:
             f"refused: it holds pickled code{wanted}, not only tensors. Nothing was run; where you"
             " trust its source, save its state dict alone and load that"
         )
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    reason = str(error).partition("\n")[0]
+    reason = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
     return f"truncated, damaged or not a torch file: {reason}"
 
 

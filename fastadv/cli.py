@@ -10,6 +10,8 @@ from . import methods
 from .config import PLACES, PRECISIONS, Config, number, recipe, recipes
 from .digits import settings
 
+PLACE_FLAGS = tuple("--" + place.replace("_", "-") for place in PLACES)  # beside --resume
+
 
 def parse(argv, description=None):
     """(Config, resume) from the command line."""
@@ -22,10 +24,9 @@ def parse(argv, description=None):
     )
     if resume:
         if given.keys() - PLACES or name or precision or options:
-            places = ", ".join("--" + place.replace("_", "-") for place in PLACES)
             raise ValueError(
                 "--resume takes the run's own settings: no other flag goes with it but those of "
-                f"places, which may be others on another machine ({places})"
+                f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)})"
             )
         return dataclasses.replace(saved(resume), out=resume, **given), True
     fields = recipe(name) if name else {}

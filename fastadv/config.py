@@ -117,7 +117,7 @@ class Config:
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
 
     def __post_init__(self):
-        self._check_numbers()
+        self._check_fields()
         if self.step_size is None:
             self.step_size = self.eps / 4
         for name in ("precision_attack", "precision_outer", "precision_teacher"):
@@ -143,7 +143,17 @@ class Config:
             if getattr(self, name) not in (None, "memory", "off"):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
-    def _check_numbers(self):
+    def _check_fields(self):
+        """Raises ValueError for the first field that no run can have."""
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name in (*PATHS, "out") and isinstance(value, os.PathLike):
+                setattr(self, one.name, os.fspath(value))
+            elif one.type in (str, str | None, dict) and not isinstance(value, one.type):
+                kind = "an object of options" if one.type is dict else "text"
+                raise ValueError(f"{one.name} is {value!r}, must be {kind}")
+        if self.data == "digits" and self.data_dir is not None:
+            raise ValueError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
         for name, (rule, holds) in RULES.items():
             value = getattr(self, name)
             missing = value is None and getattr(Config, name) is None  # which is a default then
@@ -169,6 +179,11 @@ class Config:
             yield (
                 f"batch_size is {self.batch_size}, more than the {images} training images: an "
                 "epoch is one step"
+            )
+        if self.batch_size > 1 == images % self.batch_size:
+            yield (
+                f"batch_size is {self.batch_size}, which leaves one of {images} images for the "
+                "last batch: BatchNorm has little or nothing to take statistics of"
             )
 
     def lr_at(self, epoch):

@@ -17,13 +17,18 @@ def append(path, row):
 
 
 def read(path):
-    """All rows; a last line cut short by a crash is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    """All rows; a last line cut short by a crash is left out. Raises ValueError, naming file and
+    line, for others that are no row of a run."""
+    rows, lines = [], Path(path).read_text().splitlines() if Path(path).exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            rows.append(row)
+        elif row is not None or number < len(lines):
+            raise ValueError(f"{path}: line {number} is no row of a run: {line[:50]!r}")
     return rows
 
 

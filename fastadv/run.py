@@ -43,31 +43,50 @@ class Run:
             raise FileExistsError(
                 f"out is {self.folder}, which holds a run: use --resume {self.folder}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"out is {self.folder}, where no folder can be made: {error.strerror}"
+            ) from error
         checkpoint.atomic_write(self.folder / "config.json", self.config.to_json())
 
     def resume(self):
-        """Takes up the state of last.safetensors; a run killed in its first epoch starts over."""
+        """Takes up the state of last.safetensors; a run killed in its first epoch starts over.
+
+        Raises ValueError where the file is not of the run that config.json describes, and
+        FileNotFoundError where it is missing after that epoch.
+        """
         path = self.folder / "last.safetensors"
         if path.exists():
             tensors, metadata = checkpoint.load(path)
-            self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
-            part = partial(_with_prefix, tensors)
-            self.student.load_state_dict(part("student." if self.average else "model."))
-            if self.average:
-                self.average.load_state_dict(part("average."))
-            self.method.load_state_dict(part("method."))
-            self.state = {k: v.to(self.state[k].device) for k, v in part("state.").items()}
-            optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {
-                int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()
-            }
-            self.optimizer.load_state_dict(optimizer)
-            torch.set_rng_state(tensors["rng"])
+            try:
+                self._restore(tensors, metadata)
+            except (KeyError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"{path} is not of the run that config.json beside it describes: {reason}"
+                ) from error
+        elif any(row["epoch"] > 0 for row in log.read(self.metrics)):
+            raise FileNotFoundError(f"{path}: no such file, but {self.metrics} has later epochs")
         if parallel.rank() == 0:
             for half_written in self.folder.glob(".*.tmp"):
                 half_written.unlink()
             log.keep_before(self.metrics, self.epoch)
+
+    def _restore(self, tensors, metadata):
+        part = partial(_with_prefix, tensors)
+        self.student.load_state_dict(part("student." if self.average else "model."))
+        if self.average:
+            self.average.load_state_dict(part("average."))
+        self.method.load_state_dict(part("method."))
+        state = part("state.")
+        self.state = {k: state[k].to(v.device) for k, v in self.state.items()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()}
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(tensors["rng"])
+        self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
 
     def end_epoch(self, row):
         """Logs the row, writes the checkpoints and the figure."""

@@ -75,6 +75,26 @@ def test_milestones_in_order(milestones):
     assert Config(milestones=milestones).milestones == tuple(milestones)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", 5), ("data", None), ("out", 3), ("teacher", False), ("method_options", [])],
+)
+def test_text_is_text(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is .*, must be (text|an object of options)"):
+        Config(**{name: value})
+
+
+def test_paths_are_taken_as_such(tmp_path):
+    made = Config(data_dir=tmp_path / "a", out=tmp_path / "b", teacher_cache=tmp_path)
+    assert (made.data_dir, made.out) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert Config.from_json(made.to_json()) == made
+
+
+def test_digits_have_no_folder():
+    with pytest.raises(ValueError, match="data_dir is 'x', but digits come with scikit-learn"):
+        Config(data="digits", data_dir="x")
+
+
 def test_what_a_run_hardly_means(npz, tmp_path):
     """Said when it trains, and not where its record is read."""
     small = {"epochs": 2, "milestones": (1, 2, 5), "batch_size": 145}
@@ -89,6 +109,11 @@ def test_what_a_run_hardly_means(npz, tmp_path):
         "milestones has 2, 5, which 2 epochs do not reach: lr does not drop there",
         "batch_size is 145, more than the 144 training images: an epoch is one step",
     ]
+    assert list(config(npz, tmp_path, batch_size=11).doubts(144)) == [
+        "batch_size is 11, which leaves one of 144 images for the last batch: BatchNorm has little "
+        "or nothing to take statistics of"
+    ]
+    assert not list(config(npz, tmp_path, batch_size=1).doubts(144))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(config(npz, tmp_path / "fine", epochs=2, milestones=(1,), batch_size=144))

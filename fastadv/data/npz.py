@@ -44,7 +44,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise ValueError(f"{path}: not a readable .npz of plain arrays ({error})") from error
+        # numpy takes whatever is no archive for a pickle, and says how to run it.
+        reason = "no archive, or pickled objects" if "pickle" in str(error) else error
+        raise ValueError(f"{path}: not a readable .npz of plain arrays ({reason})") from error
 
 
 def _get(path: str | Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -46,10 +46,8 @@ def fill(args, rest):
 
 def verify(args, rest):
     """Checks every checksum and, where a teacher is given, recomputes a random sample of rows."""
-    bad, folders = 0, list(store.caches(args.directory))
-    if not folders:
-        raise ValueError(f"{args.directory}: no caches in it")
-    for folder in folders:
+    bad = 0
+    for folder in caches(args.directory):
         try:
             _, count, damaged = checked(folder)
         except store.Damaged as error:
@@ -93,7 +91,7 @@ def recomputed(args, rest):
 
 def info(args, rest):
     """Prints what each cache is of, how full it is and what it takes."""
-    for folder in store.caches(args.directory):
+    for folder in caches(args.directory):
         try:
             header = store.read_header(folder)
             table = store.Table(header, folder)
@@ -119,7 +117,7 @@ def info(args, rest):
 
 def prune(args, rest):
     """Deletes what cannot be read and clears damaged rows; with --keep deletes all other caches."""
-    folders = list(store.caches(args.directory))
+    folders = store.caches(args.directory)
     kept = None if args.keep is None else {Path(name).name for name in args.keep}
     if unknown := (kept or set()) - {folder.name for folder in folders}:
         raise ValueError(f"--keep names no cache of {args.directory}: {', '.join(sorted(unknown))}")
@@ -140,6 +138,14 @@ def prune(args, rest):
         print(f"removed {folder}: {reason}")
 
 
+def caches(directory):
+    """The folders of caches in `directory`, one at least, or ValueError."""
+    folders = store.caches(directory)
+    if not folders:
+        raise ValueError(f"{directory}: no caches in it")
+    return folders
+
+
 def checked(folder):
     """(its open table, rows filled, damaged ids, numpy [D]) of a cache. Raises store.Damaged."""
     table = store.Table(store.read_header(folder), folder)
@@ -152,6 +158,9 @@ def checked(folder):
 
 def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
+    for flag in rest if args.run else ():
+        if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS:
+            raise ValueError(f"--run takes the run's own settings: {flag} does not go with it")
     config, _ = cli.parse(["--resume", args.run, *rest] if args.run else rest)
     device(config.device)  # raises where this machine has none
     dataset = data.load(config.data, config.data_dir)
@@ -163,6 +172,13 @@ def opened(args, rest):
         raise ValueError(f"method {config.method} reads no {args.which} of x alone: give --names")
     dtype = getattr(torch, config.teacher_cache_dtype)
     return TeacherCache(teacher, loader, names, args.directory, dtype), loader
+
+
+def count(text):
+    """A whole number of at least 1; argparse makes a sentence of the ValueError for others."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def arguments(argv):
@@ -182,9 +198,9 @@ def arguments(argv):
             one.add_argument("--which", choices=("teacher", "clean_teacher"), default="teacher")
             one.add_argument("--names", help="such as logits,penultimate; default: the method's")
         if command is fill:
-            one.add_argument("--views", type=int, help="only the first so many views per image")
+            one.add_argument("--views", type=count, help="only the first so many views per image")
         if command is verify:
-            one.add_argument("--sample", type=int, default=1000, help="rows to recompute")
+            one.add_argument("--sample", type=count, default=1000, help="rows to recompute")
         if command is prune:
             one.add_argument("--keep", nargs="+", metavar="NAME", help="delete all but these")
     args, rest = parser.parse_known_args(argv)

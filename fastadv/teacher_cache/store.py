@@ -75,8 +75,11 @@ def read_header(folder):
 
 
 def caches(directory):
-    """The folders of caches in `directory`, or itself when it is one, whole or not."""
+    """The folders of caches in `directory`, or itself when it is one, whole or not. Raises
+    ValueError where it is no folder."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder")
     folders = [directory] if is_cache(directory) else sorted(directory.iterdir())
     return [folder for folder in folders if is_cache(folder)]
 
