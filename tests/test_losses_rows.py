@@ -161,8 +161,9 @@ def test_mart_bce_of_probabilities_is_the_expectation_over_labels(dtype):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignored", [-100, 255, 3])
-def test_ignored_labels_are_torchs(ignored, smoothing, reduction):
-    z, y = torch.randn(7, 10, requires_grad=True), torch.tensor([0, 3, 9, 3, 1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ignored_labels_are_torchs(dtype, ignored, smoothing, reduction):
+    z, y = torch.randn(7, 10, dtype=dtype, requires_grad=True), torch.tensor([0, 3, 9, 3, 1, 2, 4])
     y = y if ignored == 3 else torch.where(y == 3, ignored, y)
     options = {"label_smoothing": smoothing, "reduction": reduction, "ignore_index": ignored}
     expected, got = F.cross_entropy(z, y, **options), losses.cross_entropy(z, y, **options)
