@@ -375,3 +375,20 @@ def test_bad_arguments_name_themselves(model, batch):
         fails(f"logits has shape \\(6, 2\\), must be .* C >= {least}", x, y * 0, loss=loss, net=two)
     fails("model returned probabilities", x, y, net=nn.Sequential(model, nn.Softmax(1)))
     fails("model returned shape", x, y, net=nn.Conv2d(3, 10, 1))
+
+
+def test_bad_gradients_add_up_over_the_rounds_of_one_call():
+    class Broken(nn.Module):
+        """Robust everywhere; the gradient of two samples of three has holes."""
+
+        def forward(self, v):
+            holes = torch.ones_like(v)
+            holes[: 2 * len(v) // 3] = math.nan
+            z = 1e-6 * Holes.apply(v, holes)
+            return torch.stack([3 + z, 0 * z, 0 * z], 1)
+
+    x, y = torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    attack = APGD(0.1, steps=4, restarts=3)
+    for _ in range(2):
+        attack(Broken(), x, y)
+        assert attack.bad_gradients == 2 * 5 * 3  # samples, gradients of a round, rounds

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastadv.attacks import APGD, FAB, FGSM, PGD, Square
 from fastadv.features import forward_features
+from fastadv.hooks import hooked
 
 EPS = 16 / 255
 ATTACKS = {
@@ -206,3 +207,12 @@ def test_features_name_what_is_wrong(batch):
         forward_features(net, x.tolist(), ("logits",))
     with pytest.raises(TypeError, match="model returned a dict of 'z'.* must return logits"):
         forward_features(Wrapped(net, lambda z: {"z": z}), x, ("body",))
+
+
+def test_features_leave_no_hook_behind(batch):
+    net, (x, _) = Outputs(lambda z: z), batch
+    forward_features(net, x, ("body", "penultimate"))
+    for bad in (("body", "head"), ("body", "pair")):
+        with pytest.raises((ValueError, TypeError)):
+            forward_features(net, x, bad)
+    assert not any(hooked(module) for module in net.modules())

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv import freeze
-from fastadv.attacks import FGSM, PGD
+from fastadv.attacks import FGSM, PGD, checks
 from fastadv.attacks.pgd import OBJECTIVES, input_gradient
 
 EPS = 8 / 255
@@ -330,3 +330,80 @@ def test_a_start_goes_with_one_restart(model, batch):
     x, y = batch
     with pytest.raises(ValueError, match="start is given, must be None with restarts=2"):
         PGD(EPS, EPS / 4, 2, restarts=2)(model, x, y, start=x)
+
+
+def test_starts_are_clipped_where_their_init_is_or_as_told():
+    x = torch.cat([torch.zeros(8, 3, 4, 4), torch.ones(8, 3, 4, 4)])
+    for options, inside in (
+        ({"init": "uniform"}, True),
+        ({"init": "uniform", "clip_start": False}, False),
+        ({"init": "gaussian"}, False),
+        ({"init": "gaussian", "clip_start": True}, True),
+        ({"init": "gaussian", "clip_start": False}, False),
+    ):
+        start = PGD(0.1, 0.05, **options).start(x)
+        assert bool(((start >= 0) & (start <= 1)).all()) == inside
+        assert not torch.equal(start, x)
+
+
+def test_kl_is_wrong_where_the_target_is_another_class():
+    """Without labels: of two starts the misclassified one, though its divergence is less."""
+
+    class Table(nn.Module):
+        def forward(self, x):
+            table = torch.tensor([[2.0, 1.9, 1.9, 1.9, 1.9], [2.0, 2.1, -9.0, -9.0, -9.0]])
+            return table[(x.flatten(1)[:, 0] > 0.5).long()]
+
+    x, z = torch.full((1, 1), 0.5), torch.tensor([[1.2, 1.0, -9.0, -9.0, -9.0]])
+    right, wrong = Table()(torch.tensor([[0.4], [0.6]])).log_softmax(1).split(1)
+    assert F.kl_div(right, z.softmax(1)) > F.kl_div(wrong, z.softmax(1))
+    attack = PGD(0.2, 0.05, 0, restarts=8)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        assert attack(Table(), x, target_logits=z, loss="kl") > 0.5
+
+
+def test_cw_leaves_alone_what_is_fifty_logits_ahead():
+    logits = torch.tensor([[0.0, 49.0], [0.0, 51.0], [9.0, 0.0]], requires_grad=True)
+    value = OBJECTIVES["cw"](logits, torch.zeros(3, dtype=torch.int64))
+    assert value.tolist() == [-1, 0, -59]
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert grad.tolist() == [[-1, 1], [0, 0], [-1, 1]]
+
+
+@pytest.mark.parametrize("hole", [math.nan, math.inf, -math.inf])
+def test_gradients_with_any_hole_are_counted(batch, hole):
+    x, _ = batch
+    weights = torch.ones(len(x))
+    weights[[1, 4]] = hole
+    attack = PGD(0.1, 0.05, 3, init="zero")
+    x_adv = attack.ascend(lambda v, w: v.flatten(1).sum(1) * w, x, weights)
+    assert attack.bad_gradients == 2 * 3
+    assert x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fgsm_is_of_its_norm(model, batch, norm):
+    x = 0.25 + batch[0] / 2  # away from the walls
+    delta = (FGSM(0.2, norm)(model, x, batch[1]) - x).flatten(1)
+    distance = delta.norm(math.inf if norm == "linf" else 2, dim=1)
+    torch.testing.assert_close(distance, torch.full((6,), 0.2))
+
+
+@pytest.mark.parametrize(
+    ("z", "match"),
+    [
+        ([[2.0, -1.0]], None),  # sums to one, but no probability is negative
+        ([[0.7, 0.3]], "model returned probabilities"),
+        ([[0.7, 0.31]], None),
+        ([[math.inf, 0.0]], "model returned NaN or infinite logits"),
+        ([[-math.inf, 0.0]], "model returned NaN or infinite logits"),
+        ([[math.nan, 0.0]], "model returned NaN or infinite logits"),
+    ],
+)
+def test_logits_are_told_from_what_is_none(z, match):
+    if match is None:
+        checks.check_logits(torch.tensor(z), 1)
+        return
+    with pytest.raises(ValueError, match=match):
+        checks.check_logits(torch.tensor(z), 1)
