@@ -242,3 +242,11 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"index has shape \(3,\), must be \(4,\)", index=torch.arange(3))
     fails(ValueError, r"step is -1, must be in \[0, 2\^32\)", step=-1)
     fails(ValueError, r"restart is 4294967296, must be in", restart=2**32)
+
+
+def test_the_result_is_laid_out_as_x():
+    x = torch.rand(4, 5, 6).permute(2, 0, 1)
+    for init in ("uniform", "gaussian", "zero"):
+        start = ops.random_start(x, 0.1, init, seed=1)
+        assert start.stride() == x.stride()
+        assert torch.equal(start, ops.random_start(x.contiguous(), 0.1, init, seed=1))
