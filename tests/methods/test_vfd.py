@@ -204,3 +204,28 @@ def test_features_keep_their_names_through_twins_and_precisions(setup):
     low, half = forward_features(InPrecision(student, torch.bfloat16), batch.x, ("penultimate",))
     assert half["penultimate"].dtype == low.dtype == torch.float32
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+@pytest.mark.parametrize("weight", ["lambda_adv", "lambda_clean"])
+def test_a_term_of_weight_zero_asks_nothing(setup, weight):
+    student, teacher, _, batch = setup
+    before = int(student.bn1.num_batches_tracked)
+    method, nets = prepared("vfd+at", student, teacher, batch, **{weight: 0.0})
+    method.outer(nets, batch, {})
+    passes = 2 if weight == "lambda_adv" else 1  # the base's own, of x_adv, is one
+    assert student.bn1.num_batches_tracked == before + passes
+
+
+@pytest.mark.parametrize(("base", "on"), [("ard", "lambda_clean"), ("at", "lambda_adv")])
+def test_features_of_a_pass_without_gradient_are_not_aligned(setup, base, on):
+    """That of parity, which moves BatchNorm's statistics alone."""
+    student, teacher, _, batch = setup
+    student.eval()
+    gradients = []
+    for parity in (False, True):
+        weights = {"lambda_adv": 0.0, "lambda_clean": 0.0} | {on: 1e4}
+        method, nets = prepared(f"vfd+{base}", student, teacher, batch, parity=parity, **weights)
+        loss, _ = method.outer(nets, batch, {})
+        gradients.append(torch.autograd.grad(loss, student.layer1[0].conv1.weight)[0])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-2
