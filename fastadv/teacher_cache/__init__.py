@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..features import forward_features
+from ..frozen import original
 from . import store
 from .identity import differences, identity
 
@@ -256,8 +257,10 @@ class TeacherCache:
             raise ValueError("the teacher has changed since its cache was opened: is it trained?")
 
     def _tensor_versions(self):
-        """What changes with a tensor's replacement, in-place change or a module's mode."""
-        tensors = itertools.chain(self.teacher.parameters(), self.teacher.buffers())
+        """What changes with a tensor's replacement, in-place change or a module's mode. Of a twin,
+        whose own tensors every refresh writes, those of its model tell."""
+        net = original(self.teacher)
+        tensors = itertools.chain(net.parameters(), net.buffers())
         modes = any(module.training for module in self.teacher.modules())
         return modes, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
