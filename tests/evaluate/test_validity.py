@@ -249,3 +249,46 @@ def test_what_a_probe_cannot_judge_is_named(batch):
     ):
         with pytest.raises(error, match=match):
             validity.probe(net, images, labels, chosen)
+
+
+def review_of(broken, count=100):
+    """The warnings on {stage: images that it breaks}."""
+    suite = [stage for stage in stages(list(broken), EPS) if stage.name in broken]
+    record = evaluate.Record(count)
+    for stage in suite:
+        record.stage(stage.name)[0][:] = 1
+        record.stage(stage.name)[0][: broken[stage.name]] = 2
+    return validity.review(record, suite)
+
+
+def test_one_image_more_or_less_is_no_sign():
+    assert review_of({"clean": 0, "pgd20": 20, "transfer-pgd20": 21}) == []
+    assert len(review_of({"clean": 0, "pgd20": 20, "transfer-pgd20": 22})) == 1
+    assert review_of({"clean": 0, "fgsm": 21, "pgd20": 20}) == []
+    assert len(review_of({"clean": 0, "fgsm": 22, "pgd20": 20})) == 1
+    assert review_of({"clean": 0, "pgd20": 20, "square": 24}, 2000) == []
+    assert len(review_of({"clean": 0, "pgd20": 20, "square": 25}, 2000)) == 1
+
+
+def test_images_that_an_attack_mends_are_no_sign():
+    """Papers' attacks begin at wrong images too, of which some come out right."""
+    assert review_of({"clean": 30, "pgd20": 20}) == []
+
+
+def test_pixels_without_a_gradient_are_no_sign(batch):
+    x, _ = batch
+
+    class Half(nn.Module):
+        def forward(self, v):
+            return linear()(torch.cat([v[:, :, :4], 0 * v[:, :, 4:]], 2))
+
+    assert warned(Half().eval(), x, labelled(Half(), x).labels) == []
+
+
+def test_gradients_are_looked_at_where_the_model_is_right(batch):
+    x, _ = batch
+    levels = Steps(linear()).eval()
+    y = labelled(levels, x).labels
+    y[:10] = (y[:10] + 1) % 5
+    (found,) = warned(levels, x, y)
+    assert found.startswith("zero gradient of the cross-entropy at 50 of 50 images")

@@ -220,3 +220,35 @@ def test_an_attack_that_cannot_ascend_is_refused():
     for attack in ("pgd", 3, PGD):
         with pytest.raises(TypeError, match="attack is .*, must be a PGD"):
             methods.get("at", attack=attack)
+
+
+@pytest.mark.parametrize("name", ["at", "adaad"])
+def test_every_attack_sees_the_networks_of_now(name):
+    """Twins of student and teacher are refreshed before each."""
+    (x, y), found = images(), []
+    student, teacher, _ = networks()
+    for twin in (None, freeze(student)):
+        nets = Nets(student, freeze(teacher), student_twin=twin)
+        method = methods.get(name, attack=PGD(EPS, EPS / 4, 3))
+        before = method.perturb(nets, Batch(x, y), {}, start=x)
+        with torch.no_grad():
+            for net in (student, teacher):
+                for p in net.parameters():
+                    p.neg_()
+        found = method.perturb(nets, Batch(x, y), {}, start=x)
+        fresh = method.perturb(Nets(student, freeze(teacher)), Batch(x, y), {}, start=x)
+        assert torch.equal(found, fresh)
+        assert not torch.equal(found, before)
+
+
+def test_an_images_start_is_its_own():
+    """By the index of the batch, whatever its order."""
+    (x, y), index = images(), torch.arange(50, 58)
+    method, nets, state = prepared("at", *networks(), x)
+    order, found = torch.randperm(8, generator=torch.Generator().manual_seed(1)), []
+    method.attack.steps = 0
+    for rows in (torch.arange(8), order):
+        torch.manual_seed(4)
+        batch = Batch(x[rows], y[rows], index=index[rows])
+        found.append(method.perturb(nets, batch, state))
+    assert torch.equal(found[0][order], found[1])
