@@ -20,7 +20,7 @@ _log = logging.getLogger("fastadv")
 
 class InPrecision(nn.Module):
     """A network computing in `dtype` that returns its logits (see `logits_of`) in float32, in
-    float64 where that is the dtype.
+    float64 where that is its dtype.
 
     dtype: that of the net's parameters, which None stands for, or bfloat16 over float32 parameters,
     by autocast; ValueError for others. Images are cast to the dtype of the parameters.
@@ -39,12 +39,9 @@ class InPrecision(nn.Module):
         x = cast_to(self.net, x)
         low = self.dtype == torch.bfloat16 and dtype_of(self.net) == torch.float32
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low):
-            return self._answer(self.net(x))
-
-    def _answer(self, output):
-        """The logits in what a network returned, in the dtype that callers get."""
-        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return logits_of(output).to(exact)
+            logits = logits_of(self.net(x))
+        exact = torch.float64 in (self.dtype, dtype_of(self.net))
+        return logits.to(torch.float64 if exact else torch.float32)
 
 
 class Frozen(InPrecision):
@@ -115,7 +112,7 @@ class Frozen(InPrecision):
         (head,) = self._head
         try:
             with torch.autocast(x.device.type, enabled=False):
-                return self.trunk.guarded(self._answer(head(self.trunk(x))))
+                return self.trunk.guarded(logits_of(head(self.trunk(x))).float())
         except Unsupported as reason:
             self._go_without(reason)
             return super().forward(x)

@@ -38,8 +38,10 @@ def cast_to(model, x):
 
 def dtype_of(model, default=torch.float32):
     """The dtype of the first floating point parameter, `default` where there is none."""
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), default)
+    for parameter in model.parameters() if isinstance(model, torch.nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return default
 
 
 def _described(output):

@@ -189,6 +189,18 @@ def test_float64_end_to_end(model):
     assert torch.equal(twin(x), copy.deepcopy(model).double().eval()(x.double()))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_a_twin_without_a_trunk_compiles_as_a_whole(dtype):
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(4, 3, 2, 2)
+    twin = freeze(net, dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), twin(x))
+        net[1].weight.data.mul_(-2)
+        twin.refresh()
+
+
 def test_networks_without_parameters():
     x = torch.rand(4, 3, 2, 2)
     for dtype in (None, torch.float32, torch.bfloat16, torch.float64):

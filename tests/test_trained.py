@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import func, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import data, models
+from fastadv import data, freeze, models
 from fastadv.build import build_method, build_nets
 from fastadv.config import Config
 from fastadv.frozen import InPrecision
@@ -297,6 +297,13 @@ def test_students_of_other_dtypes_that_return_more_than_logits(dtype):
     wanted = exact(x.double())[0]
     error = (logits - wanted).norm() / wanted.norm()
     assert error < (1e-12 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_twin_of_a_student_in_float64_is_exact(dtype):
+    net, x = models.get("resnet18", width=4).eval(), torch.rand(4, 3, 8, 8).double()
+    twin = freeze(Trained(net, dtype), torch.float64)
+    torch.testing.assert_close(twin(x), net.double()(x), rtol=1e-12, atol=1e-12)
 
 
 class Tuple(nn.Module):
