@@ -95,21 +95,10 @@ def setup():
     return student, *teachers, x, y, x + 1e-3 * torch.randn_like(x)
 
 
-class DoubleTwin(torch.nn.Module):
-    """freeze() returns float32 logits; these tests compare in float64."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.twin = freeze(model)
-
-    def forward(self, x):
-        return self.twin.net(x)
-
-
 def ours(name, options, student, teacher, clean_teacher, x):
     """(method, nets, state) ready for the first step."""
     method = methods.get(name, attack=PGD(EPS, STEP, STEPS), **options)
-    nets = methods.Nets(student.train(), teacher, clean_teacher, DoubleTwin(student))
+    nets = methods.Nets(student.train(), teacher, clean_teacher, freeze(student))
     method.prepare(nets, x)
     state = method.init_state("cpu")
     state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
