@@ -95,3 +95,19 @@ def test_an_index_of_another_length_is_refused(name, model):
     attack = suite.single(name, 8 / 255).attack
     with pytest.raises(ValueError, match=r"index has shape \(2,\), must be \(3,\)"):
         attack(model, x, y, index=torch.arange(2))
+
+
+@pytest.mark.parametrize("name", ["pgd20", "pgd-kl-3", "square", "fgsm"])
+def test_a_stage_hands_on_the_ids_of_its_images(name, model):
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    stage, ids = suite.single(name, 1e-4), torch.arange(60, 64)
+    if name == "square":
+        stage.attack.queries = 5
+    found = []
+    for rows, index in ((slice(None), ids), (slice(1, 3), ids[1:3]), (slice(None), ids + 9)):
+        torch.manual_seed(3)
+        found.append(stage(model, x[rows], y[rows], index))
+    assert (found[0][1:3] - found[1]).abs().max() < 1e-7
+    assert torch.equal(found[0], found[2]) == (name == "fgsm")

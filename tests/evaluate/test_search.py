@@ -591,3 +591,31 @@ def test_arguments_of_the_wrong_kind_are_named(model, split):
         evaluate.from_run(None)
     with pytest.raises(ValueError, match="model-from is 3, must be module:function"):
         evaluate.from_code(3)
+
+
+def test_a_folder_has_everything_as_soon_as_a_run_ends(model, split, tmp_path):
+    """However short it was."""
+    suite = stages(["clean", "fgsm", "pgd20"], EPS)
+    record = Record(len(split), folder=tmp_path)
+    evaluate.run(model, split, suite, record=record)
+    again = Record(len(split), folder=tmp_path)
+    for stage in suite:
+        assert torch.equal(again.right(stage.name), record.right(stage.name))
+        assert again.costs[stage.name] == record.costs[stage.name]
+
+
+def test_a_run_that_fails_keeps_what_it_has(model, split, tmp_path):
+    class Stopped(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return model(x)
+
+    record = Record(len(split), folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(Stopped(), split, stages(["clean"], EPS), batch_size=16, record=record)
+    verdicts, _ = Record(len(split), folder=tmp_path).stage("clean")
+    assert (verdicts != UNKNOWN).sum() == 32
