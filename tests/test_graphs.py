@@ -232,6 +232,18 @@ def test_methods_attack_by_replays(model, player, name):
     assert player.counts == (1, 2)
 
 
+def test_nets_made_anew_for_each_step_are_known_again(model, player):
+    torch.manual_seed(3)
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten(), nn.Linear(64, 7)).eval()
+    method, twin = methods.get("adaad"), freeze(model)
+    method.attack = graphs.Captured(pgd())
+    x, y = batch()
+    for _ in range(4):
+        nets = methods.Nets(model, teacher, student_twin=twin)
+        method.perturb(nets, methods.Batch(x=x, y=y), {})
+    assert player.counts == (1, 3)
+
+
 def test_a_stale_teacher_is_attacked_step_by_step(model, player):
     nets = methods.Nets(
         student=model, teacher=freeze(nn.Sequential(nn.Flatten(), nn.Linear(192, 7)))

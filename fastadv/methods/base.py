@@ -1,7 +1,7 @@
 """What a training method is made of: the networks, a batch, and the two problems of the paper."""
 
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,40 +12,33 @@ from ..attacks import PGD
 from ..attacks.checks import wide
 from ..features import forward_features
 from ..frozen import Frozen, InPrecision, freeze, refresh
-from ..logits import cast_to, logits_of
+from ..logits import ask
 
 
-class Answering:
-    """Mixed into the class of a network: called, it takes images of any floating dtype, computes in
-    that of its parameters, and gives logits, those of halves in float32."""
+class Answering(nn.Module):
+    """A network as methods ask it: images of any floating dtype are cast to that of its parameters,
+    and what it returns is its logits, those of halves in float32. Its attributes are the
+    network's."""
 
-    def __call__(self, x):
-        return wide(logits_of(super().__call__(cast_to(self, x))))
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.training = net.training
 
-    def __reduce__(self):
-        """Copies and files are of the network itself."""
-        kind = type(self).__mro__[2]
-        return _view, (_view(self, kind), kind)
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
+
+    def forward(self, x):
+        return wide(ask(self.net, x))
 
 
 def answering(net):
-    """A view of a network as `Answering`: the parameters, buffers, hooks, mode and all other
-    attributes of the two are one. What answers so already, and what is no module, is itself."""
-    if isinstance(net, (InPrecision, Answering)) or not isinstance(net, nn.Module):
-        return net
-    return _view(net, _answering(type(net)))
-
-
-@cache
-def _answering(kind):
-    return type(kind.__name__, (Answering, kind), {})
-
-
-def _view(net, kind):
-    """An object of another class with the attributes of `net`, now and later."""
-    view = object.__new__(kind)
-    object.__setattr__(view, "__dict__", vars(net))
-    return view
+    """A network as `Answering`; what answers so already, and what is no module, as it is."""
+    plain = isinstance(net, nn.Module) and not isinstance(net, (InPrecision, Answering))
+    return Answering(net) if plain else net
 
 
 @dataclass
@@ -75,7 +68,8 @@ class Nets:
         if attack_bn == "train":
             return self
         if self.student_twin is None:
-            self.student_twin = freeze(self.student)
+            raw = self.student.net if isinstance(self.student, Answering) else self.student
+            self.student_twin = freeze(raw)
         for net in (self.student_twin, self.teacher, self.clean_teacher):
             refresh(net)
         return replace(self, student=self.student_twin)

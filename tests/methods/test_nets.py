@@ -50,7 +50,7 @@ def prepared(name, student, teacher, clean_teacher, x):
     nets = Nets(student, teacher, clean_teacher)
     method.prepare(nets, x)
     state = method.init_state("cpu")
-    return method, nets, {k: v.to(x) if v.is_floating_point() else v for k, v in state.items()}
+    return method, nets, state
 
 
 def outer(name, nets, x, y, x_adv):
@@ -184,6 +184,9 @@ def test_the_student_is_the_network_itself_but_for_its_answers():
     handle.remove()
     assert repr(seen) == repr(net)
     assert Nets(nets.student).student is nets.student
+    assert nets.student == seen
+    assert len({nets.student, seen}) == 1
+    assert nets.student != Nets(copy.deepcopy(net)).student
     twin = freeze(net)
     assert Nets(net, teacher=twin).teacher is twin
 
