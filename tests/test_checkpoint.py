@@ -173,6 +173,18 @@ def test_one_flipped_bit_is_noticed(tmp_path, weights, read):
         read(path)
 
 
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.read_weights])
+@pytest.mark.parametrize("change", [(rb"\"epoch\": 1", rb"\"epoch\": 2"), (b"model.a", b"model.b")])
+def test_metadata_and_names_are_in_the_checksum(tmp_path, read, change):
+    path = tmp_path / "bit.safetensors"
+    checkpoint.save(path, {"model.a": torch.ones(2), "model.c": torch.ones(3)}, {"epoch": 1})
+    before = path.read_bytes()
+    assert before.count(change[0]) == 1
+    path.write_bytes(before.replace(*change))
+    with pytest.raises(ValueError, match=r"bit\.safetensors: damaged: the contents do not match"):
+        read(path)
+
+
 def test_absent_and_foreign_files(tmp_path):
     for read in (checkpoint.load, checkpoint.read_weights):
         with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):

@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import pickle
+import time
 import types
 import zipfile
 
@@ -30,10 +31,10 @@ class Made(Written):
     """Pickles into a call of `function` on `args`, then into what `state` and `items` add."""
 
     def __init__(self, function, *args, state=None, items=None):
-        self.parts = function, args, state, None, items and iter(items.items())
+        self.parts, self.items = (function, args, state, None), items
 
     def __reduce__(self):
-        return self.parts
+        return *self.parts, self.items and iter(self.items.items())
 
 
 class Named(Written):
@@ -169,10 +170,10 @@ def test_weights_in_a_mapping_of_another_kind(tmp_path, box):
 def test_nothing_else_becomes_allowed(tmp_path, monkeypatch):
     """Neither for others after a read, nor for a read what others allow."""
     monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", set())
-    serialization.add_safe_globals([os.getcwd, (print, "argparse.Namespace")])
+    serialization.add_safe_globals([time.time, (time.time, "argparse.Namespace")])
     before = set(serialization.get_safe_globals())
     path = tmp_path / "a.pt"
-    for extra, refused in ((ARGS, False), (Made(os.getcwd), True)):
+    for extra, refused in ((ARGS, False), (Made(time.time), True)):
         write(path, {"net": WEIGHTS, "extra": extra})
         if refused:
             with pytest.raises(ValueError, match="refused: it holds pickled code"):
@@ -296,6 +297,14 @@ def test_hostile_arguments_are_never_looked_at(tmp_path, case, writer):
         assert same(checkpoint.read_weights(path))
 
 
+def test_weights_in_an_ordered_dict_with_methods_of_its_own(tmp_path):
+    own = {"items": 1, "values": int, "keys": None, "get": int, "__class__": dict}
+    weights = Made(collections.OrderedDict, items=WEIGHTS, state=own)
+    for content in (weights, Made(collections.OrderedDict, items={"net": weights}, state=own)):
+        write(tmp_path / "odd.pt", content)
+        assert same(checkpoint.read_weights(tmp_path / "odd.pt"))
+
+
 # In the place of a weight; what is said of it.
 ODD = {
     "an array": (np.ones(3), "entry 'a' is Extra, not a named tensor"),
@@ -305,6 +314,7 @@ ODD = {
         torch.sparse_coo_tensor(torch.zeros(1, 0).long(), torch.zeros(0), (HUGE,)),
         "is a torch.sparse_coo tensor",
     ),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "torch.strided"),
     "nowhere": (torch.ones(3, device="meta"), "tensor of torch.float32 on meta"),
     "complex": (torch.ones(3) + 1j, "tensor of torch.complex64 on cpu, must be plain numbers"),
     "8 bits": (torch.ones(3).to(torch.float8_e4m3fn), "tensor of torch.float8_e4m3fn"),
@@ -316,6 +326,7 @@ ODD = {
 @pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantised tensors
 def test_weights_are_plain_tensors(tmp_path, case):
     value, message = ODD[case]
+    value = value() if callable(value) else value  # whose making warns
     write(tmp_path / "odd.pt", {"net": {"a": value, "b": torch.ones(1)}})
     with pytest.raises(ValueError, match=rf"odd\.pt: .*{message}"):
         checkpoint.read_weights(tmp_path / "odd.pt")

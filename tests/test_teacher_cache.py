@@ -604,6 +604,37 @@ def test_a_change_of_the_teacher_is_seen(change):
         cache.lookup(index, view, x)
 
 
+class Colour(nn.Module):
+    """A network of colour images that notes how they come."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.seen = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), []
+
+    def forward(self, x):
+        self.seen.append((x.stride(), len(x)))
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def test_a_row_is_the_same_under_autocast_and_in_any_layout():
+    """Its block has one size, layout and precision, whatever the caller's."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    loader = make_loader(ImageSet(images, torch.arange(40) % 10, torch.arange(40)))
+    teacher = Colour().eval().requires_grad_(False)
+    x, _, index, view = loader.view_batch(torch.arange(40), torch.zeros(40, dtype=torch.int64))
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                cache = TeacherCache(teacher, loader, dtype=torch.float32)
+                given = x.contiguous(memory_format=layout)
+                results.append(cache.lookup(index, view, given)["logits"])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert set(teacher.seen) == {((3 * 8 * 8, 1, 3 * 8, 3), BLOCK)}
+
+
 def test_a_disk_that_is_nearly_full_is_left_to_others(tmp_path, monkeypatch):
     loader = make_loader()
     x, _, index, view = every_view(loader)

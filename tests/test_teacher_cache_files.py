@@ -62,6 +62,19 @@ def full(tmp_path):
     return cache.folder
 
 
+def test_a_row_whose_checksum_is_zero_is_there(full, monkeypatch):
+    """0 is the mark of an absent row."""
+    table = store.Table(store.read_header(full), full)
+    ids, values = np.arange(3, 9), np.ones((6, table.width), table.dtype)
+    table.clear(ids)
+    monkeypatch.setattr(store.zlib, "crc32", lambda *_: 0)
+    table.write(ids, values)
+    assert table.filled(ids).all()
+    read, filled = table.read(ids)
+    assert filled.all()
+    assert np.array_equal(read, values)
+
+
 def fill_at_random(directory, seed, ready):
     torch.set_num_threads(1)
     cache, batch = open_cache(directory)

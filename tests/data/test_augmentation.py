@@ -43,6 +43,11 @@ def test_uniforms_are_the_words_of_random_start(seed):
         assert torch.equal((u * 2**24).floor() / 2**24, words.double())
 
 
+def test_an_index_counts_modulo_2_to_the_32():
+    far = Key(3, torch.arange(20) - 2**33, torch.zeros(20, dtype=torch.int64))
+    assert torch.equal(far.uniforms(IMAGE, 9), key(20).uniforms(IMAGE, 9))
+
+
 def test_uniforms_are_uniform_and_apart():
     first = key().uniforms(IMAGE, 8)
     for column in first.unbind(1):

@@ -98,3 +98,12 @@ def test_a_clean_teacher_is_read_where_its_term_is(name):
         read = methods.get(name, **{option: value}).cacheable()
         vanishes = value == (1.0 if name == "adaad" else 0.0)
         assert read == ({} if vanishes else {"teacher": ("logits",)})
+
+
+def test_options_are_those_of_the_nearest_class():
+    class Mine(methods.TRADES):
+        def __init__(self, beta=1.0, gamma=2.0, **options):
+            super().__init__(beta, **options)
+
+    found = methods.options(Mine)
+    assert found == {"beta": 1.0, "gamma": 2.0, "label_smoothing": 0.0, "parity": False}
