@@ -1,7 +1,6 @@
 """Networks as people have them, in methods: what they return, and which dtype they compute in."""
 
 import copy
-import io
 import types
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 
 from fastadv import freeze, methods
 from fastadv.attacks import PGD
-from fastadv.methods.base import Answering, Batch, Nets
+from fastadv.methods.base import Batch, Nets
 
 EPS = 8 / 255
 NAMES = [*methods.METHODS, "vfd+rslad", "vfd+at"]
@@ -159,50 +158,41 @@ def test_what_has_no_logits_is_refused():
             method.perturb(nets, Batch(x, y), state)
 
 
-def test_the_student_is_the_network_itself_but_for_its_answers():
-    """One with it in everything: a trainer may hold either."""
+def test_the_student_is_asked_through_a_wrapper_of_itself():
+    """A trainer may hold either."""
     net, *_ = networks()
-    seen, nets = Nets(net).student, Nets(net)
-    assert isinstance(seen, Net)
-    assert seen.state_dict().keys() == net.state_dict().keys()
+    seen = Nets(net).student
     assert all(a is b for a, b in zip(seen.parameters(), net.parameters(), strict=True))
-    assert [name for name, _ in seen.named_modules()] == [name for name, _ in net.named_modules()]
+    assert seen.linear is net.linear
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = seen.nothing
     seen.eval()
     assert not net.training
-    net.train()
-    assert seen.training
-    net.extra = nn.Parameter(torch.zeros(1))
-    assert seen.extra is net.extra
-    seen.register_buffer("count", torch.ones(()))
-    assert "count" in net.state_dict()
+    assert not Nets(net).student.training
     calls, (x, _) = [], images()
-    handle = seen.register_forward_hook(lambda module, args, output: calls.append(output))
-    net(x)
+    handle = net.register_forward_hook(lambda module, args, output: calls.append((module, output)))
     assert isinstance(seen(x), torch.Tensor)
-    assert len(calls) == 2
-    assert isinstance(calls[0], types.SimpleNamespace)  # the network's own answer is as it was
     handle.remove()
-    assert repr(seen) == repr(net)
-    assert Nets(nets.student).student is nets.student
-    assert nets.student == seen
-    assert len({nets.student, seen}) == 1
-    assert nets.student != Nets(copy.deepcopy(net)).student
+    ((module, output),) = calls
+    assert module is net
+    assert isinstance(output, types.SimpleNamespace)  # the network's own answer is as it was
+    assert Nets(seen).student is seen
+    assert Nets(net).student == seen
+    assert len({Nets(net).student, seen}) == 1
+    assert Nets(copy.deepcopy(net)).student != seen
     twin = freeze(net)
     assert Nets(net, teacher=twin).teacher is twin
+    assert type(Nets(net).attacked("eval").student.net) is Net
+    other = copy.deepcopy(seen)
+    assert other.linear.weight is not net.linear.weight
+    assert torch.equal(other(x), seen(x))
 
 
-def test_copies_and_files_are_of_the_network_itself():
-    net, *_ = networks()
-    net.wrap = torch.relu  # what a file can hold
-    seen, file = Nets(net).student, io.BytesIO()
-    assert isinstance(seen, Answering)
-    torch.save(seen, file)
-    file.seek(0)
-    for other in (copy.deepcopy(seen), torch.load(file, weights_only=False)):
-        assert type(other) is Net
-        assert other.linear.weight is not net.linear.weight
-        assert torch.equal(other.linear.weight, net.linear.weight)
-    assert type(freeze(seen).net) is Net
+def test_a_traced_graph_is_a_student():
+    x, y = images()
+    net = torch.fx.symbolic_trace(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
+    nets = Nets(net, teacher=freeze(nn.Sequential(nn.Flatten(), nn.Linear(64, 5))))
+    assert methods.get("rslad").perturb(nets, Batch(x, y), {}).shape == x.shape
 
 
 def test_networks_of_other_kinds():
@@ -215,7 +205,6 @@ def test_networks_of_other_kinds():
         torch.testing.assert_close(seen(x), expected)
         torch.testing.assert_close(seen(x.double()), expected)
         assert len(list(seen.parameters())) == 2
-    assert Nets(plain).student[1] is plain[1]
     torch.testing.assert_close(torch.compile(Nets(plain).student, backend="eager")(x), expected)
 
 
