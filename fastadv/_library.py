@@ -83,6 +83,15 @@ def expect_tensors(**values):
             raise TypeError(f"{name} is a {type(value).__name__}, must be a tensor")
 
 
+def expect_constant(name, probabilities):
+    """Raises ValueError where a gradient is asked for that losses of probabilities do not have."""
+    if probabilities.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, must be a constant: detach it, or use losses.kl on the logits "
+            "behind it, which is differentiable in both"
+        )
+
+
 def expect(name, tensor, *, dtype=None, like=None, shape=None):
     """Raises TypeError or ValueError naming the argument, what it is and what it must be."""
     if dtype is not None and tensor.dtype != dtype:
@@ -186,8 +195,8 @@ def gradients_from_forward(op, inputs):
                 saved += args[inputs[n]], gradients[n]
                 constants[inputs[n]] = None
             ctx.save_for_backward(*saved)
-            # Constants are not saved: whoever overwrites one, or made it in inference mode, may
-            # still go backward once.
+            # Constants are held by the node, not saved with the rest: whoever overwrites one, or
+            # made it in inference mode, may still go backward once.
             ctx.constants, ctx.versions = constants, _versions(constants)
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
@@ -198,12 +207,14 @@ def gradients_from_forward(op, inputs):
             result = [None] * len(ctx.constants)
             if grad_loss is None:
                 return tuple(result)
-            differentiated, gradients = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks no tensor twice
+            differentiated, gradients = saved[::2], saved[1::2]
             if torch.is_grad_enabled():
                 if ctx.versions != _versions(ctx.constants):
                     raise RuntimeError(
-                        f"an argument of {name} was overwritten since: its gradient cannot be "
-                        "computed again, which create_graph=True needs"
+                        f"an argument of {name} was overwritten since, or made in inference mode, "
+                        "where nobody can tell: create_graph=True computes the gradient from it "
+                        "again (use torch.no_grad, or clone it)"
                     )
                 args = list(ctx.constants)
                 for n, tensor in zip(ctx.wanted, differentiated, strict=True):
@@ -228,9 +239,10 @@ def gradients_from_forward(op, inputs):
 
 
 def _versions(values):
-    """How often each tensor among them, but one of inference mode, has been written to."""
+    """How often each tensor among them has been written to; NaN, which equals nothing, for one of
+    inference mode, which keeps no count."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+    return [float("nan") if t.is_inference() else t._version for t in tensors]
 
 
 def _scaled(gradient, grad_loss):

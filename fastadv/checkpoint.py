@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, serialization
 
+LOADING = threading.RLock()  # torch.load has one list of what it takes, for all threads
 CONTAINERS = ("state_dict", "net", "model_state_dict", "model", "model_state", "network", "weights")
 CONTAINERS += ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
 PREFIXES = ("module.", "model.", "net.", "network.", "_orig_mod.")
@@ -261,18 +263,20 @@ def _reason(error: Exception, head: bytes) -> str:
 @contextlib.contextmanager
 def _only_extras() -> Iterator[None]:
     """Has torch.load take its own types and the stand-ins, and nothing that this process allows
-    elsewhere: a stand-in in the hands of real code would be an error at best."""
-    before = serialization.get_safe_globals()
-    serialization.clear_safe_globals()
-    tables = {Extra: EXTRAS, ExtraDict: EXTRA_DICTS, extra_class: EXTRA_CLASSES}
-    for stand_in, table in tables.items():
-        names = [f"{module}.{name}" for module, text in table.items() for name in text.split()]
-        serialization.add_safe_globals([(stand_in, name) for name in names])
-    try:
-        yield
-    finally:
+    elsewhere: a stand-in in the hands of real code would be an error at best. torch keeps one list
+    for all threads: what another one loads meanwhile by torch.load may get stand-ins too."""
+    with LOADING:
+        before = serialization.get_safe_globals()
         serialization.clear_safe_globals()
-        serialization.add_safe_globals(before)
+        tables = {Extra: EXTRAS, ExtraDict: EXTRA_DICTS, extra_class: EXTRA_CLASSES}
+        for stand_in, table in tables.items():
+            names = [f"{module}.{name}" for module, text in table.items() for name in text.split()]
+            serialization.add_safe_globals([(stand_in, name) for name in names])
+        try:
+            yield
+        finally:
+            serialization.clear_safe_globals()
+            serialization.add_safe_globals(before)
 
 
 def _check_archive(path: Path) -> None:

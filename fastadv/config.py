@@ -157,7 +157,8 @@ class Config:
         for name, (rule, holds) in RULES.items():
             value = getattr(self, name)
             missing = value is None and getattr(Config, name) is None  # which is a default then
-            if not missing and not (isinstance(value, (int, float)) and holds(value)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not missing and not (number and holds(value)):
                 raise ValueError(f"{name} is {value!r}, must be {rule}")
         epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
         whole = all(type(epoch) is int for epoch in epochs)

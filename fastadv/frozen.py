@@ -80,6 +80,10 @@ class Frozen(InPrecision):
         """Stays in eval mode whatever is asked."""
         return super().train(False)
 
+    def load_state_dict(self, *args, **kwargs):
+        """Refused: the trunk would not follow, and the next refresh would undo it."""
+        raise RuntimeError("a twin follows its model: load into the model, then call refresh()")
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self):

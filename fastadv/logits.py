@@ -37,10 +37,13 @@ def cast_to(model, x):
 
 
 def dtype_of(model, default=torch.float32):
-    """The dtype of the first floating point parameter, `default` where there is none."""
-    for parameter in model.parameters() if isinstance(model, torch.nn.Module) else ():
-        if parameter.is_floating_point():
-            return parameter.dtype
+    """The dtype of the first floating point parameter or, where there is none, buffer; `default`
+    where there is neither."""
+    if isinstance(model, torch.nn.Module):
+        for tensors in (model.parameters(), model.buffers()):
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    return tensor.dtype
     return default
 
 

@@ -7,7 +7,7 @@ forward-mode derivatives are right too, computed in torch's own ops.
 import torch
 
 from . import ops
-from ._library import expect_tensors
+from ._library import expect_constant, expect_tensors
 from .ops._logits import as_labels, check_labels, check_range
 
 
@@ -138,6 +138,7 @@ def mart_bce(logits, y, reduction="mean"):
     Raises TypeError or ValueError that names the argument at fault.
     """
     expect_tensors(logits=logits, y=y)
+    expect_constant("y", y)
     logits = _scalable(logits)
     loss = _soft_mart_bce(logits, y) if y.is_floating_point() else ops.mart_bce(logits, y)
     return _reduced(loss, reduction, "mean")
@@ -195,4 +196,4 @@ def _soft_mart_bce(logits, y):
     ids = torch.arange(logits.shape[1], device=logits.device)
     wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])
     loss = log_q + (1.0001 - wrong + 1e-12).log()
-    return -torch.where(y == 0, 0.0, y.detach() * loss).sum(1)
+    return -(y * loss).masked_fill(y == 0, 0).sum(1)

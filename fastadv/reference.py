@@ -212,7 +212,8 @@ def margin(logits, y, grad):
     valid, label = _label(y, logits)
     wide = _at_least_fp32(logits)
     top, other = wide.scatter(1, label, -math.inf).max(dim=1)
-    loss = torch.where(valid, top - wide.gather(1, label)[:, 0], math.nan)
+    loss = torch.where(top == -math.inf, top, top - wide.gather(1, label)[:, 0])
+    loss = torch.where(valid, loss, math.nan)
     if not grad:
         return loss, logits.new_empty(0)
     one = (valid & (top != -math.inf)).to(logits.dtype)[:, None]
@@ -276,6 +277,7 @@ def cross_entropy(logits, target, label_smoothing, ignore_index, reduction, grad
         valid, label = _label(target, logits)
         ignored = target == ignore_index
         valid = valid & ~ignored
+        wide = wide.masked_fill(ignored[:, None], 0)  # what is NaN there must not reach a gradient
         target = torch.zeros_like(wide).scatter(1, label, 1)
     q = (1 - label_smoothing) * target + label_smoothing / classes
     log_p = wide.log_softmax(dim=1)

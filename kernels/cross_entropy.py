@@ -52,7 +52,7 @@ def cross_entropy_kernel(
     top = top_of(logits, row, batch, C, ROWS, BLOCK)
     label = tl.full([ROWS], -1, tl.int32)
     own = tl.zeros([ROWS], tl.float32)
-    skipped = label >= 0  # none
+    skipped = tl.zeros([ROWS], tl.int1)
     if y is not None:
         label, own = labels_of(y, logits, row, batch, C)
         own = exp(own - top)
@@ -96,8 +96,10 @@ def cross_entropy(logits, target, label_smoothing, ignore_index, reduction, grad
     labels = (target, None) if target.dtype == torch.int64 else (None, target)
     factor = None
     if reduction == "mean":
-        kept = target != ignore_index if labels[0] is not None else target.new_ones(len(target))
-        factor = 1 / kept.sum(dtype=torch.float32).clamp(min=1)
+        share = 1 / max(len(target), 1)
+        factor = torch.full((), share, dtype=torch.float32, device=target.device)
+        if labels[0] is not None:
+            factor = 1 / (target != ignore_index).sum(dtype=torch.float32).clamp(min=1)
     weights = 1 - label_smoothing, label_smoothing / logits.shape[1]
     args = *labels, factor, *weights, ignore_index
     loss, gradient = launch(cross_entropy_kernel, logits, grad, *args)

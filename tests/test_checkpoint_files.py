@@ -11,6 +11,7 @@ import pickle
 import time
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -419,3 +420,12 @@ def test_a_torchscript_program_is_called_one(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: .*a TorchScript program; save its state dict"):
         checkpoint.read_weights(tmp_path / "a.pt")
+
+
+def test_threads_that_load_leave_torchs_own_list_as_it_was(tmp_path):
+    before = serialization.get_safe_globals()
+    torch.save({"state_dict": WEIGHTS}, tmp_path / "weights.pt")
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(checkpoint.read_weights, [tmp_path / "weights.pt"] * 64))
+    assert all(weights.keys() == WEIGHTS.keys() for weights in read)
+    assert serialization.get_safe_globals() == before

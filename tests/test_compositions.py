@@ -192,11 +192,36 @@ def test_constants_may_be_overwritten_or_made_in_inference_mode():
         teacher = TEACHER.clone()
     expected = torch.autograd.grad(losses.kl(z, TEACHER), z)[0]
     assert torch.equal(torch.autograd.grad(losses.kl(z, teacher), z)[0], expected)
-    (twice,) = torch.autograd.grad(losses.kl(z, teacher), z, create_graph=True)
-    torch.testing.assert_close(twice, expected)
+    with pytest.raises(RuntimeError, match="overwritten since, or made in inference mode"):
+        torch.autograd.grad(losses.kl(z, teacher), z, create_graph=True)
     buffer = TEACHER.clone()
     loss = losses.kl(z, buffer)
     buffer.zero_()
     assert torch.equal(torch.autograd.grad(loss, z, retain_graph=True)[0], expected)
     with pytest.raises(RuntimeError, match="an argument of softmax_kl was overwritten since"):
         torch.autograd.grad(loss, z, create_graph=True)
+
+
+@each
+def test_non_reentrant_checkpoints_unpack_each_tensor_once(name):
+    z = torch.randn(6, 10, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    loss = LOSSES[name][0]
+    kept = torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=False)
+    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (kept, loss(z))))
+
+
+def test_probabilities_that_require_grad_are_refused():
+    z, q = torch.randn(6, 10), TEACHER.softmax(1).requires_grad_()
+    for name, call in (("target", losses.cross_entropy), ("y", losses.mart_bce)):
+        with pytest.raises(ValueError, match=f"{name} requires grad, must be a constant"):
+            call(z, q)
+
+
+def test_ignored_rows_and_lone_classes_have_no_gradient_under_torch_func():
+    z, y = torch.randn(3, 10), torch.tensor([1, -100, 2])
+    z[1] = torch.nan
+    gradient = torch.func.grad(lambda z: losses.cross_entropy(z, y))(z)
+    assert not gradient[1].any()
+    assert gradient[0].any()
+    lone = torch.func.grad(lambda z: losses.margin(z, Y[:3] * 0).sum())(z[[0, 2, 2], :1])
+    assert not lone.any()

@@ -13,9 +13,9 @@ from fastadv.config import device as usable
 from fastadv.train import train
 
 WRONG = {
-    "eps": [0, -0.1, math.inf, math.nan, "8/255", None],
+    "eps": [0, True, -0.1, math.inf, math.nan, "8/255", None],
     "step_size": [0, -0.1, math.inf, math.nan],
-    "lr": [0, -0.1, math.inf, math.nan, "0.1", None],
+    "lr": [0, True, -0.1, math.inf, math.nan, "0.1", None],
     "clip_grad": [0, -1, math.inf, math.nan],
     "weight_decay": [-1e-4, math.inf, math.nan, None],
     "awp_gamma": [-0.01, math.inf, math.nan],

@@ -230,3 +230,9 @@ def test_an_attack_refreshes_a_compiled_twin():
     second = attack(compiled, x, y)
     assert not torch.equal(first, second)
     assert torch.equal(second, attack(net, x, y))
+
+
+def test_weights_are_loaded_into_the_model_not_its_twin(model):
+    twin = freeze(model)
+    with pytest.raises(RuntimeError, match=r"load into the model, then call refresh\(\)"):
+        twin.load_state_dict(twin.state_dict())

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import itertools
 import types
 
 import pytest
@@ -44,7 +45,7 @@ class Output(collections.OrderedDict):
         Output(LOGITS, (FEATURES,)),
         types.SimpleNamespace(logits=LOGITS, loss=None),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_logits_are_found(output):
     found = logits_of(output)
@@ -71,7 +72,7 @@ def test_logits_are_found(output):
         (None, "a NoneType"),
         (1.5, "a float"),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_anything_else_is_refused_by_its_name(output, described):
     with pytest.raises(TypeError, match=f"^model returned {described}, must return logits: "):
@@ -94,10 +95,11 @@ def test_a_dtype_is_that_of_floating_point_parameters():
     counts = nn.Module()
     counts.rows = nn.Parameter(torch.arange(3), requires_grad=False)
     double = torch.rand(4, 6, dtype=torch.float64)
-    for model in (nn.Flatten(), counts, nn.BatchNorm1d(6, affine=False), torch.relu):
+    for model in (nn.Flatten(), counts, torch.relu):
         assert cast_to(model, double) is double  # which has none of its own
         assert dtype_of(model) == torch.float32
         assert dtype_of(model, None) is None
+    assert cast_to(nn.BatchNorm1d(6, affine=False), double).dtype == torch.float32  # a buffer's
     mixed = nn.Sequential(counts, nn.Linear(6, 2).double())
     assert cast_to(mixed, torch.rand(4, 6)).dtype == torch.float64
 

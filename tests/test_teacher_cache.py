@@ -663,3 +663,17 @@ def test_a_disk_that_does_not_read_ends_the_cache_and_not_the_run(tmp_path, monk
     with pytest.warns(UserWarning, match="stores no more: .*Input/output error"):
         assert torch.equal(cache.lookup(index, view, x)["logits"], first)
     assert torch.equal(cache.lookup(index, view, x)["logits"], first)
+
+
+def test_a_cache_is_of_the_model_as_it_is_now():
+    """Its twin may be older; the next refresh must not mix two networks in one table."""
+    loader, net = make_loader(), Net()
+    teacher = freeze(net)
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    cache = TeacherCache(teacher, loader)
+    x, _, index, view = loader.view_batch(torch.arange(4), torch.arange(4))
+    found = cache.lookup(index, view, x)["logits"]
+    teacher.refresh()
+    torch.testing.assert_close(found, teacher(x), rtol=1e-3, atol=1e-3)
+    assert torch.equal(cache.lookup(index, view, x)["logits"], found)

@@ -38,7 +38,8 @@ class ABSLD(RSLAD):
 
     def teacher_logits(self, nets, batch, state):
         z = batch.teacher_logits(nets)
-        adv, nat = (state["temperatures"] @ probabilities(batch.y, z).T)[:, :, None]
+        temperatures = state["temperatures"].to(z.dtype)
+        adv, nat = (temperatures @ probabilities(batch.y, z).T)[:, :, None]
         return z / adv, z / nat
 
     def outer(self, nets, batch, state):

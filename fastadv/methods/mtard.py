@@ -52,7 +52,7 @@ class MTARD(LabelAttack):
         first = torch.where(state["first"] == 0, pair, state["first"])
         relative = (pair / first) ** self.b
         rate = self.decayed(self.weight_rate, state)
-        weights = state["weights"].lerp(relative / relative.sum(), rate)
+        weights = state["weights"] - rate * (state["weights"] - relative / relative.sum())
         return state | {"weights": weights, "first": first}
 
 

@@ -162,8 +162,8 @@ def _check_statistics(
     if not (((mean >= 0) & (mean <= 1)).all() and (std > 0).all() and std.isfinite().all()):
         first, second = statistics
         raise ValueError(
-            f"{path}: {first} is {mean.tolist()} and {second} {std.tolist()}, which are not the mean"
-            " and deviation of images in [0, 1]"
+            f"{path}: {first} is {mean.tolist()} and {second} {std.tolist()}, which are not the"
+            " mean and deviation of images in [0, 1]"
         )
 
 

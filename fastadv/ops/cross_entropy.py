@@ -10,7 +10,7 @@ others. Differentiable in logits.
 import torch
 
 from .. import _native, reference
-from .._library import expect, expect_tensors
+from .._library import expect, expect_constant, expect_tensors
 from ._logits import as_labels, check_labels, check_logits, check_range, define_loss
 
 
@@ -51,11 +51,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100, reduct
     or ValueError that names the argument at fault.
     """
     expect_tensors(logits=logits, target=target)
-    if target.requires_grad:
-        raise ValueError(
-            "target requires grad, must be a constant: detach it, or use losses.kl on the logits "
-            "behind it, which is differentiable in both"
-        )
+    expect_constant("target", target)
     grad = logits.requires_grad and torch.is_grad_enabled()
     rest = label_smoothing, ignore_index, reduction, grad
     return _cross_entropy(logits, as_labels(target), *rest)[0]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..features import forward_features
-from ..frozen import original
+from ..frozen import original, refresh
 from . import store
 from .identity import differences, identity
 
@@ -49,6 +49,7 @@ class TeacherCache:
         self.teacher, self.names, self.dtype = teacher, tuple(sorted(set(names))), dtype
         self.hits = self.misses = self.forwards = 0
         self.writable, self.folder, self._table = True, None, None
+        refresh(teacher)  # what is asked and watched from here on is one network
         kind = str(dtype).removeprefix("torch.")
         outputs = {"names": list(self.names), "dtype": kind, "block": BLOCK}
         shapes, probe = self._probed(loader.images)
