@@ -65,7 +65,6 @@ def train(config, resume=False):
     for epoch in range(run.epoch, config.epochs):
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(epoch)
-        student.train()
         loss_sum = torch.zeros((), device=device)
         bad_gradients = torch.zeros((), dtype=torch.int64, device=device)
         start = time.perf_counter()

@@ -88,6 +88,14 @@ def test_the_move_raises_the_loss_and_goes_also_after_an_exception():
         assert weight.grad is None
 
 
+def test_only_weights_move():
+    """Not what has two dimensions and is called something else, such as an embedding."""
+    net = models.get("vit_tiny", width=12)
+    moved = {id(w) for w in AWP(net, 0.01).weights}
+    others = {n for n, w in net.named_parameters() if w.dim() > 1 and id(w) not in moved}
+    assert others == {"positions"}
+
+
 def test_gamma_must_not_be_negative():
     with pytest.raises(ValueError, match="awp_gamma is -1, must not be negative"):
         AWP(models.get("digits_net"), -1)

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from fastadv import digits, models
-from fastadv.build import build_method
+from fastadv import data, digits, models
+from fastadv.build import build_method, build_nets
 from fastadv.cli import fresh_folder, parse
 from fastadv.config import Config, number, recipe, recipes
 from fastadv.train import main, train
@@ -96,6 +96,32 @@ def test_recipes_are_those_of_the_papers():
     trades = Config(**recipe("trades-cifar10-resnet18"))
     assert (trades.eps, trades.step_size, trades.epochs) == (0.031, 0.007, 76)
     assert Config(**recipe("at-cifar10-preactresnet18")).attack_bn == "train"
+
+
+def test_a_method_is_built_of_its_config():
+    made = build_method(Config(method="ard", milestones=(3, 7), eps=0.1, steps=4))
+    assert made.milestones == (3, 7)
+    attack = made.attack
+    assert (attack.eps, attack.step_size, attack.steps, attack.init) == (0.1, 0.025, 4, "uniform")
+    assert attack.clip_start is False  # the paper's own start
+    assert build_method(Config(method="ard", init="uniform")).attack.clip_start is False
+    assert build_method(Config(method="ard", init="gaussian")).attack.clip_start is None
+    assert made.attack_bn == "train"
+    assert build_method(Config(method="ard", attack_bn="eval")).attack_bn == "eval"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_networks_have_their_own_precision(npz, teacher, precision, dtype):
+    dataset = data.load("npz", npz)
+    for part in ("attack", "outer", "teacher"):
+        settings = {"method": "rslad", "teacher_checkpoint": teacher, "student": "digits_net"}
+        made = Config(**settings, **{f"precision_{part}": precision})
+        nets, _ = build_nets(made, dataset, build_method(made))
+        found = {"attack": nets.student_twin, "outer": nets.student, "teacher": nets.teacher}
+        for name, net in found.items():
+            assert net.dtype == (dtype if name == part else torch.float32), name
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -222,7 +223,8 @@ def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, opti
     def note(run, row):
         rows.append(run.student.fc.weight.detach().clone())
         end_epoch(run, row)
-        assert run.model is run.average.module or row["epoch"] < (settings.swa_start or 0)
+        averaged = row["epoch"] >= (settings.swa_start or 0)
+        assert run.model is (run.average.module if averaged else run.student)
 
     monkeypatch.setattr(Run, "end_epoch", note)
     train(settings)
@@ -234,6 +236,64 @@ def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, opti
     split = data.load("npz", npz).val
     rate = evaluate.accuracies(model, split, ("clean",), eps=settings.eps)["clean"]
     assert rate == log.read(tmp_path / "run/metrics.jsonl")[-1]["clean_acc"]
+
+
+def test_weights_are_perturbed_after_their_warmup(npz, tmp_path):
+    cases = {"without": {}, "all": {"awp_gamma": 0.05}}
+    cases["warm"] = cases["all"] | {"awp_warmup": 1}
+    losses = {
+        name: [row["loss"] for row in train(config(npz, tmp_path / name, epochs=2, **case))]
+        for name, case in cases.items()
+    }
+    assert losses["warm"][0] == losses["without"][0] < losses["all"][0]
+    assert losses["warm"][1] > losses["without"][1]
+
+
+def test_each_step_has_the_rate_of_its_epoch(npz, tmp_path, monkeypatch):
+    """And trains a student in train mode, whatever validation did."""
+    rates, modes = [], []
+    step, outer = torch.optim.SGD.step, methods.AT.outer
+
+    def note(self, *args, **kwargs):
+        rates.extend(group["lr"] for group in self.param_groups)
+        return step(self, *args, **kwargs)
+
+    def see(self, nets, *args):
+        modes.extend(module.training for module in nets.student.modules())
+        return outer(self, nets, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+    monkeypatch.setattr(methods.AT, "outer", see)
+    rows = train(config(npz, tmp_path / "run", milestones=(1, 2), batch_size=72))
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+    assert [row["lr"] for row in rows] == pytest.approx(rates[::2])
+    assert all(modes)
+
+
+def test_broken_gradients_are_counted_and_said(npz, tmp_path, monkeypatch, capsys):
+    perturb = methods.Method.perturb
+
+    def broken(self, *args, **kwargs):
+        x_adv = perturb(self, *args, **kwargs)
+        self.attack.bad_gradients += 3
+        return x_adv
+
+    monkeypatch.setattr(methods.Method, "perturb", broken)
+    rows = train(config(npz, tmp_path / "run", epochs=1, batch_size=72))
+    assert rows[0]["bad_gradients"] == 6
+    assert "warning: 6 attack gradients had NaN or infinity" in capsys.readouterr().out
+
+
+def test_a_row_is_on_the_disk_when_it_is_logged(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def spy(descriptor):
+        synced.append((tmp_path / "metrics.jsonl").read_text())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    log.append(tmp_path / "metrics.jsonl", {"epoch": 0})
+    assert synced == ['{"epoch": 0}\n']
 
 
 def test_gradients_are_clipped(npz, tmp_path, monkeypatch):

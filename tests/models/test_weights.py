@@ -1,5 +1,7 @@
 """Weight files: keys that fit or do not, statistics of the input, and what `export` writes."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -267,6 +269,21 @@ def test_export_command(tmp_path, path, capsys):
     model, _ = evaluate.from_run(best)
     loaded, x = models.load("dm_wrn10_1", path, 10, 1), torch.rand(4, 1, 8, 8)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "named"),
+    [(None, 3, "ResNet(BasicBlock, [2, 2, 2, 2], num_classes)"), (64, 3, None), (None, 1, None)],
+)
+def test_export_names_a_class_that_takes_the_file(tmp_path, path, capsys, width, channels, named):
+    """That of RobustBench is for colour images and the published width."""
+    model = models.get("resnet18", 10, channels, width)
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    settings = dataclasses.asdict(Config(student="resnet18", student_width=width))
+    header = {"config": settings, "num_classes": 10, "in_channels": channels}
+    checkpoint.save(tmp_path / "best.safetensors", tensors, header)
+    export.main(["--checkpoint", str(tmp_path), "--out", str(path)])
+    assert capsys.readouterr().out.endswith(f"for {named or 'no class of RobustBench'}\n")
 
 
 @pytest.mark.parametrize(
