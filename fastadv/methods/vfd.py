@@ -151,6 +151,7 @@ def projector(name, ours, teacher_name, theirs):
     channels = ours.shape[1], theirs.shape[1]
     if channels[0] == channels[1]:
         return nn.Identity()
+    like = {"device": ours.device, "dtype": ours.dtype}
     if ours.dim() == 4:
-        return nn.Conv2d(*channels, 1, bias=False, device=ours.device)
-    return nn.Linear(*channels, bias=False, device=ours.device)
+        return nn.Conv2d(*channels, 1, bias=False, **like)
+    return nn.Linear(*channels, bias=False, **like)

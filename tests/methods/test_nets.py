@@ -244,3 +244,14 @@ def test_an_images_start_is_its_own():
         batch = Batch(x[rows], y[rows], index=index[rows])
         found.append(method.perturb(nets, batch, state))
     assert torch.equal(found[0][order], found[1])
+
+
+def test_projectors_are_of_the_features_dtype():
+    x, y = images()
+    nets = Nets(*[net.double() for net in networks(widths=(4, 6, 5))])
+    method = methods.get("vfd+rslad", attack=PGD(EPS, EPS / 4, 1))
+    method.prepare(nets, x.double())
+    assert {p.dtype for p in method.parameters()} == {torch.float64}
+    batch = Batch(x.double(), y)
+    batch.x_adv = method.perturb(nets, batch, {})
+    assert method.outer(nets, batch, {})[0].dtype == torch.float64
