@@ -212,8 +212,9 @@ def margin(logits, y, grad):
     valid, label = _label(y, logits)
     wide = _at_least_fp32(logits)
     top, other = wide.scatter(1, label, -math.inf).max(dim=1)
-    loss = torch.where(top == -math.inf, top, top - wide.gather(1, label)[:, 0])
-    loss = torch.where(valid, loss, math.nan)
+    own = wide.gather(1, label)[:, 0]
+    own = torch.where(top == -math.inf, own.detach(), own)  # no gradient there either
+    loss = torch.where(valid, top - own, math.nan)
     if not grad:
         return loss, logits.new_empty(0)
     one = (valid & (top != -math.inf)).to(logits.dtype)[:, None]
