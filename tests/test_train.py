@@ -296,6 +296,13 @@ def test_a_row_is_on_the_disk_when_it_is_logged(tmp_path, monkeypatch):
     assert synced == ['{"epoch": 0}\n']
 
 
+def test_the_last_epoch_is_always_validated(npz, tmp_path):
+    rows = train(config(npz, tmp_path / "run", epochs=5, eval_every=2))
+    assert [row["epoch"] for row in rows if "robust_acc" in row] == [1, 3, 4]
+    _, metadata = checkpoint.load(tmp_path / "run/best.safetensors")
+    assert metadata["epoch"] in (1, 3, 4)
+
+
 def test_gradients_are_clipped(npz, tmp_path, monkeypatch):
     norms = []
     step = torch.optim.SGD.step
