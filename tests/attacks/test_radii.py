@@ -117,7 +117,10 @@ def test_first_steps_are_twice_the_radius():
 
 def test_ascend_and_methods_take_a_radius_per_sample(model, batch):
     x, y = batch
-    inner = lambda v: v.flatten(1).sum(1)  # noqa: E731
+
+    def inner(v):
+        return v.flatten(1).sum(1)
+
     x_adv = pgd(EPS, init="zero").ascend(inner, x)
     torch.testing.assert_close(x_adv, (x + EPS.clamp(max=0.12)[:, None, None, None]).clamp(max=1))
     attack = pgd(0.1, init="zero")
