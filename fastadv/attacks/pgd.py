@@ -110,7 +110,7 @@ class PGD(ByValue):
                 x, target = (torch.cat([v] * self.restarts) for v in (x, target))
                 eps = checks.repeated(eps, self.restarts)
             label = torch.cat([y if y is not None else target_logits.argmax(1)] * self.restarts)
-            x_adv = self.ascend(inner, x, target, label, start=start, index=index, eps=eps)
+            x_adv = self._ascend(inner, x, target, label, start=start, index=index, eps=eps)
             if self.restarts == 1 and self.keep == "last":
                 return x_adv
             with torch.no_grad():
@@ -136,12 +136,21 @@ class PGD(ByValue):
             raise ValueError(f"target_logits is {given}, must be logits [B, C]")
         return y, target.detach()
 
-    @torch.inference_mode(False)
-    def ascend(self, inner, x, *targets, start=None, index=None, eps=None):
+    def ascend(self, inner, x, *targets, **options):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
-        and constant. eps: the radii of these samples, where they are not the attack's own. The
-        building block of training methods: no checks; modes and the refresh of twins are the
-        caller's."""
+        and constant. start, index: as of a call; eps: the radii of these samples, where they are
+        not the attack's own. The building block of training methods: no checks; modes and the
+        refresh of twins are the caller's. ValueError with restarts, or keep="best": an objective
+        alone does not tell which iterate is misclassified."""
+        if self.restarts > 1 or self.keep != "last":
+            raise ValueError(
+                f"restarts is {self.restarts} and keep {self.keep!r}, must be 1 and 'last' in "
+                "training methods and in ascend"
+            )
+        return self._ascend(inner, x, *targets, **options)
+
+    @torch.inference_mode(False)
+    def _ascend(self, inner, x, *targets, start=None, index=None, eps=None):
         checks.check_tensor("x", x)
         eps = checks.radii(self.eps if eps is None else eps, x)
         x_adv = self.start(x, index, eps) if start is None else started(start, x).clone()

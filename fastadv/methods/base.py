@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
-from ..attacks import PGD
-from ..attacks.checks import wide
+from ..attacks import APGD, PGD
+from ..attacks.checks import integral, wide
 from ..features import forward_features
 from ..frozen import Frozen, InPrecision, freeze, refresh
 from ..logits import ask
@@ -84,7 +84,7 @@ class Nets:
 
 @dataclass
 class Batch:
-    """x: float32 or float64 [B, C, H, W] in [0, 1]; y: int64 [B], or probabilities [B, classes]
+    """x: float32 or float64 [B, C, H, W] in [0, 1]; y: integers [B], or probabilities [B, classes]
     where images are mixed; index, view: ids of image and augmentation. What teachers say of it is
     memoised."""
 
@@ -94,6 +94,10 @@ class Batch:
     view: torch.Tensor | None = None
     x_adv: torch.Tensor | None = None
     memo: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if isinstance(self.y, torch.Tensor) and integral(self.y):
+            self.y = self.y.long()
 
     def teacher_logits(self, nets, teacher="teacher", on="x"):
         """Logits of a teacher on "x" or "x_adv": computed once per batch, without gradient."""
@@ -134,7 +138,8 @@ class Method(nn.Module):
         super().__init__()
         if attack_bn not in ("eval", "train", None):
             raise ValueError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
-        if isinstance(attack, type) or not (attack is None or hasattr(attack, "ascend")):
+        wrong = isinstance(attack, (type, APGD)) or not hasattr(attack, "ascend")
+        if attack is not None and wrong:
             raise TypeError(f"attack is {attack!r}, must be a PGD")
         self.attack = attack or PGD(init=self.init, clip_start=self.clip_start)
         self.attack_bn = attack_bn or self.attack_bn

@@ -68,6 +68,8 @@ class VFD(Method):
 
     def prepare(self, nets, x):
         self.base.prepare(nets, x)
+        if nets.clean_teacher is None:
+            raise ValueError("nets.clean_teacher is None, must be a network for this method")
         names, teacher_names = zip(*self.layers, strict=True)
         with torch.no_grad(), evaluating(nets.student):
             _, ours = forward_features(nets.student, x, names)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastadv import freeze, methods
-from fastadv.attacks import PGD
+from fastadv.attacks import APGD, PGD
 from fastadv.methods.base import Batch, Nets
 
 EPS = 8 / 255
@@ -255,3 +255,31 @@ def test_projectors_are_of_the_features_dtype():
     batch = Batch(x.double(), y)
     batch.x_adv = method.perturb(nets, batch, {})
     assert method.outer(nets, batch, {})[0].dtype == torch.float64
+
+
+def test_attacks_whose_choice_of_iterate_no_method_makes_are_refused():
+    x, y = images()
+    for options in ({"restarts": 2}, {"keep": "best"}):
+        method = methods.get("at", attack=PGD(EPS, EPS / 4, 1, **options))
+        with pytest.raises(ValueError, match="restarts is .* and keep .*, must be 1 and 'last'"):
+            method.perturb(Nets(networks()[0]), Batch(x, y), {})
+    with pytest.raises(TypeError, match="attack is APGD.*, must be a PGD"):
+        methods.get("at", attack=APGD(EPS))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_of_any_integer_type(name):
+    x, y = images()
+    results = []
+    for labels in (y, y.int()):
+        method, nets, state = prepared(name, *networks(), x)
+        batch = Batch(x, labels)
+        batch.x_adv = x
+        results.append(method.outer(nets, batch, state)[0])
+    assert torch.equal(*results)
+
+
+def test_vanilla_distillation_names_the_teacher_that_it_lacks():
+    student, teacher, _ = networks()
+    with pytest.raises(ValueError, match="nets.clean_teacher is None, must be a network"):
+        methods.get("vfd+rslad").prepare(Nets(student, teacher), images()[0])
