@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from networks import NETWORKS, Branching, error, network, results, twin
+from torch import nn
 
 from fastadv import _native, attacks, freeze
 from fastadv.engine import trunk as trunk_module
@@ -208,3 +209,17 @@ def test_errors_name_the_images():
         trunk(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="x is 1 x 8, too small"):
         freeze(Branching("").eval())(torch.rand(2, 3, 1, 8))
+
+
+def test_pooling_into_windows_of_unequal_size():
+    """8 pixels in 3 windows: of 3, 4 and 3, whose means divide by as many."""
+    torch.manual_seed(0)
+    pooled = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Conv2d(8, 6, 3)
+    model = nn.Sequential(*pooled, nn.Flatten(), nn.Linear(6, 5)).eval()
+    frozen, x = freeze(model), torch.rand(4, 3, 8, 8, requires_grad=True)
+    assert frozen.trunk is not None or not _native.isas()
+    for got, wanted in zip(
+        *((y := net(x), torch.autograd.grad(y.square().sum(), x)[0]) for net in (frozen, model)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
