@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .logits import ask
+from .logits import ask, wide
 
 
 def forward_features(model, x, names):
@@ -62,4 +62,4 @@ def _record(net, name, found):
 def _single(name, features):
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"layer {name!r} returns a {type(features).__name__}, must be a tensor")
-    return features.float() if features.itemsize < 4 else features
+    return wide(features)

@@ -47,6 +47,11 @@ def dtype_of(model, default=torch.float32):
     return default
 
 
+def wide(tensor):
+    """Halves as float32, others as they are."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 def _described(output):
     """The kind of a wrong output, and of what is in it."""
     if isinstance(output, Mapping):

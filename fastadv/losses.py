@@ -8,6 +8,7 @@ import torch
 
 from . import ops
 from ._library import expect_constant, expect_tensors
+from .logits import wide
 from .ops._logits import as_labels, check_labels, check_range
 
 
@@ -113,10 +114,10 @@ def dlr_targeted(logits, y, target, reduction="none"):
     y, target = as_labels(y), as_labels(target)
     check_labels(y, logits)
     check_labels(target, logits, "target")
-    wide = logits.float() if logits.itemsize < 4 else logits
-    top = wide.topk(4).values
+    logits = wide(logits)
+    top = logits.topk(4).values
     try:
-        ahead = wide.gather(1, target[:, None]) - wide.gather(1, y[:, None])
+        ahead = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
     except RuntimeError:  # on a CPU, by a label that torch does not name
         check_range(y, logits.shape[1])
         check_range(target, logits.shape[1], "target")
@@ -191,7 +192,7 @@ def _soft_mart_bce(logits, y):
     if y.shape != logits.shape or logits.dim() != 2 or logits.shape[1] < 2:
         shapes = tuple(y.shape), tuple(logits.shape)
         raise ValueError(f"y and logits have shapes {shapes}, must be [B] or [B, C], C >= 2")
-    log_q = (logits.float() if logits.itemsize < 4 else logits).log_softmax(1)
+    log_q = wide(logits).log_softmax(1)
     top, best = log_q.exp().topk(2)
     ids = torch.arange(logits.shape[1], device=logits.device)
     wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..frozen import refresh
-from ..logits import ask
+from ..logits import ask, wide
+from ..ops._logits import INTEGERS
 
 NORMS = "linf", "l2"
 
@@ -144,16 +145,11 @@ def check_images(x, lo, hi):
         )
 
 
-def integral(tensor):
-    """Whether its dtype is one of integers."""
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
 def as_labels(y, x):
     """y as int64 [B], of any integer type, for x [B, ...]; `check_labels` then sees to their
     range."""
     check_tensor("y", y, like=x)
-    if not integral(y) or y.shape != x.shape[:1]:
+    if y.dtype not in INTEGERS or y.shape != x.shape[:1]:
         raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},)")
     return y.long()
 
@@ -163,7 +159,7 @@ def as_index(index, x):
     check_tensor("index", index, like=x)
     if index.shape != x.shape[:1]:
         raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
-    if not integral(index):
+    if index.dtype not in INTEGERS:
         raise TypeError(f"index is {index.dtype}, must be torch.int64")
     return index.long()
 
@@ -196,11 +192,6 @@ def checked_logits(model, x, y):
     check_logits(logits, len(x))
     check_labels(y, logits.shape[1])
     return logits
-
-
-def wide(tensor):
-    """Halves as float32, others as they are."""
-    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 def probabilities(logits):

@@ -11,7 +11,7 @@ from torch import nn
 from ..attacks import checks, suite
 from ..attacks.checks import evaluating
 from ..attacks.pgd import input_gradient
-from ..logits import ask
+from ..logits import ask, wide
 from .search import Counted
 
 TINY = torch.finfo(torch.float32).tiny
@@ -26,7 +26,7 @@ class LogProbabilities(nn.Module):
         self.net = net
 
     def forward(self, x):
-        return checks.wide(ask(self.net, x)).clamp_min(TINY).log()
+        return wide(ask(self.net, x)).clamp_min(TINY).log()
 
 
 def probe(model, x, y, stages):
@@ -96,7 +96,7 @@ def _gradients(model, x, y, right):
     classified right."""
 
     def inner(v):
-        return F.cross_entropy(checks.wide(ask(model, v)), y, reduction="none")
+        return F.cross_entropy(wide(ask(model, v)), y, reduction="none")
 
     try:
         with evaluating(model):

@@ -9,10 +9,10 @@ from torch import nn
 
 from .. import losses
 from ..attacks import APGD, PGD
-from ..attacks.checks import integral, wide
 from ..features import forward_features
 from ..frozen import Frozen, InPrecision, freeze, refresh
-from ..logits import ask
+from ..logits import ask, wide
+from ..ops._logits import as_labels
 
 
 class Answering(nn.Module):
@@ -96,8 +96,8 @@ class Batch:
     memo: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        if isinstance(self.y, torch.Tensor) and integral(self.y):
-            self.y = self.y.long()
+        if isinstance(self.y, torch.Tensor):
+            self.y = as_labels(self.y)
 
     def teacher_logits(self, nets, teacher="teacher", on="x"):
         """Logits of a teacher on "x" or "x_adv": computed once per batch, without gradient."""
