@@ -188,7 +188,7 @@ def test_bad_arguments_name_themselves(model, batch):
     with pytest.warns(UserWarning, match=r"step_size 0.031373 is larger than eps 0.0078"):
         PGD(eps=2 / 255, step_size=8 / 255)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         PGD(), FGSM()
     with pytest.raises(ValueError, match="init is 'normal', must be"):
         PGD(init="normal")

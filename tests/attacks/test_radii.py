@@ -192,7 +192,7 @@ def test_swapped_sizes_are_doubted_by_the_largest_radius():
     with pytest.warns(UserWarning, match="step_size 0.3 is larger than eps 0.2: are they swapped?"):
         PGD(EPS, 0.3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         PGD(EPS, 0.15)
 
 
