@@ -183,6 +183,13 @@ def gradients_from_forward(op, inputs):
     """
     name = op._schema.name.split("::")[1]
     decomposed = plain[name]
+    tensors = [n for n, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
+
+    def versions(constants):
+        """How often each tensor among them has been written to; NaN, which equals nothing, for one
+        of inference mode, which keeps no count."""
+        held = [constants[n] for n in tensors if constants[n] is not None]
+        return [float("nan") if t.is_inference() else t._version for t in held]
 
     class FromForward(torch.autograd.Function):
         @staticmethod
@@ -197,7 +204,7 @@ def gradients_from_forward(op, inputs):
             ctx.save_for_backward(*saved)
             # Constants are held by the node, not saved with the rest: whoever overwrites one, or
             # made it in inference mode, may still go backward once.
-            ctx.constants, ctx.versions = constants, _versions(constants)
+            ctx.constants, ctx.versions = constants, versions(constants)
             ctx.mark_non_differentiable(*gradients)
             ctx.set_materialize_grads(False)
             return loss, *gradients
@@ -210,7 +217,7 @@ def gradients_from_forward(op, inputs):
             saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks no tensor twice
             differentiated, gradients = saved[::2], saved[1::2]
             if torch.is_grad_enabled():
-                if ctx.versions != _versions(ctx.constants):
+                if ctx.versions != versions(ctx.constants):
                     raise RuntimeError(
                         f"an argument of {name} was overwritten since, or made in inference mode, "
                         "where nobody can tell: create_graph=True computes the gradient from it "
@@ -236,13 +243,6 @@ def gradients_from_forward(op, inputs):
             return op(*args)
 
     _library.impl(name, autograd, "Autograd")
-
-
-def _versions(values):
-    """How often each tensor among them has been written to; NaN, which equals nothing, for one of
-    inference mode, which keeps no count."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return [float("nan") if t.is_inference() else t._version for t in tensors]
 
 
 def _scaled(gradient, grad_loss):
