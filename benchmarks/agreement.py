@@ -32,9 +32,9 @@ from timing import RESULTS, machine
 
 from fastadv import data, evaluate, freeze
 from fastadv.attacks import PGD, suite
-from fastadv.config import Config
-from fastadv.digits import settings
+from fastadv.runs.config import Config
 from fastadv.train import train
+from fastadv.train.digits_runs import settings
 
 MARKS = "<!-- agreement table: benchmarks/agreement.py -->", "<!-- end of agreement table -->"
 SAME, OWN = ("apgd-ce", "apgd-dlr", "apgd-t"), ("fab-t", "square")

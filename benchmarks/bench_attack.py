@@ -31,8 +31,8 @@ from torch import nn
 
 from fastadv import freeze, models
 from fastadv.attacks import PGD
+from fastadv.attacks.graphs import Captured
 from fastadv.attacks.pgd import OBJECTIVES, input_gradient
-from fastadv.graphs import Captured
 
 NHWC = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -22,7 +22,7 @@ from agreement import official_right, right
 from timing import Case
 
 from fastadv import data, evaluate
-from fastadv.config import Config
+from fastadv.runs.config import Config
 from fastadv.train import train
 
 IMAGES, EPS = 32, 8 / 255

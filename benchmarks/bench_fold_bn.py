@@ -6,7 +6,8 @@ from timing import Case, pytest_cases
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fastadv import models, ops
-from fastadv.engine import Folded, lower
+from fastadv.engine.folded import Folded
+from fastadv.engine.lower import lower
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 import torch
 from timing import Case, pytest_cases
 
-from fastadv import ops, reference
+from fastadv import ops
+from fastadv.ops import reference
 
 EPS, SIGMA = 8 / 255, 1e-3
 

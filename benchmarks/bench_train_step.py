@@ -28,10 +28,10 @@ from timing import Case
 
 from fastadv import data, freeze, methods
 from fastadv.attacks import PGD
+from fastadv.attacks.graphs import Captured
 from fastadv.data.dataset import image_set
-from fastadv.graphs import Captured
+from fastadv.engine.student import Trained
 from fastadv.teacher_cache import BLOCK, TeacherCache
-from fastadv.trained import Trained
 
 SECTIONS = ("data", "teacher", "attack", "outer")
 

@@ -32,11 +32,11 @@ from scipy.stats import t as student_t
 from timing import RESULTS, machine
 
 from fastadv import data, models, ops
-from fastadv.build import build_average, build_loader
-from fastadv.config import Config
-from fastadv.digits import TEACHERS, settings
 from fastadv.evaluate import from_run
+from fastadv.runs.config import Config
 from fastadv.train import train
+from fastadv.train.build import build_average, build_loader
+from fastadv.train.digits_runs import TEACHERS, settings
 
 MARGIN = 1.5  # points
 ATTACKS = {"clean": 0, "pgd20": 20}  # steps

@@ -26,7 +26,7 @@ import torch
 from run import line, markdown, measure
 from timing import RESULTS, Case, interleave, machine, summary
 
-from fastadv import _library
+from fastadv.ops import _library
 
 
 def there(make, *args, **options):

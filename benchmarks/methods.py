@@ -20,10 +20,10 @@ from run import README, replace_between
 from timing import RESULTS, machine
 
 from fastadv import data, methods
-from fastadv.config import Config
-from fastadv.digits import EPS, TEACHERS, settings
 from fastadv.evaluate import accuracies, from_run
+from fastadv.runs.config import Config
 from fastadv.train import train
+from fastadv.train.digits_runs import EPS, TEACHERS, settings
 
 METHODS = (*methods.METHODS, "vfd+at", "vfd+trades", "vfd+mart", "vfd+rslad")
 ATTACKS = ("clean", "pgd20")

@@ -26,10 +26,10 @@ def prepare():
     execute(sys.executable, "-c", BUILT)
     pytest = sys.executable, "-m", "pytest", "-m"
     if not torch.cuda.is_available():
-        tests = "tests/kernels", "tests/engine/test_folded.py", "tests/test_graphs.py"
+        tests = "tests/kernels", "tests/engine/test_folded.py", "tests/attacks/test_graphs.py"
         execute(*pytest, "not gpu and not slow", *tests)
         sys.exit("no GPU is present: what needs none has run, nothing was timed")
-    tests = "tests/kernels", "tests/ops/test_fold_bn.py", "tests/test_graphs.py"
+    tests = "tests/kernels", "tests/ops/test_fold_bn.py", "tests/attacks/test_graphs.py"
     execute(*pytest, "gpu", *tests, "tests/data/test_loader_views.py")
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = "gpu", "tests/kernels/test_cuda_device.py"

@@ -18,10 +18,10 @@ from methods import ATTACKS, measure, teachers
 from timing import RESULTS, Case, interleave, machine, summary
 
 from fastadv import data
-from fastadv.build import build_loader, build_method, build_nets
-from fastadv.config import Config
-from fastadv.digits import settings
 from fastadv.methods import Batch
+from fastadv.runs.config import Config
+from fastadv.train.build import build_loader, build_method, build_nets
+from fastadv.train.digits_runs import settings
 
 EVERY = (1, 2, 5)
 

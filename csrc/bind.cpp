@@ -1,4 +1,4 @@
-// The only file that knows Python. Addresses arrive as integers; fastadv/_native.py has checked
+// The only file that knows Python. Addresses arrive as integers; fastadv/ops/_native.py has checked
 // what lies behind them. Every kernel call releases the interpreter lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

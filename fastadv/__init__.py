@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 try:
     from . import attacks, losses, methods, ops
-    from .frozen import freeze
+    from .engine.frozen import freeze
 except (ValueError, RuntimeError) as error:
     # `python -m fastadv.NAME`, whose argv[0] is "-m" until NAME is found, reports as NAME would.
     if sys.argv[:1] == ["-m"] and str(error).startswith("FASTADV_"):

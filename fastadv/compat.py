@@ -17,11 +17,11 @@ from torch import nn
 from . import attacks, evaluate
 from .attacks import checks, suite
 from .attacks.checks import evaluating
-from .config import PRECISIONS
-from .config import device as usable
 from .data.dataset import ImageSet
+from .engine.logits import ask
 from .evaluate import report, validity
-from .logits import ask
+from .runs.config import PRECISIONS
+from .runs.config import device as usable
 
 NORMS = {"Linf": "linf", "L2": "l2"}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from . import data, log
-from .checkpoint import atomic_write
-from .config import Config
-from .digits import EPS, TEACHERS, settings
+from . import data
 from .evaluate import PAPER, correct, from_run, table
+from .runs import log
+from .runs.checkpoint import atomic_write
+from .runs.config import Config
 from .train import train
+from .train.digits_runs import EPS, TEACHERS, settings
 
 SEEDS = (0, 1, 2)
 

@@ -6,7 +6,8 @@ import platform
 
 import torch
 
-from . import __version__, _library, _native
+from . import __version__
+from .ops import _library, _native
 
 
 def isa():

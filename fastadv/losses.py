@@ -7,9 +7,8 @@ forward-mode derivatives are right too, computed in torch's own ops.
 import torch
 
 from . import ops
-from ._library import expect_constant, expect_tensors
-from .logits import wide
-from .ops._logits import as_labels, check_labels, check_range
+from .ops._library import expect_constant, expect_tensors
+from .ops._logits import as_labels, check_labels, check_range, wide
 
 
 def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import _library, _native, reference
+from .ops import _library, _native, reference
 from .ops._logits import outputs
 
 GUARD = 64  # elements of sentinel on each side of a guarded tensor

@@ -1,7 +1,7 @@
 """Short runs on a few images, for the tests of the trainer and of evaluation."""
 
 from fastadv import methods
-from fastadv.config import Config
+from fastadv.runs.config import Config
 
 
 def config(npz, out, **changed):

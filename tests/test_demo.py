@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from fastadv import checkpoint, log
+from fastadv.runs import checkpoint, log
 
 TRAIN = [sys.executable, "-m", "fastadv.train"]
 

@@ -11,8 +11,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import equivalence
 
 from fastadv import data
-from fastadv.config import Config
 from fastadv.evaluate import accuracies
+from fastadv.runs.config import Config
 from fastadv.train import train
 
 TINY = {"data": "npz", "student": "digits_net", "student_width": 4, "eps": 0.1}

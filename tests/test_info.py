@@ -1,4 +1,5 @@
-from fastadv import _library, info
+from fastadv import info
+from fastadv.ops import _library
 
 
 def test_report_names_every_op_and_its_backend():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadv import _native
+from fastadv.ops import _native
 from fastadv.testing import assert_close, guarded_memory
 
 

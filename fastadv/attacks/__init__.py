@@ -2,7 +2,8 @@
 
 from .apgd import APGD
 from .fab import FAB
+from .graphs import Captured
 from .pgd import FGSM, PGD
 from .square import Square
 
-__all__ = ["APGD", "FAB", "FGSM", "PGD", "Square"]
+__all__ = ["APGD", "FAB", "FGSM", "PGD", "Captured", "Square"]

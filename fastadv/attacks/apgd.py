@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from ..logits import ask
+from ..engine.logits import ask
 from . import checks
 from .iterates import ByValue, better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES

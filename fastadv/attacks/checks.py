@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..frozen import refresh
-from ..logits import ask, wide
-from ..ops._logits import INTEGERS
+from ..engine.frozen import refresh
+from ..engine.logits import ask
+from ..ops._logits import INTEGERS, wide
 
 NORMS = "linf", "l2"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import ops
-from ..logits import ask
-from ..reference import per_sample
+from ..engine.logits import ask
+from ..ops.reference import per_sample
 from . import checks
 from .iterates import gradient, likeliest_others
 

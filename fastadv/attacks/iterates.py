@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..reference import per_sample
+from ..ops.reference import per_sample
 
 
 class ByValue:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from ..frozen import refresh
-from ..logits import ask
+from ..engine.frozen import refresh
+from ..engine.logits import ask
 from . import checks
 from .checks import evaluating
 from .iterates import ByValue, better, gradient_to, where

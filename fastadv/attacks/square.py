@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..logits import ask
+from ..engine.logits import ask
 from . import checks
 from .iterates import where
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..frozen import refresh
-from ..logits import ask
+from ..engine.frozen import refresh
+from ..engine.logits import ask
 from .apgd import APGD
 from .checks import evaluating, listed, number
 from .fab import FAB

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..ops import reference
 from . import image_ops, policies
 
 IMAGE, PARTNER, MIX = 2**32 - 1, 2**32 - 2, 2**32 - 3

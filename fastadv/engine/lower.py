@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..hooks import hooked
+from ..ops._torch import hooked
 from .folded import Folded
 from .stage import Ref, Stage, Unsupported, pair
 from .trunk import Trunk

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _native, reference
+from ..ops import _native, reference
 
 IMAGES, CHANNELS = 16, 32  # of a block, see csrc/table.h
 

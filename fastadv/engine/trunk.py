@@ -8,8 +8,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from .. import _native
-from ..hooks import transformed
+from ..ops import _native
+from ..ops._torch import transformed
 from .stage import CHANNELS, IMAGES, Ref, Unsupported, blocks_of
 from .taps import (
     adaptive_pairs,

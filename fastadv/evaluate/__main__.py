@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint, data, models
+from .. import data, models
 from ..attacks import suite
-from ..config import PRECISIONS, Config, device, number, versions
+from ..runs import checkpoint
+from ..runs.config import PRECISIONS, Config, device, number, versions
 from . import networks, report, search, validity
 from .record import Record, open_examples
 

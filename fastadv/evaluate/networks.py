@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import checkpoint, models
+from .. import models
 from ..attacks.checks import described, evaluating
-from ..config import Config
-from ..logits import cast_to, logits_of
+from ..engine.logits import cast_to, logits_of
+from ..runs import checkpoint
+from ..runs.config import Config
 
 
 def from_run(path):

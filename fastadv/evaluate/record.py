@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import checkpoint
 from ..attacks.checks import described, whole
+from ..runs import checkpoint
 
 UNKNOWN, RIGHT, WRONG = range(3)
 SAVE_EVERY = 2.0  # seconds

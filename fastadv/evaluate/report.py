@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks.suite import CASCADES
-from ..log import new_figure, save_figure
+from ..runs.log import new_figure, save_figure
 
 SHOWN = 8  # images of the grid
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import parallel
 from ..attacks import checks, suite
 from ..attacks.checks import checked_logits, evaluating
-from ..config import PRECISIONS
-from ..config import device as usable
-from ..frozen import freeze
-from ..logits import ask
+from ..engine.frozen import freeze
+from ..engine.logits import ask
+from ..runs import parallel
+from ..runs.config import PRECISIONS
+from ..runs.config import device as usable
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
 from .report import worst_case
 

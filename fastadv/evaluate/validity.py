@@ -11,7 +11,8 @@ from torch import nn
 from ..attacks import checks, suite
 from ..attacks.checks import evaluating
 from ..attacks.pgd import input_gradient
-from ..logits import ask, wide
+from ..engine.logits import ask
+from ..ops._logits import wide
 from .search import Counted
 
 TINY = torch.finfo(torch.float32).tiny

@@ -2,7 +2,8 @@
 
 import torch
 
-from .. import losses, parallel
+from .. import losses
+from ..runs import parallel
 from .base import first_epoch, probabilities
 from .rslad import RSLAD
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from .. import losses
 from ..attacks import APGD, PGD
-from ..features import forward_features
-from ..frozen import Frozen, InPrecision, freeze, refresh
-from ..logits import ask, wide
-from ..ops._logits import as_labels
+from ..engine.features import forward_features
+from ..engine.frozen import Frozen, InPrecision, freeze, refresh
+from ..engine.logits import ask
+from ..ops._logits import as_labels, wide
 
 
 class Answering(nn.Module):
@@ -125,9 +125,11 @@ class Method(nn.Module):
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
 
     Of the class: teachers, the nets it needs besides the student; adversarial, whether it trains on
-    adversarial examples at all; init and clip_start, the paper's start.
+    adversarial examples at all; init and clip_start, the paper's start. recordable: that `inner`
+    reads nothing but its arguments and the method's own tensors, for `attacks.Captured`.
     """
 
+    recordable = True
     teachers = ()
     adversarial = True
     init = "gaussian"

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import losses
 from ..attacks.checks import evaluating
-from ..features import forward_features
+from ..engine.features import forward_features
 from .base import Method
 
 DISTANCES = ("mse", "l2", "cosine")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from ..runs import checkpoint
 from .dm_wide_resnet import DMWideResNet, published_statistics
 from .zoo import NETWORKS, get
 

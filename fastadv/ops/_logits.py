@@ -2,8 +2,8 @@
 
 import torch
 
-from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward
+from . import _native, reference
+from ._library import FLOATS, define, expect, gradients_from_forward
 
 # Of labels, as data sets have them; int64 is what the kernels take.
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -16,6 +16,11 @@ def check_logits(logits, least=1):
         raise ValueError(f"logits has shape {shape}, must be [B, C] with C >= {least}")
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits is {logits.dtype}, must be one of {FLOATS}")
+
+
+def wide(tensor):
+    """Halves as float32, others as they are."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 def as_labels(y):

@@ -2,8 +2,8 @@
 
 import torch
 
-from .. import _native
-from .._library import expect
+from . import _native
+from ._library import expect
 
 
 def expect_images(x_adv, norm, **others):

@@ -13,8 +13,8 @@ better_found, restart: bool [B]. eps: a number, or one per sample. Not different
 
 import torch
 
-from .. import _native, reference
-from .._library import define, expect
+from . import _native, reference
+from ._library import define, expect
 from ._radius import radius
 from ._step import expect_apart, expect_images, expect_unrecorded
 

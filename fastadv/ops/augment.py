@@ -8,8 +8,8 @@ images: uint8 [B, C, H, W]; dy, dx: int64 [B]; flip: bool [B]; result: float32 [
 
 import torch
 
-from .. import _native, reference
-from .._library import define, expect
+from . import _native, reference
+from ._library import define, expect
 
 
 def _check(images, dy, dx, flip, padding, channels_last):

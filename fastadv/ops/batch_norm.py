@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _library, _native, reference
-from .._library import FLOATS, define, expect
-from ..hooks import hooked, transformed
+from . import _library, _native, reference
+from ._library import FLOATS, define, expect
+from ._torch import hooked, transformed
 
 HAS_KERNEL = torch.float32, torch.bfloat16
 

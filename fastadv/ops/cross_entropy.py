@@ -9,8 +9,8 @@ others. Differentiable in logits.
 
 import torch
 
-from .. import _native, reference
-from .._library import expect, expect_constant, expect_tensors
+from . import _native, reference
+from ._library import expect, expect_constant, expect_tensors
 from ._logits import as_labels, check_labels, check_logits, check_range, define_loss
 
 

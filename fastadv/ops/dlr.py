@@ -7,7 +7,7 @@ logits z: [B, C], C >= 3; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from .._library import expect_tensors
+from ._library import expect_tensors
 from ._logits import as_labels, define_labelled
 
 _dlr = define_labelled("dlr", least=3)

@@ -8,8 +8,8 @@ Differentiable in both.
 
 import torch
 
-from .. import _native, reference
-from .._library import FLOATS, define, expect, expect_tensors, gradients_from_forward
+from . import _native, reference
+from ._library import FLOATS, define, expect, expect_tensors, gradients_from_forward
 
 
 def _check(student, teacher, distance, student_grad, teacher_grad):

@@ -17,8 +17,8 @@ import os
 
 import torch
 
-from .. import _library, reference
-from .._library import expect
+from . import _library, reference
+from ._library import expect
 
 PARTS = ("mean", "var", "gamma", "beta")  # of a norm, before eps
 _chosen = _library.backend()

@@ -7,7 +7,7 @@ logits z: [B, C]; y: int64 [B]; loss: [B], float32 for halves. Differentiable in
 
 import torch
 
-from .._library import expect_tensors
+from ._library import expect_tensors
 from ._logits import as_labels, define_labelled
 
 _margin = define_labelled("margin", least=1)

@@ -8,7 +8,7 @@ logits z: [B, C], C >= 2; y: int64 [B]; loss: [B], float32 for halves. Different
 
 import torch
 
-from .._library import expect_tensors
+from ._library import expect_tensors
 from ._logits import as_labels, define_labelled
 
 _mart_bce = define_labelled("mart_bce", least=2)

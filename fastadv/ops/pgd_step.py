@@ -8,8 +8,8 @@ x_adv, grad, x: [B, ...] of one shape; result: the same. Not differentiable.
 
 import torch
 
-from .. import _native, reference
-from .._library import define, expect
+from . import _native, reference
+from ._library import define, expect
 from ._radius import radius
 from ._step import expect_apart, expect_images, expect_unrecorded
 

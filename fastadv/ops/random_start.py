@@ -19,8 +19,8 @@ import math
 
 import torch
 
-from .. import _native, reference
-from .._library import define, expect
+from . import _native, reference
+from ._library import define, expect
 from ._radius import radius
 
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .._library import expect_tensors
+from ._library import expect_tensors
 from ._logits import check_logits, define_loss
 
 

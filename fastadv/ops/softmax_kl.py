@@ -9,8 +9,8 @@ student, teacher: [B, C]; weight: [B] or None; gradients: contiguous, each in it
 
 import torch
 
-from .. import _native, reference
-from .._library import FLOATS, define, expect, gradients_from_forward
+from . import _native, reference
+from ._library import FLOATS, define, expect, gradients_from_forward
 
 
 def _check(student, teacher, weight, temperature, reduction, *wanted):

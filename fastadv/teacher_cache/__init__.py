@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..features import forward_features
-from ..frozen import original, refresh
+from ..engine.features import forward_features
+from ..engine.frozen import original, refresh
 from . import store
 from .identity import differences, identity
 

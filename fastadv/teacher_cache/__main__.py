@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import cli, data
-from ..build import build_loader, build_method, build_teacher
-from ..config import device
+from .. import data
+from ..runs.config import device
+from ..train import cli
+from ..train.build import build_loader, build_method, build_teacher
 from . import TeacherCache, store
 
 

@@ -5,8 +5,8 @@ import hashlib
 
 import torch
 
-from ..features import unwrapped
-from ..frozen import InPrecision
+from ..engine.features import unwrapped
+from ..engine.frozen import InPrecision
 
 PLAIN = (bool, int, float, str)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import atomic_write
+from ..runs.checkpoint import atomic_write
 
 FORMAT = 1
 FILES = ("header.json", "rows.bin", "marks.bin")

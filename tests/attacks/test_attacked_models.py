@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastadv.attacks import APGD, FAB, FGSM, PGD, Square
-from fastadv.features import forward_features
-from fastadv.hooks import hooked
+from fastadv.engine.features import forward_features
+from fastadv.ops._torch import hooked
 
 EPS = 16 / 255
 ATTACKS = {

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv import freeze, models
-from fastadv.engine import Folded, lower
+from fastadv.engine.folded import Folded
+from fastadv.engine.lower import lower
 
 
 class Plain(nn.Module):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from networks import error, folded, network, results, twin
 from torch import func, nn
 
-from fastadv import _native, freeze, models
+from fastadv import freeze, models
+from fastadv.ops import _native
 
 CPU = pytest.param(
     twin, marks=pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")

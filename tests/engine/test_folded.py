@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from networks import NETWORKS, error, folded, network, results
 from torch import nn
 
-from fastadv import _library, freeze
-from fastadv.engine import Folded, Unsupported, lower
+from fastadv import freeze
+from fastadv.engine.folded import Folded
+from fastadv.engine.lower import lower
+from fastadv.engine.stage import Unsupported
+from fastadv.ops import _library
 
 
 def buffers_of(frozen):

@@ -10,9 +10,11 @@ from networks import Branching, network, results
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastadv import _native, freeze, models
-from fastadv import frozen as frozen_module
-from fastadv.engine import Unsupported, lower
+from fastadv import freeze, models
+from fastadv.engine import frozen as frozen_module
+from fastadv.engine.lower import lower
+from fastadv.engine.stage import Unsupported
+from fastadv.ops import _native
 
 pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
 

@@ -9,8 +9,9 @@ from networks import folded, network, twin
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastadv import _native, freeze, models
-from fastadv.features import forward_features
+from fastadv import freeze, models
+from fastadv.engine.features import forward_features
+from fastadv.ops import _native
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -8,9 +8,10 @@ import torch
 from networks import NETWORKS, Branching, error, network, results, twin
 from torch import nn
 
-from fastadv import _native, attacks, freeze
+from fastadv import attacks, freeze
 from fastadv.engine import trunk as trunk_module
-from fastadv.features import forward_features
+from fastadv.engine.features import forward_features
+from fastadv.ops import _native
 from fastadv.testing import using_isa
 
 pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")

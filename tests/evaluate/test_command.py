@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import checkpoint, data, evaluate
+from fastadv import data, evaluate
 from fastadv.evaluate.__main__ import folder, main
+from fastadv.runs import checkpoint
 
 
 def only_report(out):

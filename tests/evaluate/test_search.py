@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastadv import checkpoint, evaluate
+from fastadv import evaluate
 from fastadv.attacks import PGD
 from fastadv.attacks.suite import stages
 from fastadv.data.dataset import ImageSet
 from fastadv.evaluate import Record, search, validity
 from fastadv.evaluate.record import RIGHT, UNKNOWN, WRONG, open_examples
 from fastadv.evaluate.search import judge
+from fastadv.runs import checkpoint
 
 EPS = 16 / 255
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastadv import _library, _native
+from fastadv.ops import _library, _native
 
 
 @pytest.fixture

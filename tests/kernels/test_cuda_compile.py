@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from fastadv import _native
+from fastadv.ops import _native
 
 triton = pytest.importorskip("triton")
 if not hasattr(_native._C, "cuda_built"):

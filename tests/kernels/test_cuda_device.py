@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastadv import _library, _native, losses, ops, reference, testing
+from fastadv import losses, ops, testing
+from fastadv.ops import _library, _native, reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadv import _library, _native, ops, reference, testing
+from fastadv import ops, testing
+from fastadv.ops import _library, _native, reference
 from fastadv.testing import OpCase, check_values
 
 pytestmark = [

@@ -8,8 +8,8 @@ from papers import EPS, STEP, kl
 
 from fastadv import methods, models
 from fastadv.attacks import PGD
-from fastadv.cli import parse
 from fastadv.methods.base import StaleTeacher
+from fastadv.train.cli import parse
 
 NAMES = ("adaad", "advfunmatch", "vfd+adaad")
 

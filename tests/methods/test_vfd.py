@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fastadv import methods, models
 from fastadv.attacks import PGD
-from fastadv.features import forward_features
-from fastadv.frozen import InPrecision
+from fastadv.engine.features import forward_features
+from fastadv.engine.frozen import InPrecision
 
 
 @pytest.fixture

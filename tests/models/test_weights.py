@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fastadv import checkpoint, evaluate, export, freeze, models
-from fastadv.train import Config, train
+from fastadv import evaluate, export, freeze, models
+from fastadv.runs import Config, checkpoint
+from fastadv.train import train
 
 
 def jitter(model):

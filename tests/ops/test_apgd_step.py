@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _library, _native, ops, reference
+from fastadv import ops
+from fastadv.ops import _library, _native, reference
 from fastadv.testing import OpCase, check_op, check_values, run
 
 NAMES = "x_adv x_old x_best grad_best x_found bad_gradients grad x step_size better_best "

@@ -9,8 +9,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import _library, models, ops, reference
+from fastadv import models, ops
 from fastadv.engine.lower import Tracer
+from fastadv.ops import _library, reference
 from fastadv.testing import OpCase, check_op, check_values, laid_out
 
 op = torch.ops.fastadv.batch_norm.default

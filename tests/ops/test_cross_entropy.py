@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _library, ops, reference
+from fastadv import ops
+from fastadv.ops import _library, reference
 from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, unchecked, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from fastadv import ops, reference
+from fastadv import ops
+from fastadv.ops import reference
 from fastadv.testing import LAYOUTS, OpCase, check_op, check_values, isas, laid_out, using_isa
 
 DISTANCES = ("mse", "l2", "cosine")

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv import _library, ops, reference
+from fastadv import ops
+from fastadv.ops import _library, reference
 from fastadv.testing import assert_close
 
 SHAPES = [(5, 3, 3, 3), (33, 1, 3, 3), (7, 130, 3, 3), (1, 1, 1, 1), (64, 32, 1, 1), (9, 1, 1)]

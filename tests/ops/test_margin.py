@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadv import _library, ops, reference
+from fastadv import ops
+from fastadv.ops import _library, reference
 from fastadv.testing import OpCase, check_op, check_values, isas, unchecked, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)

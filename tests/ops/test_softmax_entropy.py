@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from fastadv import _native, ops, reference
+from fastadv import ops
+from fastadv.ops import _native, reference
 from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)

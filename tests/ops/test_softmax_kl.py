@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import _library, _native, losses, ops, reference
+from fastadv import losses, ops
+from fastadv.ops import _library, _native, reference
 from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
 
 REDUCTIONS = ("none", "sum", "batchmean", "mean")

@@ -1,0 +1,150 @@
+"""An attack as one CUDA graph: all its steps in a single launch."""
+
+import dataclasses
+import functools
+import itertools
+
+import torch
+from torch import nn
+
+from ..engine.frozen import refresh
+from ..engine.logits import ask
+from .checks import as_labels, check_images, check_labels, check_tensor, evaluating
+from .pgd import OBJECTIVES, PGD, started
+
+
+class Captured:
+    """A PGD that records its steps as a CUDA graph and replays it, once an attack is like the one
+    before: images and targets of one shape and layout, one objective and the same networks.
+
+    The networks' tensors are read where they lie, so that new weights need no new recording:
+    optimisers write in place, and so does the refresh of a twin of `freeze`. A smaller batch is
+    filled up with former images, for samples do not depend on each other. Attacked step by step are
+    images on other devices, networks in train mode, an eps per sample, and objectives that cannot
+    be recognised: all but a functools.partial of a function, or of a method of a module that is
+    `recordable` (training methods are), whose arguments are networks, dataclasses of networks,
+    numbers and text.
+
+    attack: a PGD with one restart that keeps the last iterate; ValueError for others.
+    bad_gradients: as of a PGD.
+    """
+
+    def __init__(self, attack):
+        if not (isinstance(attack, PGD) and attack.restarts == 1 and attack.keep == "last"):
+            raise ValueError(f"attack is {attack!r}, must be a PGD with restarts=1 and keep='last'")
+        self.attack, self.bad_gradients = attack, 0
+        self.seen = self.recording = None
+        self.model = self.classes = None  # the last that an attack has checked
+
+    def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
+        """As `PGD.__call__`; the logits of a model are checked in its first call alone."""
+        target = target_logits if loss == "kl" else y
+        known = model is self.model and isinstance(x, torch.Tensor) and on_gpu(x)
+        if not known or loss not in tuple(OBJECTIVES) or target is None:
+            given = {"target_logits": target_logits, "start": start, "index": index}
+            x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
+            if on_gpu(x):
+                with torch.no_grad(), evaluating(model):
+                    self.model, self.classes = model, ask(model, x[:1]).shape[1]
+            return x_adv
+        check_images(x, self.attack.lo, self.attack.hi)
+        check_tensor("target_logits" if loss == "kl" else "y", target, like=x)
+        if loss != "kl":
+            target = as_labels(y, x)
+            check_labels(target, self.classes)
+        refresh(model)
+        inner = functools.partial(_objective, model, loss)
+        with evaluating(model):
+            return self.ascend(inner, x, target.detach(), start=start, index=index)
+
+    @torch.inference_mode(False)
+    def ascend(self, inner, x, *targets, start=None, index=None):
+        """As `PGD.ascend`."""
+        if any(len(target) != len(x) for target in targets):
+            lengths = ", ".join(str(len(target)) for target in targets)
+            raise ValueError(f"targets have {lengths} rows, must have {len(x)}, one per image")
+        key = _likeness(self.attack, inner, x, targets) if on_gpu(x) else None
+        if key is None or key != self.seen:
+            self.seen = key
+            self.recording = None  # frees its memory
+            return self._noted(self.attack.ascend(inner, x, *targets, start=start, index=index))
+        start = self.attack.start(x, index) if start is None else started(start, x)
+        with torch.cuda.device_of(x):
+            if self.recording is None or len(x) > self.recording.batch:
+                self.recording = None
+                self.recording = Recording(self.attack, inner, x, targets)
+            x_adv, bad = self.recording(start, x, *targets)
+        self.bad_gradients = bad.sum()
+        return x_adv
+
+    def _noted(self, x_adv):
+        self.bad_gradients = self.attack.bad_gradients
+        return x_adv
+
+
+class Recording:
+    """The steps of an attack on memory of their own, for batches of up to the first one's size."""
+
+    def __init__(self, attack, inner, x, targets):
+        self.batch = len(x)
+        self.x_adv, *inputs = self.inputs = [v.detach().clone() for v in (x, x, *targets)]
+        self.replay, self.bad = record(lambda: attack.climb(inner, self.x_adv, *inputs))
+
+    def __call__(self, start, *inputs):
+        """(x_adv, bad gradients [B]) from `start` on."""
+        for memory, value in zip(self.inputs, (start, *inputs), strict=True):
+            memory[: len(start)].copy_(value)
+        self.replay()
+        return self.x_adv[: len(start)].clone(), self.bad[: len(start)].clone()
+
+
+def record(function):
+    """(a call that replays `function` as a CUDA graph, what it returned when recorded)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # what libraries allocate once per stream is no part of a graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = function()
+    return graph.replay, returned
+
+
+def on_gpu(x):
+    return x.is_cuda and x.numel() > 0
+
+
+def _objective(model, loss, x_adv, target):
+    return OBJECTIVES[loss](ask(model, x_adv), target)
+
+
+def _likeness(attack, inner, x, targets):
+    """What attacks of one recording have in common; None where that cannot be known."""
+    if not isinstance(inner, functools.partial) or isinstance(attack.eps, torch.Tensor):
+        return None
+    owner = getattr(inner.func, "__self__", None)
+    nets = _networks((*inner.args, *inner.keywords.values()))
+    if nets is None or not (owner is None or getattr(owner, "recordable", False)):
+        return None
+    if any(module.training for net in nets for module in net.modules()):
+        return None
+    held = nets if owner is None else (*nets, owner)
+    tensors = itertools.chain(*((*net.parameters(), *net.buffers()) for net in held))
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    images = [(v.dtype, v.device, v.shape[1:], v.stride()) for v in (x, *targets)]
+    attack = dataclasses.replace(attack)  # as it is now
+    return attack, inner.func, inner.args, inner.keywords, images, addresses
+
+
+def _networks(values):
+    """The networks among these values and in the fields of dataclasses; None where there is
+    anything else but numbers and text."""
+    found = []
+    for value in values:
+        for part in vars(value).values() if dataclasses.is_dataclass(value) else (value,):
+            if isinstance(part, nn.Module):
+                found.append(part)
+            elif not (part is None or isinstance(part, (int, float, str))):
+                return None
+    return found

@@ -1,0 +1,253 @@
+"""freeze(model): the attack-time twin of a model, an inference network with one gradient, to the
+input."""
+
+import copy
+import functools
+import logging
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..ops import _library, _native
+from ..ops._torch import hooked, transformed
+from .folded import Folded
+from .logits import cast_to, dtype_of, logits_of
+from .lower import lower
+from .stage import Unsupported
+
+_log = logging.getLogger("fastadv")
+
+
+class InPrecision(nn.Module):
+    """A network computing in `dtype` that returns its logits (see `logits_of`) in float32, in
+    float64 where that is its dtype.
+
+    dtype: that of the net's parameters, which None stands for, or bfloat16 over float32 parameters,
+    by autocast; ValueError for others. Images are cast to the dtype of the parameters.
+    """
+
+    def __init__(self, net, dtype=None):
+        super().__init__()
+        _check(dtype)
+        own = dtype_of(net, dtype)
+        if dtype not in (None, own) and (own, dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, must be that of the net's parameters, {own}")
+        self.net = net
+        self.dtype = dtype or own or torch.float32
+
+    def forward(self, x):
+        x = cast_to(self.net, x)
+        low = self.dtype == torch.bfloat16 and dtype_of(self.net) == torch.float32
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low):
+            logits = logits_of(self.net(x))
+        exact = torch.float64 in (self.dtype, dtype_of(self.net))
+        return logits.to(torch.float64 if exact else torch.float32)
+
+
+class Frozen(InPrecision):
+    """What `freeze` returns: the model as it was at the last `refresh()`. `net` has its own copies
+    of the parameters and buffers; `trunk` computes its convolutions with weights folded from them,
+    None where the engine cannot."""
+
+    @torch.inference_mode(False)  # whose tensors could not be written to outside it
+    def __init__(self, model, dtype=None):
+        _check(dtype)
+        theirs, cast = _tensors(model), _cast(model, dtype)
+        copies = {id(tensor): _copied(tensor, cast) for _, _, tensor in theirs.values()}
+        super().__init__(copy.deepcopy(model, copies), dtype)
+        self.eval()
+        self._source = [model]  # in a list, so that it is no submodule
+        self._asked, self._inventory = dtype, _inventory(theirs)
+        self._own = _tensors(self.net)
+        self.trunk, self._head = None, []
+        on_cpu = all(p.is_cpu for p in self.net.parameters())
+        backends = ("auto", "native") if on_cpu else ("auto", "native", "triton", "cuda")
+        if _library.backend() not in backends or (on_cpu and _native.missing):
+            return
+        if self.dtype == torch.float64:
+            return
+        low = self.dtype == torch.bfloat16
+        if on_cpu and _native.isa() != "amx":
+            low = False  # without tiles bfloat16 would gain nothing
+        try:
+            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32)
+            vars(self)["trunk"] = trunk  # so that it is no submodule either
+            self._head.append(head)
+        except Unsupported as reason:
+            self._go_without(reason)
+
+    def train(self, mode=True):
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    def load_state_dict(self, *args, **kwargs):
+        """Refused: the trunk would not follow, and the next refresh would undo it."""
+        raise RuntimeError("a twin follows its model: load into the model, then call refresh()")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self):
+        """Copies the model's present parameters and buffers to where the twin has its own, which
+        move only for another layout, dtype or device. RuntimeError where the model has others now,
+        or parameters of another shape."""
+        (model,) = self._source
+        theirs, cast = _tensors(model), _cast(model, self._asked)
+        if _inventory(theirs) != self._inventory:
+            raise RuntimeError(
+                f"{type(model).__name__} has other parameters or buffers, by name, shape or which "
+                "are shared, than when it was frozen: freeze it anew"
+            )
+        self.dtype = self._asked or dtype_of(model)
+        pairs = defaultdict(list)
+        for name, (held, key, mine) in self._own.items():
+            held[key] = mine
+            if self._inventory[name][0] == name:
+                its = theirs[name][-1]
+                _make_room(mine, its, cast)
+                pairs[mine.dtype, its.dtype].append((mine, its))
+        for group in pairs.values():
+            torch._foreach_copy_(*zip(*group, strict=True))
+        if self._has_trunk():
+            self.trunk.refresh()
+
+    def forward(self, x):
+        if not (self._has_trunk() and self._suits(x)):
+            return super().forward(x)
+        (head,) = self._head
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.trunk.guarded(logits_of(head(self.trunk(x))).float())
+        except Unsupported as reason:
+            self._go_without(reason)
+            return super().forward(x)
+
+    def _has_trunk(self):
+        """Whether there is a trunk, and the weights are still as it takes them."""
+        if self.trunk is None:
+            return False
+        weight = self.trunk.stages[0].conv.weight
+        return weight.device == self.trunk.device and weight.dtype == torch.float32
+
+    def _suits(self, x):
+        """Whether the trunk takes this input, and nothing waits for what only modules compute."""
+        channels = self.trunk.stages[0].conv.in_channels
+        return (
+            type(x) in (torch.Tensor, nn.Parameter)
+            and (x.device == self.trunk.device and x.dtype == torch.float32)
+            and (x.dim() == 4 and x.shape[1] == channels and len(x) > 0)
+            and (isinstance(self.trunk, Folded) or _get_current_dispatch_mode() is None)
+            and not any(map(hooked, self.net.modules()))
+            and (torch.compiler.is_compiling() or (self._whole() and not transformed()))
+        )
+
+    def _whole(self):
+        """Whether the net has the twin's tensors: torch.func.functional_call lends it others."""
+        return all(held.get(key) is mine for held, key, mine in self._own.values())
+
+    def _go_without(self, reason):
+        self.trunk = None
+        _say(f"freeze: {type(self.net).__name__} runs as plain torch, slower: {reason}")
+
+
+def original(model):
+    """The model that a twin follows; any other is itself."""
+    return model._source[0] if isinstance(model, Frozen) else model
+
+
+def refresh(model):
+    """Brings a twin up to date, also one under torch.compile; other models are as they are."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, Frozen):
+        model.refresh()
+
+
+def _check(dtype):
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(
+            f"dtype is {dtype}, must be torch.float32, torch.bfloat16 or torch.float64, or None for"
+            " that of the model"
+        )
+
+
+def _cast(model, dtype):
+    """What a twin in `dtype` casts the model's floating point tensors to; None for no cast."""
+    if dtype in (None, dtype_of(model, dtype)):
+        return None
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _tensors(net):
+    """{name: (dict that holds it, its key there, tensor)} of parameters and buffers, what modules
+    share under each of its names."""
+    return {
+        f"{path}.{key}": (held, key, tensor)
+        for path, module in net.named_modules(remove_duplicate=False)
+        for held in (module._parameters, module._buffers)
+        for key, tensor in held.items()
+        if tensor is not None
+    }
+
+
+def _inventory(tensors):
+    """{name: (the first name of the same tensor, a parameter's shape)}"""
+    first = {}
+    return {
+        name: (
+            first.setdefault(id(tensor), name),
+            tensor.shape if isinstance(tensor, nn.Parameter) else None,
+        )
+        for name, (*_, tensor) in tensors.items()
+    }
+
+
+def _copied(tensor, cast):
+    """A twin's own of a parameter or buffer, in the same layout."""
+    dtype = cast if cast and tensor.is_floating_point() else tensor.dtype
+    mine = tensor.detach().to(dtype, copy=True)
+    return nn.Parameter(mine, False) if isinstance(tensor, nn.Parameter) else mine
+
+
+def _make_room(mine, tensor, cast):
+    """Gives `mine` the form that `_copied` would, and new memory only if it is another one."""
+    dtype = cast if cast and tensor.is_floating_point() else tensor.dtype
+    if _form(mine) == (*_form(tensor)[:-1], dtype):
+        return
+    fresh = _copied(tensor, cast)
+    if _form(mine) != _form(fresh):  # as it is of what was expanded or sliced
+        mine.data = fresh
+        torch.autograd.graph.increment_version(mine)  # what was saved for a backward pass is gone
+
+
+def _form(tensor):
+    return tensor.shape, tensor.stride(), tensor.device, tensor.dtype
+
+
+@functools.cache
+def _say(message):
+    """Warns once."""
+    _log.warning(message)
+
+
+def freeze(model, dtype=None):
+    """The attack-time twin of `model`: frozen parameters, always in eval mode, logits in float32.
+
+    It is the model as it was at its last `refresh()`, which each attack call begins with: it has
+    copies of all parameters and buffers, as much memory again, and no change of the model shows
+    before (what is neither, such as a number that a module keeps, stays as it was frozen). Only the
+    input gets a gradient; the model's mode and `.grad` stay as they are. What the model returns may
+    be anything that `logits_of` takes.
+
+    dtype: what it computes in, float32, bfloat16 (by autocast) or float64 (plain torch, float64
+    logits), on parameters cast for it; None for the model's own. ValueError for others.
+
+    BatchNorm is folded into further copies of the convolutions' weights. On a CPU the convolutions
+    run in kernels of our own (`fastadv.engine`), differentiable once, in float32 or, on processors
+    with AMX, in bfloat16 where that is the dtype; on other devices in torch's, in `dtype`,
+    channels_last and with weights that keep their addresses. In float32, logits agree with the
+    model's to rounding. What the engine does not know (see `engine.lower`; a warning says what,
+    once, and `trunk` is then None) runs as the model's own modules, as does everything under a
+    torch.func transform or forward-mode derivative.
+    """
+    return Frozen(original(model), dtype)

@@ -1,0 +1,59 @@
+"""A network's logits, whatever it wraps them in and whichever dtype it computes in."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+def logits_of(output):
+    """The logits in what a network returned: a tensor itself; the attribute `logits` (Hugging Face,
+    torchvision's Inception); the entry "logits" of a mapping; the first item of a tuple or list,
+    where it is the only one of two dimensions. TypeError for anything else."""
+    found = output
+    if not isinstance(output, torch.Tensor):
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, Mapping):
+            found = output.get("logits")
+        if found is None and isinstance(output, (tuple, list)):
+            rows = [item for item in output if isinstance(item, torch.Tensor) and item.dim() == 2]
+            found = output[0] if len(rows) == 1 and output[0] is rows[0] else None
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(
+            f"model returned {_described(output)}, must return logits: a tensor [B, C], an object "
+            "with .logits, a dict with 'logits', or a tuple whose first item alone is [B, C]"
+        )
+    return found
+
+
+def ask(model, x):
+    """The logits of images x [B, ...], which are cast to the dtype of the model's parameters where
+    they are of another one (a model in bfloat16 or float64); the gradient comes back in x's."""
+    return logits_of(model(cast_to(model, x)))
+
+
+def cast_to(model, x):
+    """x in the model's dtype; as it is where the model has none, or x is not of floating point."""
+    return x.to(dtype_of(model, x.dtype)) if x.is_floating_point() else x
+
+
+def dtype_of(model, default=torch.float32):
+    """The dtype of the first floating point parameter or, where there is none, buffer; `default`
+    where there is neither."""
+    if isinstance(model, torch.nn.Module):
+        for tensors in (model.parameters(), model.buffers()):
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    return tensor.dtype
+    return default
+
+
+def _described(output):
+    """The kind of a wrong output, and of what is in it."""
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(repr, output)) or 'nothing'}"
+    if isinstance(output, (tuple, list)):
+        items = (
+            str(list(i.shape)) if isinstance(i, torch.Tensor) else type(i).__name__ for i in output
+        )
+        return f"a {type(output).__name__} of {', '.join(items) or 'nothing'}"
+    return f"a {type(output).__name__}"

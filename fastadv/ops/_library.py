@@ -1,0 +1,252 @@
+"""One call per op over `torch.library`, and the choice of the backend behind it.
+
+`FASTADV_BACKEND` = auto | native | triton | cuda | reference. An explicit choice that cannot be
+honoured raises at import; auto takes the fastest there is, logs once what it goes without, and
+`python -m fastadv.info` says why.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+from ._torch import transformed
+
+# What `auto` runs on a GPU where an op has both. Provisional, by the cost of a launch: no kernel
+# has been timed on a GPU yet. Calls that CUDA C++ does not take go to Triton in any case.
+ON_GPU = {
+    "pgd_step": "cuda",
+    "pgd_step_": "cuda",
+    "random_start": "cuda",
+    "augment": "cuda",
+    "softmax_kl": "cuda",
+}
+BACKENDS = ("auto", "native", "triton", "cuda", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what losses take
+_library = torch.library.Library("fastadv", "DEF")
+_log = logging.getLogger("fastadv")
+
+
+@dataclass
+class Backends:
+    """Which implementation an op runs on each device, and why: what `fastadv.info` prints."""
+
+    cpu: str
+    cuda: str
+
+
+ops: dict[str, Backends] = {}
+plain = {}  # {op: its check and then its decomposition into torch's own ops}
+
+
+@functools.cache
+def backend():
+    """The validated choice of FASTADV_BACKEND."""
+    choice = os.environ.get("FASTADV_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"FASTADV_BACKEND is {choice!r}, must be one of {', '.join(BACKENDS)}")
+    if choice == "native" and _native.missing:
+        raise RuntimeError(f"FASTADV_BACKEND is native, but {_native.missing}")
+    if choice == "triton" and triton_missing():
+        raise RuntimeError(f"FASTADV_BACKEND is triton, but {triton_missing()}")
+    if choice == "cuda" and _native.cuda_missing():
+        raise RuntimeError(f"FASTADV_BACKEND is cuda, but {_native.cuda_missing()}")
+    if choice == "auto" and torch.cuda.is_available() and _native.cuda_missing():
+        _log.warning("CUDA ops run without CUDA C++: %s", _native.cuda_missing())
+    if choice == "auto" and _native.missing:
+        _log.warning("CPU ops run as plain torch: %s", _native.missing)
+    return choice
+
+
+@functools.cache
+def triton_missing():
+    """Why Triton kernels cannot run here, or None. Gated on a live driver, not on the import."""
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        triton = importlib.import_module("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # a broken driver fails in ways of its own
+        return f"triton cannot run: {error}"
+    return None
+
+
+def expect_tensors(**values):
+    """Raises TypeError naming a value that is no tensor, such as a network's output object."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, must be a tensor")
+
+
+def expect_constant(name, probabilities):
+    """Raises ValueError where a gradient is asked for that losses of probabilities do not have."""
+    if probabilities.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, must be a constant: detach it, or use losses.kl on the logits "
+            "behind it, which is differentiable in both"
+        )
+
+
+def expect(name, tensor, *, dtype=None, like=None, shape=None):
+    """Raises TypeError or ValueError naming the argument, what it is and what it must be."""
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, must be {dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, must be on {like.device}")
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
+
+
+def on_gpu(name, reference, native, kernel, cuda):
+    """(what an op runs on a GPU, what `fastadv.info` says of it); arguments as for `define`."""
+    if backend() in ("native", "reference"):
+        return reference, f"reference (FASTADV_BACKEND={backend()})"
+    missing = triton_missing() if kernel else "no kernel"
+    function, chosen = reference, f"reference ({missing})"
+    if not missing:
+        triton = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
+        chosen = "triton"
+
+        def function(*args):
+            return (reference if args[0].dtype == torch.float64 else triton)(*args)
+
+    wanted = backend() == "cuda" or (backend() == "auto" and ON_GPU.get(name) == "cuda")
+    if not (cuda and wanted) or _native.cuda_missing():
+        return function, chosen
+
+    def cuda_first(*args):
+        return (native if cuda(*args) else function)(*args)
+
+    return cuda_first, f"cuda, else {chosen}"
+
+
+def define(
+    schema, *, check, reference, fake, native=None, kernel=None, cuda=None, decomposition=None
+):
+    """Registers an op and returns its overload. All callables take the schema's arguments.
+
+    `check` raises on arguments outside the contract and runs before every implementation;
+    `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
+    of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
+    Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted. `cuda` says of a call
+    whether there is a CUDA C++ kernel for it, which is also run by `native`. `decomposition`: what
+    vmap goes through, torch's own ops; the reference where it never looks at values.
+    """
+    name = schema.split("(")[0]
+
+    def checked(function):
+        def call(*args):
+            check(*args)
+            return function(*args)
+
+        return call
+
+    def impl(function, key):
+        _library.impl(name, checked(function), key)
+
+    _library.define(schema)
+    impl(reference, "CompositeExplicitAutograd")
+    plain[name] = checked(decomposition or reference)
+    _library.impl(name, plain[name], "FuncTorchBatchedDecomposition")
+    torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
+    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else "fastadv._C is missing"
+    gpu, name_on_gpu = on_gpu(name, reference, native, kernel, cuda)
+    if gpu is not reference and not torch.cuda.is_available():
+        name_on_gpu = "reference (no CUDA device)"  # Triton's interpreter
+    chosen = Backends(f"reference ({why if native else 'no kernel'})", name_on_gpu)
+    if native and backend() in ("auto", "native") and not _native.missing:
+        impl(native, "CPU")
+        chosen.cpu = "native"
+    if gpu is not reference:
+        if torch.cuda.is_available():
+            impl(gpu, "CUDA")
+        if backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            impl(gpu, "CPU")
+            chosen.cpu = "triton (interpreted)"
+    ops[name] = chosen
+    return getattr(torch.ops.fastadv, name).default
+
+
+def gradients_from_forward(op, inputs):
+    """Autograd for an op that returns (loss, *gradients), the gradients made by the forward pass.
+
+    inputs: the position of each gradient's input among the op's arguments; a gradient that the
+    call did not ask for is an empty tensor. loss is 0-dim, or [B] for gradients [B, ...].
+    Where the gradient is to be differentiated (create_graph) it is computed anew in torch's own
+    ops, the op's decomposition; so is all of a call under torch.func or forward-mode derivatives.
+    Registered at the Autograd key: two thirds of torch.library.register_autograd's overhead.
+    """
+    name = op._schema.name.split("::")[1]
+    decomposed = plain[name]
+    tensors = [n for n, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
+
+    def versions(constants):
+        """How often each tensor among them has been written to; NaN, which equals nothing, for one
+        of inference mode, which keeps no count."""
+        held = [constants[n] for n in tensors if constants[n] is not None]
+        return [float("nan") if t.is_inference() else t._version for t in held]
+
+    class FromForward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                loss, *gradients = op(*args)
+            ctx.wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
+            constants, saved = list(args), []
+            for n in ctx.wanted:
+                saved += args[inputs[n]], gradients[n]
+                constants[inputs[n]] = None
+            ctx.save_for_backward(*saved)
+            # Constants are held by the node, not saved with the rest: whoever overwrites one, or
+            # made it in inference mode, may still go backward once.
+            ctx.constants, ctx.versions = constants, versions(constants)
+            ctx.mark_non_differentiable(*gradients)
+            ctx.set_materialize_grads(False)
+            return loss, *gradients
+
+        @staticmethod
+        def backward(ctx, grad_loss, *_):
+            result = [None] * len(ctx.constants)
+            if grad_loss is None:
+                return tuple(result)
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks no tensor twice
+            differentiated, gradients = saved[::2], saved[1::2]
+            if torch.is_grad_enabled():
+                if ctx.versions != versions(ctx.constants):
+                    raise RuntimeError(
+                        f"an argument of {name} was overwritten since, or made in inference mode, "
+                        "where nobody can tell: create_graph=True computes the gradient from it "
+                        "again (use torch.no_grad, or clone it)"
+                    )
+                args = list(ctx.constants)
+                for n, tensor in zip(ctx.wanted, differentiated, strict=True):
+                    args[inputs[n]] = tensor
+                made = decomposed(*args)[1:]
+                gradients = [made[n] for n in ctx.wanted]
+            for n, gradient in zip(ctx.wanted, gradients, strict=True):
+                result[inputs[n]] = _scaled(gradient, grad_loss)
+            return tuple(result)
+
+    def autograd(*args):
+        if transformed():
+            return decomposed(*args)
+        if torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in inputs
+        ):
+            return FromForward.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, autograd, "Autograd")
+
+
+def _scaled(gradient, grad_loss):
+    """gradient * grad_loss as one new tensor; never in place, so that retain_graph holds."""
+    if grad_loss.dim():  # a 0-dim factor of another dtype leaves the product's as it is
+        grad_loss = grad_loss.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+    return gradient * grad_loss

@@ -1,0 +1,216 @@
+"""The configuration of a training run: one flat dataclass, from recipes (JSON) and flags."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Fields that say where things are on one machine: a run may go on with others on another one.
+PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
+PLACES = ("device", *PATHS)
+
+
+def _whole(least):
+    rule = f"at least {least}, whole and below 2^63"
+    return rule, lambda value: type(value) is int and least <= value < 2**63
+
+
+_POSITIVE = "positive and finite", lambda value: 0 < value < math.inf
+_NOT_NEGATIVE = "at least 0 and finite", lambda value: 0 <= value < math.inf
+_SHARE = "in [0, 1)", lambda value: 0 <= value < 1
+# What a run's numbers must be; augmentation and methods check their own.
+RULES = {
+    **dict.fromkeys(("eps", "step_size", "lr", "clip_grad"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "awp_gamma"), _NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "ema"), _SHARE),
+    **dict.fromkeys(("epochs", "batch_size", "student_width", "eval_every"), _whole(1)),
+    **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
+}
+
+
+def number(text):
+    """A float from "0.031" or "8/255". Raises ValueError quoting the text."""
+    top, slash, bottom = str(text).partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number such as 0.031 or 8/255") from None
+
+
+def device(name):
+    """The torch.device of this name. Raises ValueError when nothing can be computed on it here."""
+    try:
+        torch.zeros((), device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device is {name!r}, which cannot be used here ({reason}): give another, such as cpu"
+        ) from None
+    return torch.device(name)
+
+
+def _flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. Names and defaults are those of the command line."""
+
+    method: str = _flag("rslad", "such as at, rslad or vfd+trades; all below")
+    method_options: dict = field(default_factory=dict)
+    data: str = _flag("cifar10", "digits, cifar10, cifar100, svhn or npz")
+    data_dir: str | None = _flag(None, "folder of the data set's files, or the .npz file")
+    student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
+    student_width: int | None = _flag(None, "channels of its stem, for narrow networks")
+    teacher: str | None = _flag(None, "architecture of a checkpoint that fastadv did not write")
+    teacher_checkpoint: str | None = _flag(None, "robust teacher: a run's .safetensors or a .pt")
+    clean_teacher: str | None = _flag(None, "the same of the clean teacher's checkpoint")
+    clean_teacher_checkpoint: str | None = _flag(None, "natural teacher: .safetensors or .pt")
+    eps: float = _flag(8 / 255, "radius, such as 8/255")
+    step_size: float | None = _flag(None, "attack step; eps/4 if not given")
+    steps: int = _flag(10, "attack steps in training")
+    init: str | None = _flag(None, "uniform, gaussian or zero start; the method's own if not given")
+    attack_bn: str | None = _flag(
+        None, "BatchNorm mode while attacking: eval or train; the method's own if not given"
+    )
+    policy: str = _flag(
+        "none", "strong augmentation: none, autoaugment, randaugment or trivialaugment"
+    )
+    randaugment_n: int = _flag(2, "operations per image of randaugment")
+    randaugment_m: float = _flag(9.0, "their strength, 0 to 30")
+    cutout: int = _flag(0, "side of a grey square in pixels, even")
+    mixup: float = _flag(0.0, "alpha of mixup's Beta distribution, such as 1")
+    cutmix: float = _flag(0.0, "alpha of cutmix's Beta distribution, such as 1")
+    views_per_image: int | None = _flag(
+        None, "augmentations of an image, which take turns by epoch"
+    )
+    epochs: int = _flag(200, "passes over the training set")
+    batch_size: int = _flag(128, "images per step")
+    lr: float = _flag(0.1, "learning rate of SGD")
+    momentum: float = _flag(0.9, "momentum of SGD")
+    weight_decay: float = _flag(5e-4, "weight decay of SGD")
+    milestones: tuple[int, ...] = _flag(
+        (100, 150), "epochs after which lr drops to a tenth: 100,150"
+    )
+    clip_grad: float | None = _flag(None, "largest norm of the gradient")
+    ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
+    swa_start: int | None = _flag(None, "epoch from which weights are averaged equally")
+    awp_gamma: float = _flag(0.0, "adversarial weight perturbation, in norms of the weights")
+    awp_warmup: int = _flag(0, "epochs before the weights are perturbed")
+    eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
+    precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
+    precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
+    precision_teacher: str = _flag("fp32", "fp32 or bf16: teachers")
+    teacher_cache: str = _flag(
+        "runs/teacher-cache", "folder of teacher outputs that all runs share, or memory, or off"
+    )
+    teacher_cache_dtype: str = _flag("float16", "of what it stores: float16, or float32, exact")
+    seed: int = _flag(0, "weights, order, augmentation and attack starts")
+    device: str = _flag("cpu", "cpu or cuda")
+    out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
+
+    def __post_init__(self):
+        self._check_fields()
+        if self.step_size is None:
+            self.step_size = self.eps / 4
+        for name in ("precision_attack", "precision_outer", "precision_teacher"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
+        if self.ema is not None and self.swa_start is not None:
+            raise ValueError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
+        if self.swa_start is not None and self.swa_start >= self.epochs:
+            raise ValueError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
+        if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
+            raise ValueError(
+                f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
+                f"awp_gamma ({self.awp_gamma})"
+            )
+        if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
+            raise ValueError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+        if self.teacher_cache_dtype not in ("float16", "float32"):
+            raise ValueError(
+                f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"
+            )
+        # A run may be resumed from anywhere.
+        for name in PATHS:
+            if getattr(self, name) not in (None, "memory", "off"):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
+
+    def _check_fields(self):
+        """Raises ValueError for the first field that no run can have."""
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name in (*PATHS, "out") and isinstance(value, os.PathLike):
+                setattr(self, one.name, os.fspath(value))
+            elif one.type in (str, str | None, dict) and not isinstance(value, one.type):
+                kind = "an object of options" if one.type is dict else "text"
+                raise ValueError(f"{one.name} is {value!r}, must be {kind}")
+        if self.data == "digits" and self.data_dir is not None:
+            raise ValueError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
+        for name, (rule, holds) in RULES.items():
+            value = getattr(self, name)
+            missing = value is None and getattr(Config, name) is None  # which is a default then
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not missing and not (number and holds(value)):
+                raise ValueError(f"{name} is {value!r}, must be {rule}")
+        epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
+        whole = all(type(epoch) is int for epoch in epochs)
+        if not whole or [0, *epochs] != sorted({0, *epochs}):
+            raise ValueError(
+                f"milestones is {self.milestones!r}, must be whole numbers of epochs from 1 on, "
+                "each larger than the one before"
+            )
+        self.milestones = tuple(epochs)
+
+    def doubts(self, images):
+        """What a run on so many images can have but hardly means, in a sentence each."""
+        if late := [str(epoch) for epoch in self.milestones if epoch >= self.epochs]:
+            yield (
+                f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
+                "does not drop there"
+            )
+        if self.batch_size > images:
+            yield (
+                f"batch_size is {self.batch_size}, more than the {images} training images: an "
+                "epoch is one step"
+            )
+        if self.batch_size > 1 == images % self.batch_size:
+            yield (
+                f"batch_size is {self.batch_size}, which leaves one of {images} images for the "
+                "last batch: BatchNorm has little or nothing to take statistics of"
+            )
+
+    def lr_at(self, epoch):
+        """The learning rate of epoch `epoch`, counted from 0."""
+        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self) | {"versions": versions()}, indent=2)
+
+    @classmethod
+    def from_json(cls, text):
+        """The Config that `to_json` wrote. Raises ValueError for what is none."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"config is a {type(values).__name__}, must be an object of fields")
+        values.pop("versions", None)
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def versions():
+    """Python, torch and fastadv, for the record of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastadv": metadata.version("fastadv"),
+    }

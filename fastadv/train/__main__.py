@@ -1,0 +1,55 @@
+r"""python -m fastadv.train: adversarial training and robustness distillation.
+
+    python -m fastadv.train                                   # the digits demo, under three minutes
+    python -m fastadv.train --method rslad --data cifar10 --data-dir DIR --student resnet18 \
+        --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
+    python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
+    python -m fastadv.train --resume runs/rslad
+    torchrun --nproc-per-node 4 -m fastadv.train ...          # four processes, see fastadv.runs.parallel
+"""
+
+import sys
+
+from ..info import isa
+from ..runs import parallel
+from .cli import fresh_folder, parse
+from .digits_runs import with_digits_teachers
+from .loop import train
+
+
+def hint(config):
+    """What would make this run several times faster on this machine, or None."""
+    parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
+    if (config.device, isa()) == ("cpu", "amx") and parts == {"fp32"} and config.data != "digits":
+        return "this CPU has AMX: --precision bf16 is several times as fast as float32"
+    return None
+
+
+def main(argv):
+    with parallel.group():
+        if argv:
+            config, resume = parse(argv, __doc__)
+            parallel.barrier()  # all have chosen a fresh folder before one of them makes it
+            if config.data == "digits":
+                config = with_digits_teachers(config)
+            advice = None if resume else hint(config)
+            if advice and parallel.rank() == 0:
+                print(advice)
+            train(config, resume)
+            if parallel.rank() == 0:
+                print(f"run folder: {config.out}")
+        elif parallel.world() > 1:
+            raise ValueError(f"the demo runs in one process, not {parallel.world()}: give flags")
+        else:
+            from ..demo import demo
+
+            demo(fresh_folder("digits"))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("interrupted: --resume RUN goes on from the last whole epoch of a run")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,110 @@
+"""What a Config describes: the method, the networks, the average of weights."""
+
+import dataclasses
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import data, methods, models
+from ..attacks import PGD
+from ..engine.frozen import freeze
+from ..engine.student import Trained
+from ..evaluate import check_fits, from_run
+from ..runs import parallel
+from ..runs.config import PRECISIONS
+
+
+def build_method(config):
+    """The method with its attack; start and BatchNorm mode its own where the config has None."""
+    kind = methods.named(config.method)
+    for name in methods.COMMON:
+        if name in config.method_options:
+            raise ValueError(
+                f"{name} is no option of a method alone: use --{name.replace('_', '-')}"
+            )
+    attack = PGD(
+        config.eps,
+        config.step_size,
+        config.steps,
+        config.init or kind.init,
+        clip_start=kind.clip_start if config.init in (None, kind.init) else None,
+    )
+    method = methods.get(
+        config.method,
+        attack=attack,
+        attack_bn=config.attack_bn,
+        milestones=config.milestones,
+        **config.method_options,
+    )
+    if method.attack_bn == "train" and config.precision_attack != config.precision_outer:
+        raise ValueError(
+            f"precision_attack is {config.precision_attack}, must be precision_outer "
+            f"({config.precision_outer}) when attack_bn is train: the student itself is attacked"
+        )
+    return method
+
+
+def build_nets(config, dataset, method):
+    """(methods.Nets, the bare student)."""
+    channels = dataset.train.images.shape[1]
+    student = models.get(config.student, dataset.num_classes, channels, config.student_width)
+    student.to(config.device, memory_format=torch.channels_last)
+    teachers = {}
+    for which in ("teacher", "clean_teacher"):
+        if which in method.teachers:
+            teachers[which] = build_teacher(config, dataset, which)
+        for field in (which, f"{which}_checkpoint"):
+            if getattr(config, field) and which not in method.teachers:
+                raise ValueError(f"{field} is given, but method {config.method} has no {which}")
+    nets = methods.Nets(
+        student=Trained(student, PRECISIONS[config.precision_outer]),
+        student_twin=freeze(student, PRECISIONS[config.precision_attack]),
+        **teachers,
+    )
+    return nets, student
+
+
+def build_teacher(config, dataset, which):
+    """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision."""
+    architecture, path = getattr(config, which), getattr(config, f"{which}_checkpoint")
+    if path is None:
+        raise ValueError(f"{which}_checkpoint is missing, which method {config.method} needs")
+    if architecture is None:
+        teacher, _ = from_run(path)
+    else:
+        channels = dataset.train.images.shape[1]
+        teacher = models.load(architecture, path, dataset.num_classes, channels)
+    check_fits(teacher, dataset, path)
+    teacher.to(config.device, memory_format=torch.channels_last)
+    return freeze(teacher, PRECISIONS[config.precision_teacher])
+
+
+def build_loader(config, dataset):
+    """Shuffled batches of the training set with the config's augmentation."""
+    side = min(dataset.train.images.shape[2:])
+    if config.cutout > side:
+        raise ValueError(f"cutout is {config.cutout}, must be at most {side}, the images' side")
+    names = (field.name for field in dataclasses.fields(data.Augmentation))
+    return data.Loader(
+        dataset.train,
+        config.batch_size,
+        padding=dataset.padding,
+        flips=dataset.flips,
+        shuffle=True,
+        seed=config.seed,
+        channels_last=True,
+        device=config.device,
+        augmentation=data.Augmentation(**{name: getattr(config, name) for name in names}),
+        num_classes=dataset.num_classes,
+        rank=parallel.rank(),
+        world=parallel.world(),
+    )
+
+
+def build_average(config, student):
+    """The running average of the student's weights and BatchNorm statistics, or None: exponential
+    over steps (EMA), or equal over epochs (SWA, Izmailov et al. 2018)."""
+    if config.ema is not None:
+        average = get_ema_multi_avg_fn(config.ema)
+        return AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+    return None if config.swa_start is None else AveragedModel(student, use_buffers=True)

@@ -1,0 +1,142 @@
+"""The command line of `python -m fastadv.train`: every field of Config is a flag."""
+
+import argparse
+import dataclasses
+import itertools
+import textwrap
+from pathlib import Path
+
+from .. import methods
+from ..runs.config import PLACES, PRECISIONS, Config, number
+from .digits_runs import settings
+from .recipes import recipe, recipes
+
+PLACE_FLAGS = tuple("--" + place.replace("_", "-") for place in PLACES)  # beside --resume
+
+
+def parse(argv, description=None):
+    """(Config, resume) from the command line."""
+    given = vars(parser(description).parse_args(argv))
+    if given.pop("list_recipes"):
+        print(recipe_table())
+        raise SystemExit
+    resume, name, precision, options = (
+        given.pop(k) for k in ("resume", "recipe", "precision", "options")
+    )
+    if resume:
+        if given.keys() - PLACES or name or precision or options:
+            raise ValueError(
+                "--resume takes the run's own settings: no other flag goes with it but those of "
+                f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)})"
+            )
+        return dataclasses.replace(saved(resume), out=resume, **given), True
+    fields = recipe(name) if name else {}
+    if name and given.get("method", fields["method"]) != fields["method"]:
+        fields.pop("method_options", None)  # they are the recipe's method's, as are its teachers
+        for which in {"teacher", "clean_teacher"} - {*methods.get(given["method"]).teachers}:
+            fields.pop(which, None)
+    if given.get("data") == "digits":
+        if name:
+            raise ValueError(f"--recipe is {name}, which is not for digits: they have settings")
+        fields = settings(given.get("method", Config.method))
+        if given.get("student", fields["student"]) != fields["student"]:
+            del fields["student_width"]
+    fields |= {
+        f"precision_{part}": precision for part in ("attack", "outer", "teacher") if precision
+    }
+    for option in options:
+        if "=" not in option:
+            raise ValueError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
+    pairs = [option.partition("=")[::2] for option in options]
+    fields["method_options"] = fields.get("method_options", {}) | {k: value(v) for k, v in pairs}
+    config = Config(**(fields | given))
+    config.out = config.out or str(fresh_folder(f"{config.method}-{config.data}"))
+    return config, False
+
+
+def saved(folder):
+    """The Config of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume is {folder}, a folder without a run's config.json")
+    try:
+        return Config.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a run: {error}") from error
+
+
+def parser(description):
+    result = argparse.ArgumentParser(
+        prog="python -m fastadv.train",
+        description=description,
+        epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, such as vfd+at",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--recipe", help="a published recipe; flags override its fields")
+    result.add_argument("--list-recipes", action="store_true", help="what there is, and exit")
+    result.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder; of the flags below --device and paths of data, "
+        "teachers and cache may be given",
+    )
+    result.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="options",
+        help="an option of the method, such as beta=6, parity=true or layers=layer3,penultimate",
+    )
+    types = {
+        float: number,
+        float | None: number,
+        int: int,
+        int | None: int,
+        tuple[int, ...]: epochs,
+    }
+    for field in dataclasses.fields(Config):
+        if field.name != "method_options":
+            shown = "" if field.default is None else f" (default: {field.default})"
+            result.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=types.get(field.type, str),
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"] + shown,
+            )
+    return result
+
+
+def epochs(text):
+    return tuple(int(epoch) for epoch in text.split(",") if epoch)
+
+
+def value(text):
+    """What a method's option is written as: a number, true, false, a,list or a word."""
+    if "," in text:
+        return tuple(value(part) for part in text.split(",") if part)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return number(text)
+    except ValueError:
+        return text
+
+
+def recipe_table():
+    """Each recipe with the published clean and AutoAttack accuracy and where they come from."""
+    lines = [f"{'recipe':31} clean    AA"]
+    for name, fields in recipes().items():
+        published = fields["published"]
+        clean, aa = (f"{published[k]:5.2f}" if k in published else "    -" for k in ("clean", "aa"))
+        lines.append(f"{name:31} {clean} {aa}")
+        for text in (fields["source"], f"Numbers: {published['provenance']}."):
+            lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def fresh_folder(name):
+    """The first of runs/name, runs/name-2, ... that does not exist."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for path in (Path("runs") / n for n in names) if not path.exists())

@@ -1,0 +1,159 @@
+"""The training loop: one epoch after another, each a loop over batches with an attack and an update
+in it."""
+
+import contextlib
+import math
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import data, methods
+from ..evaluate import accuracies
+from ..runs import log, parallel
+from ..runs.config import device as usable
+from ..runs.folder import Run
+from ..teacher_cache import TeacherCache
+from .awp import AWP
+from .build import build_average, build_loader, build_method, build_nets
+
+
+def train(config, resume=False):
+    """Runs or resumes the training that `config` describes in the folder `config.out`.
+
+    Returns the rows of its metrics.jsonl. After a kill, `resume=True` goes on from the last whole
+    epoch, bit for bit as if it had never stopped (same machine, versions and thread count). Raises
+    FileExistsError when the folder holds a run already, ValueError on unusable settings.
+    In a `parallel.group()` the processes share out each batch and the validation.
+    """
+    folder, device = Path(config.out), usable(config.device)
+    parallel.check_device(config.device)
+    torch.manual_seed(config.seed)
+    dataset = data.load(config.data, config.data_dir)
+    for doubt in config.doubts(len(dataset.train)) if parallel.rank() == 0 else ():
+        warnings.warn(doubt, stacklevel=2)
+    method = build_method(config).to(device)
+    nets, student = build_nets(config, dataset, method)
+    method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))
+    parameters = [*student.parameters(), *method.parameters()]
+    optimizer = torch.optim.SGD(
+        parameters, config.lr, config.momentum, weight_decay=config.weight_decay
+    )
+    average = build_average(config, student)
+    awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
+    loader = build_loader(config, dataset)
+    caches = open_caches(config, method, nets, loader)
+    running = [b for name, b in student.named_buffers() if "running_" in name]  # of BatchNorm
+    run = Run(config, dataset, student, average, method, optimizer, method.init_state(device))
+    run.resume() if resume else run.open()
+
+    for epoch in range(run.epoch, config.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(epoch)
+        loss_sum = torch.zeros((), device=device)
+        bad_gradients = torch.zeros((), dtype=torch.int64, device=device)
+        start = time.perf_counter()
+        bar = tqdm(
+            with_teachers(loader.epoch(epoch), caches),
+            f"{folder.name} {epoch + 1}/{config.epochs}",
+            len(loader),
+            leave=False,
+            unit="batch",
+            disable=parallel.rank() > 0 or None,  # None: where nobody watches
+        )
+        for step, batch in enumerate(bar):
+            batch.x_adv = method.perturb(nets, batch, run.state)
+            raised = contextlib.nullcontext()
+            if awp and epoch >= config.awp_warmup:
+                raised = awp.raised(lambda batch=batch: method.outer(nets, batch, run.state)[0])
+            with raised:
+                loss, run.state = method.outer(nets, batch, run.state)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                parallel.mean_([*gradients, *running])
+                if config.clip_grad:
+                    torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+                optimizer.step()
+            if config.ema is not None:
+                average.update_parameters(student)
+            loss_sum += loss.detach()
+            bad_gradients += method.attack.bad_gradients
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{finite(parallel.mean(loss), epoch):.4f}")
+        if config.swa_start is not None and epoch >= config.swa_start:
+            average.update_parameters(student)
+        run.state = method.end_epoch(run.state)
+        row = {
+            "epoch": epoch,
+            "lr": config.lr_at(epoch),
+            "loss": finite(parallel.mean(loss_sum) / len(loader), epoch),
+            "bad_gradients": int(parallel.total(bad_gradients)),
+            "images_per_s": round(len(dataset.train) / (time.perf_counter() - start), 1),
+        }
+        for which, cache in caches.items():
+            row[f"{which}_cached"] = cached_share(cache)
+            cache.sync()
+        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+            clean, robust = accuracies(
+                run.model, dataset.val, ("clean", "pgd20"), eps=config.eps, device=device
+            ).values()
+            row |= {"clean_acc": clean, "robust_acc": robust}
+        run.end_epoch(row)
+    parallel.barrier()  # the last row is written
+    return log.read(run.metrics)
+
+
+def open_caches(config, method, nets, loader):
+    """{teacher: TeacherCache} of what the method reads of x alone; empty where there is none."""
+    if config.teacher_cache == "off" or not method.cacheable():
+        return {}
+    if loader.views == 2**32:
+        tqdm.write("teacher cache: off, for no view comes twice without --views-per-image")
+        return {}
+    folder = None if config.teacher_cache == "memory" else config.teacher_cache
+    dtype = getattr(torch, config.teacher_cache_dtype)
+    caches = {}
+    for which, names in method.cacheable().items():
+        cache = TeacherCache(getattr(nets, which), loader, names, folder, dtype)
+        width = sum(map(math.prod, cache.shapes.values()))
+        size = loader.views * len(loader.images) * width * dtype.itemsize
+        if parallel.rank() == 0:
+            where = cache.folder or "memory"
+            tqdm.write(f"{which}: cached in {where}, at most {size / 1e6:.1f} MB")
+        caches[which] = cache
+    return caches
+
+
+def with_teachers(fields, caches):
+    """Batches with what the caches have of them; the next one's rows are read meanwhile."""
+    batches = (methods.Batch(*one) for one in fields)
+    batch = next(batches, None)
+    while batch is not None:
+        for which, cache in caches.items():
+            found = cache.lookup(batch.index, batch.view, batch.x)
+            batch.memo |= {(which, "x", name): value for name, value in found.items()}
+        following = next(batches, None)
+        if following is not None:
+            for cache in caches.values():
+                cache.prefetch(following.index, following.view)
+        yield batch
+        batch = following
+
+
+def cached_share(cache):
+    """The share of hits in the lookups since the last call, over all processes."""
+    counts = torch.tensor([cache.hits, cache.misses])
+    cache.hits = cache.misses = 0
+    hits, misses = parallel.total(counts).tolist()
+    return round(hits / max(hits + misses, 1), 4)
+
+
+def finite(loss, epoch):
+    """The loss as a float. Raises ValueError when training has diverged."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(f"loss is {value} in epoch {epoch + 1}: training diverged; lower lr")
+    return value

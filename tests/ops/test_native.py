@@ -1,0 +1,122 @@
+"""The compiled library keeps its promises: symbols, headers, dispatch, and life without it."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastadv.ops import _native
+
+ROOT = Path(__file__).parents[2]
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = ("scalar", "avx2", "avx512", "amx") if X86 else ("scalar",)
+COMPILER = shutil.which("g++")
+STEP = "import torch; from fastadv import info, ops; x = torch.full((2, 3), 0.5); "
+STEP += "print(ops.pgd_step(x, -torch.ones(2, 3), x, 8 / 255, 2 / 255)[1, 2].item()); "
+
+
+def flags(isa):
+    """The compile flags of one instruction set, as CMakeLists.txt has them."""
+    common = re.search(r"target_compile_options\(fastadv_\$\{isa\} PRIVATE (-O3[^$]*)", CMAKE)[1]
+    own = re.search(rf"set\(flags_{isa} ([^)]*)\)", CMAKE)[1]
+    own = re.sub(r"\${flags_(\w+)}", lambda other: " ".join(flags(other[1])), own)
+    return [*common.split(), *own.replace('"', "").split(), "-fopenmp", "-std=gnu++17", "-fPIC"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize("isa", ISAS)
+def test_objects_share_no_symbol(isa, tmp_path):
+    """A weak symbol would let the linker keep one instruction set's copy for all of them."""
+    out = tmp_path / "kernels.o"
+    source = ROOT / "csrc" / "cpu" / "kernels.cpp"
+    command = [COMPILER, *flags(isa), f"-DFASTADV_ISA={isa}", "-c", source, "-o", out]
+    subprocess.run(command, check=True)
+    listed = subprocess.run(["nm", "-C", out], check=True, capture_output=True, text=True).stdout
+    symbols = re.findall(r"^(?:[0-9a-f]{16}| {16}) (\S) (.+)$", listed, re.MULTILINE)
+    assert len(symbols) == len(listed.splitlines())
+    assert [name for kind, name in symbols if kind in "WwVvu"] == []
+    table = f"fastadv::{isa}::table"
+    assert [name for kind, name in symbols if kind.isupper() and kind != "U"] == [table]
+
+
+def test_only_bind_knows_python_or_torch():
+    outside = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|Python\.h|pybind11)')
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"bind.cpp", "kernels.cpp", "table.h", "vec.h"}
+    knows = [path.name for path in files if outside.search(path.read_text())]
+    assert knows == ["bind.cpp"]
+
+
+def python(code, **environment):
+    """Runs code in a fresh interpreter; returns (exit status, stdout, stderr)."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTADV_")}
+    command = [sys.executable, "-c", code]
+    env = clean | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def stepped(stdout):
+    """Whether the first line is 0.5 - 2/255, the step of STEP."""
+    return abs(float(stdout.splitlines()[0]) - (0.5 - 2 / 255)) < 1e-6
+
+
+@pytest.mark.skipif(bool(_native.missing), reason="no compiled module")
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in _native.isas()])
+def test_isa_is_honoured(isa):
+    status, out, err = python(STEP + "print(info.isa())", FASTADV_CPU_ISA=isa)
+    assert status == 0, err
+    assert stepped(out)
+    assert out.splitlines()[1] == isa
+
+
+@pytest.mark.skipif(bool(_native.missing), reason="no compiled module")
+def test_unknown_isa_raises():
+    status, _, err = python("import fastadv", FASTADV_CPU_ISA="mmx")
+    assert status != 0
+    assert "FASTADV_CPU_ISA is 'mmx', must be one of those that this build and machine have" in err
+
+
+def test_reference_backend_leaves_the_native_code_alone():
+    trap = "from fastadv import _native; _native.pgd_step = None; "
+    status, out, err = python(trap + STEP + "print(info.report())", FASTADV_BACKEND="reference")
+    assert status == 0, err
+    assert stepped(out)
+    assert re.search(r"^pgd_step +reference \(FASTADV_BACKEND=reference\)", out, re.MULTILINE)
+    assert "FASTADV_BACKEND=reference" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("nonsense", "FASTADV_BACKEND is 'nonsense', must be one of auto, native, triton, cuda"),
+        ("cuda", "FASTADV_BACKEND is cuda, but "),
+    ],
+)
+def test_backend_that_cannot_be_honoured_raises(choice, message):
+    status, _, err = python("import fastadv", FASTADV_BACKEND=choice, CUDA_VISIBLE_DEVICES="-1")
+    assert status != 0
+    assert message in err
+
+
+def test_without_the_compiled_module():
+    """Ops run as plain torch, one warning says so, info says why, and native cannot be forced."""
+    hide = "import sys; sys.modules['fastadv._C'] = None; "
+    status, out, err = python(hide + STEP + "print(info.report()); print(info.isa())")
+    assert status == 0, err
+    assert stepped(out)
+    assert len(err.splitlines()) == 1
+    assert "CPU ops run as plain torch: fastadv._C is not there" in err
+    assert re.search(r"^CPU kernels: +fastadv._C is not there", out, re.MULTILINE)
+    assert re.search(r"^pgd_step_ +reference \(fastadv._C is missing\)", out, re.MULTILINE)
+    assert out.splitlines()[-1] == "None"
+    status, _, err = python(hide + "import fastadv", FASTADV_BACKEND="native")
+    assert status != 0
+    assert "FASTADV_BACKEND is native, but fastadv._C is not there" in err

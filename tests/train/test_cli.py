@@ -1,0 +1,177 @@
+import dataclasses
+
+import pytest
+import torch
+
+from fastadv import data, models
+from fastadv.runs.config import Config, number
+from fastadv.train import digits_runs, train
+from fastadv.train.__main__ import main
+from fastadv.train.build import build_method, build_nets
+from fastadv.train.cli import fresh_folder, parse
+from fastadv.train.recipes import recipe, recipes
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = (
+        "--recipe rslad-cifar10-resnet18 --epochs 3 --eps 4/255 --precision bf16 "
+        "--set adv_weight=1/2 --milestones 1,2 --data-dir x"
+    )
+    got, resume = parse(line.split())
+    assert not resume
+    assert (got.method, got.epochs, got.weight_decay, got.milestones) == ("rslad", 3, 2e-4, (1, 2))
+    assert got.eps == pytest.approx(4 / 255)
+    assert got.step_size == pytest.approx(1 / 255)
+    assert got.precision_attack == got.precision_outer == got.precision_teacher == "bf16"
+    assert got.method_options == {"adv_weight": 0.5}
+    assert got.out == "runs/rslad-cifar10"
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    assert str(fresh_folder("digits")) == "runs/digits-2"
+    with pytest.raises(ValueError, match="no other flag goes with it"):
+        parse(["--resume", "x", "--lr", "1"])
+    with pytest.raises(ValueError, match="--set is 'beta6', must be NAME=VALUE"):
+        parse(["--set", "beta6"])
+    with pytest.raises(FileNotFoundError, match="--resume is no, a folder without"):
+        parse(["--resume", "no"])
+    with pytest.raises(ValueError, match="recipe is 'x', must be one of absld-cifar10-resnet18"):
+        parse(["--recipe", "x"])
+
+
+@pytest.mark.parametrize("method", ["rslad", "vfd+trades", "iad1"])
+def test_digits_have_settings_of_their_own(method):
+    config, _ = parse(f"--method {method} --data digits --eps 0.1 --set temperature=2".split())
+    assert (config.student, config.student_width, config.eps) == ("digits_net", 8, 0.1)
+    assert config.lr * config.weight_decay == pytest.approx(5e-5)
+    assert config.lr == (1.0 if method == "rslad" else 0.1)
+    extra = {
+        "rslad": {},
+        "iad1": {"begin": 12},
+        "vfd+trades": {"lambda_adv": 1.0, "lambda_clean": 1.0},
+    }[method]
+    assert config.method_options == {"temperature": 2.0} | extra
+
+
+def test_settings_give_way_to_flags():
+    config, _ = parse(["--method", "vfd+rslad", "--data", "digits", "--student", "resnet18"])
+    assert config.student_width is None
+    assert config.method_options == {"lambda_adv": 0.1, "lambda_clean": 0.1}
+    config, _ = parse(["--recipe", "rslad-cifar10-resnet18", "--method", "trades"])
+    assert config.teacher is None
+    line = "--recipe trades-cifar10-resnet18 --method at --set parity=True --set label_smoothing=0"
+    config, _ = parse(line.split())
+    assert (config.method, config.eps) == ("at", 0.031)
+    assert config.method_options == {"parity": True, "label_smoothing": 0.0}
+    with pytest.raises(ValueError, match="--recipe is .*, which is not for digits"):
+        parse(["--recipe", "trades-cifar10-resnet18", "--data", "digits"])
+
+
+def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = {"epochs": 1, "milestones": (), "steps": 1, "student_width": 4}
+    for which in digits_runs.TEACHERS:
+        monkeypatch.setitem(digits_runs.TEACHERS, which, digits_runs.TEACHERS[which] | short)
+    line = "--method mtard --data digits --epochs 1 --milestones , --steps 1 --out"
+    for run in ("first", "second"):
+        main([*line.split(), run])
+        saved = Config.from_json((tmp_path / run / "config.json").read_text())
+        assert saved.teacher_checkpoint == str(tmp_path / "runs/digits-teacher/best.safetensors")
+        teachers = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/best.safetensors")}
+        assert len(teachers) == 2
+        if run == "first":
+            before = teachers
+    assert teachers == before
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+        "digits-teacher",
+        "digits-clean-teacher",
+        "teacher-cache",
+    }
+    with pytest.raises(ValueError, match="teacher_checkpoint is missing, which method mtard needs"):
+        train(dataclasses.replace(saved, teacher_checkpoint=None, out="third"))
+
+
+def test_recipes_are_those_of_the_papers():
+    rslad = Config(**recipe("rslad-cifar10-resnet18"))
+    assert [rslad.lr_at(e) for e in (0, 214, 215, 260, 285, 299)] == pytest.approx(
+        [0.1, 0.1, 0.01, 1e-3, 1e-4, 1e-4]
+    )
+    trades = Config(**recipe("trades-cifar10-resnet18"))
+    assert (trades.eps, trades.step_size, trades.epochs) == (0.031, 0.007, 76)
+    assert Config(**recipe("at-cifar10-preactresnet18")).attack_bn == "train"
+
+
+def test_a_method_is_built_of_its_config():
+    made = build_method(Config(method="ard", milestones=(3, 7), eps=0.1, steps=4))
+    assert made.milestones == (3, 7)
+    attack = made.attack
+    assert (attack.eps, attack.step_size, attack.steps, attack.init) == (0.1, 0.025, 4, "uniform")
+    assert attack.clip_start is False  # the paper's own start
+    assert build_method(Config(method="ard", init="uniform")).attack.clip_start is False
+    assert build_method(Config(method="ard", init="gaussian")).attack.clip_start is None
+    assert made.attack_bn == "train"
+    assert build_method(Config(method="ard", attack_bn="eval")).attack_bn == "eval"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_networks_have_their_own_precision(npz, teacher, precision, dtype):
+    dataset = data.load("npz", npz)
+    for part in ("attack", "outer", "teacher"):
+        settings = {"method": "rslad", "teacher_checkpoint": teacher, "student": "digits_net"}
+        made = Config(**settings, **{f"precision_{part}": precision})
+        nets, _ = build_nets(made, dataset, build_method(made))
+        found = {"attack": nets.student_twin, "outer": nets.student, "teacher": nets.teacher}
+        for name, net in found.items():
+            assert net.dtype == (dtype if name == part else torch.float32), name
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_a_run(name):
+    config = Config(**recipe(name))
+    assert name.split("-")[0] == config.method
+    assert config.data == name.split("-")[-2]
+    assert config.student.replace("_", "") == name.split("-")[-1].replace("_", "")
+    method = build_method(config)
+    for which in method.teachers:
+        assert getattr(config, which), f"{name} names no {which}"
+    for network in {config.student, config.teacher, config.clean_teacher} - {None}:
+        with torch.device("meta"):
+            models.get(network, 10)
+    published = recipes()[name]["published"]
+    assert all(20 < v < 95 for k, v in published.items() if k != "provenance")
+    assert published["provenance"]
+
+
+def test_recipes_are_listed(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--list-recipes"])
+    assert not exit.value.code
+    text = capsys.readouterr().out
+    for name in recipes():
+        assert f"\n{name} " in text
+    line = next(line for line in text.splitlines() if line.startswith("rslad-cifar10-resnet18"))
+    assert line.split() == ["rslad-cifar10-resnet18", "83.38", "51.49"]
+    assert "transcription of the RSLAD paper" in text
+
+
+@pytest.mark.parametrize("text", ["8/0", "x", "", "1/2/3"])
+def test_numbers(text):
+    assert number("8/255") == 8 / 255
+    with pytest.raises(ValueError, match="is not a number such as"):
+        number(text)
+
+
+def test_bfloat16_is_suggested_where_it_is_fast(npz, tmp_path, monkeypatch, capsys):
+    line = f"--data npz --data-dir {npz} --method natural --student digits_net --epochs 1"
+    line += " --milestones ,"
+    for isa, option, said in (
+        ("amx", "", True),
+        ("avx512", "", False),
+        ("amx", "--precision bf16", False),
+    ):
+        monkeypatch.setattr("fastadv.train.__main__.isa", lambda isa=isa: isa)
+        main([*line.split(), *option.split(), "--out", str(tmp_path / (isa + option))])
+        assert ("--precision bf16 is several times as fast" in capsys.readouterr().out) == said
+    main(["--resume", str(tmp_path / "amx")])
+    assert "--precision" not in capsys.readouterr().out

@@ -1,0 +1,193 @@
+"""What goes wrong at a command line ends in one sentence, and changes nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_runs import config
+
+from fastadv import export
+from fastadv.runs import checkpoint, log
+from fastadv.teacher_cache import __main__ as cache
+from fastadv.train import __main__ as command
+
+
+@pytest.fixture(scope="module")
+def run(npz, tmp_path_factory):
+    """The folder of a run of three epochs."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    command.train(config(npz, out))
+    return out
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+SWITCHES = [
+    ("info", "FASTADV_CPU_ISA", "sse"),
+    *((name, "FASTADV_BACKEND", "fast") for name in ("info", "train", "evaluate", "export")),
+    ("teacher_cache", "FASTADV_BACKEND", "fast"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "value"), SWITCHES)
+def test_a_wrong_switch(module, name, value):
+    command = [sys.executable, "-m", f"fastadv.{module}", "--help"]
+    environment = os.environ | {name: value}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {name} is '{value}', must be one of ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_switch_in_a_program_of_ones_own():
+    """There it is an exception like any other."""
+    command = [sys.executable, "-c", "import fastadv"]
+    environment = os.environ | {"FASTADV_BACKEND": "fast"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ValueError: FASTADV_BACKEND is 'fast'")
+
+
+def test_a_run_has_a_folder(npz, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/run", "/proc/run"):
+        with pytest.raises(OSError, match=f"^out is {out}, where no folder can be made: "):
+            command.train(config(npz, out, epochs=1))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+WRONG = {
+    "{": None,  # a last line cut short is left out
+    '{"epoch": 3, "lo': None,
+    "5": "line 4 is no row of a run: '5'",
+    '{"a": 1}': "line 4 is no row of a run: '{\"a\": 1}'",
+    '{"epoch": "3"}': "line 4 is no row of a run",
+    "{\n{}": "line 4 is no row of a run: '{'",
+    '{"ep\n{"epoch": 3}': "line 4 is no row of a run",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_log_is_rows_of_a_run(copied, text):
+    path = copied / "metrics.jsonl"
+    rows = log.read(path)
+    with open(path, "a") as file:
+        file.write(text)
+    before = state(copied)
+    if WRONG[text] is None:
+        assert log.read(path) == rows
+        command.main(["--resume", str(copied)])
+        assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl: {WRONG[text]}"):
+            command.main(["--resume", str(copied)])
+        assert state(copied) == before
+
+
+def changed(folder, **fields):
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"student_width": 8},
+        {"student": "resnet18"},
+        {"ema": 0.9},
+        {"method": "iad1", "teacher_checkpoint": True},
+        {"method": "vfd+at", "clean_teacher_checkpoint": True},
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(copied, teacher, fields):
+    changed(copied, **{k: str(teacher) if v is True else v for k, v in fields.items()})
+    before = state(copied)
+    with pytest.raises(ValueError, match=r"last\.safetensors is not of the run that config\.json"):
+        command.main(["--resume", str(copied)])
+    assert state(copied) == before
+
+
+def test_a_checkpoint_of_no_run_is_refused(copied):
+    checkpoint.save(copied / "last.safetensors", {"rng": torch.get_rng_state()}, {"epoch": 1})
+    with pytest.raises(ValueError, match=r"last\.safetensors is not of the run .* describes: "):
+        command.main(["--resume", str(copied)])
+    (copied / "last.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"last\.safetensors: truncated, damaged"):
+        command.main(["--resume", str(copied)])
+
+
+def test_a_run_whose_state_is_lost_does_not_start_over(copied):
+    (copied / "last.safetensors").unlink()
+    before = state(copied)
+    with pytest.raises(FileNotFoundError, match=r"last\.safetensors: no such file, but .* later"):
+        command.main(["--resume", str(copied)])
+    assert state(copied) == before
+    log.keep_before(copied / "metrics.jsonl", 1)  # as if killed between best and last
+    command.main(["--resume", str(copied)])
+    assert len(log.read(copied / "metrics.jsonl")) == 3
+
+
+def test_export_says_what_is_wrong(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "junk.safetensors").write_text("junk")
+    best = str(run / "best.safetensors")
+    for source, out, match in [
+        (best, tmp_path, "cannot write: Is a directory"),
+        (best, tmp_path / "file/x.pt", "cannot write: Not a directory: '.*/file/x.pt'"),
+        (best, tmp_path / "no/x.pt", "cannot write: No such file or directory"),
+        (tmp_path, tmp_path / "x.pt", "no such file .a run's is DIR/best.safetensors"),
+        (tmp_path / "junk.safetensors", tmp_path / "x.pt", "truncated, damaged"),
+    ]:
+        with pytest.raises((OSError, ValueError), match=match):
+            export.main(["--checkpoint", str(source), "--out", str(out)])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "junk.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "prune"])
+def test_a_folder_of_caches_is_one(tmp_path, command):
+    (tmp_path / "file").touch()
+    for name in ("file", "no"):
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: no such folder"):
+            cache.main([command, str(tmp_path / name)])
+    if command != "prune":  # which has nothing to do then
+        with pytest.raises(ValueError, match=f"{tmp_path}: no caches in it"):
+            cache.main([command, str(tmp_path)])
+
+
+@pytest.mark.parametrize("flag", ["fill --views", "verify --sample"])
+@pytest.mark.parametrize("count", ["0", "-2", "x", "1.5"])
+def test_counts_are_whole(tmp_path, capsys, flag, count):
+    command, name = flag.split()
+    with pytest.raises(SystemExit) as ended:
+        cache.main([command, str(tmp_path), name, count])
+    assert ended.value.code == 2
+    assert f"argument {name}: invalid count value: '{count}'" in capsys.readouterr().err
+
+
+def test_damaged_weights_and_data_name_themselves(npz, tmp_path):
+    (tmp_path / "junk.pt").write_text("junk\n")
+    (tmp_path / "junk.npz").write_text("junk")
+    taught = {"method": "rslad", "teacher": "resnet18", "epochs": 1}
+    for name, match in [("junk.pt", r"not a torch file: .*[a-z]"), ("", "Is a directory: '")]:
+        settings = taught | {"teacher_checkpoint": tmp_path / name}
+        with pytest.raises((ValueError, OSError), match=match):
+            command.train(config(npz, tmp_path / "run", **settings))
+    with pytest.raises(ValueError, match=r"junk\.npz: not a readable .* \(no archive, or pickled"):
+        command.train(config(tmp_path / "junk.npz", tmp_path / "run"))
+    np.savez(tmp_path / "objects.npz", train_images=np.array([None]))
+    with pytest.raises(ValueError, match=r"objects\.npz: not a readable .* \(no archive, or pickl"):
+        command.train(config(tmp_path / "objects.npz", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
