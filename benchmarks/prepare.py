@@ -13,7 +13,7 @@ INSTALL = "-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-chec
 # pip takes a module that was not built for none that is wanted.
 BUILT = """
 import shutil, sys, torch
-from fastadv import _native
+from fastadv.ops import _native
 wanted = torch.cuda.is_available() and shutil.which("nvcc")
 sys.exit(_native.missing or (wanted and _native.cuda_missing()) or 0)
 """

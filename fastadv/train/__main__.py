@@ -5,7 +5,7 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
         --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
     python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
     python -m fastadv.train --resume runs/rslad
-    torchrun --nproc-per-node 4 -m fastadv.train ...          # four processes, see fastadv.runs.parallel
+    torchrun --nproc-per-node 4 -m fastadv.train ...            # four processes, see runs.parallel
 """
 
 import sys

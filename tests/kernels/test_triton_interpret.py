@@ -82,7 +82,7 @@ def test_interpreted_in_full(op, tmp_path):
 
 
 def test_an_interpreted_run_is_on_the_kernels(tmp_path):
-    code = "from fastadv import _library; print({n: op.cpu for n, op in _library.ops.items()})"
+    code = "from fastadv.ops import _library; print({n: op.cpu for n, op in _library.ops.items()})"
     done = run(["-c", code], tmp_path, **INTERPRETED)
     backends = ast.literal_eval(done.stdout)
     others = {name for name, backend in backends.items() if backend != "triton (interpreted)"}
