@@ -28,7 +28,7 @@ def fastadv_(columns):
 
 def case(name):
     trunk, _ = lower(models.get(name).eval(), torch.float32)
-    layers = Folded(trunk.stages, trunk.image_affine, torch.bfloat16).layers
+    layers = Folded(trunk.plan, trunk.image_affine, torch.bfloat16).layers
     folds = [fold for layer in layers for fold in layer.folds()]
     columns = list(zip(*folds, strict=True))
 

@@ -5,31 +5,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import fold_bn_
-from .stage import parts
+from .plan import parts
 
 
 class Folded(nn.Module):
     """fp32 images [B, C, H, W] -> fp32 features [B, C', H', W'], differentiable to the images only.
 
-    stages, image_affine: as for Trunk. dtype: of the weights and of all between entry and exit,
-    float32 or bfloat16; memory is channels_last in between. Weights are those of the last
-    `refresh()`, which writes them where they are: captured CUDA graphs and compiled code follow.
+    plan: the FusedLayers in order of computation, as for Trunk; image_affine: as for Trunk. dtype:
+    of the weights and of all activations, float32 or bfloat16; activations are channels_last.
+    Weights are those of the last `refresh()`, which overwrites them in place, so that captured CUDA
+    graphs and compiled code follow.
     """
 
     @torch.inference_mode(False)  # whose tensors could not be saved for a backward pass
-    def __init__(self, stages, image_affine, dtype):
+    def __init__(self, plan, image_affine, dtype):
         super().__init__()
-        self.stages, self.image_affine, self.dtype = stages, image_affine, dtype
-        number = {stage: n for n, stage in enumerate(stages)}
+        self.plan, self.image_affine, self.dtype = plan, image_affine, dtype
+        number = {layer: n for n, layer in enumerate(plan)}
+        # Refs as (number of the layer, side), which torch.compile can follow.
         self.reads = [
-            tuple(ref and (number[ref.stage], ref.side) for ref in (stage.source, stage.before))
-            for stage in stages
+            tuple(ref and (number[ref.layer], ref.side) for ref in (layer.source, layer.before))
+            for layer in plan
         ]
         last = {key: n for n, keys in enumerate(self.reads) for key in keys if key is not None}
         self.wanted = set(last)
-        self.ends = [[key for key in last if last[key] == n] for n in range(len(stages))]
-        self.layers = nn.ModuleList(Layer(stage, dtype) for stage in stages)
-        weight = stages[0].conv.weight
+        self.ends = [[key for key in last if last[key] == n] for n in range(len(plan))]
+        self.layers = nn.ModuleList(FoldedLayer(layer, dtype) for layer in plan)
+        weight = plan[0].conv.weight
         for name in ("scale", "shift"):
             self.register_buffer(name, weight.new_empty(1, weight.shape[1], 1, 1), persistent=False)
         self.eval()
@@ -47,7 +49,8 @@ class Folded(nn.Module):
             buffer.copy_(values.view_as(buffer))
 
     def guarded(self, logits):
-        """These: torch itself refuses a backward pass whose weights have been written to."""
+        """The same logits, with nothing to do here: torch itself refuses a backward pass whose
+        weights were written to since the forward pass."""
         return logits
 
     def forward(self, x):
@@ -68,58 +71,59 @@ class Folded(nn.Module):
         return out.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-class Layer(nn.Module):
-    """One stage, without its residual: weight, bias, and scale and shift [C, 1, 1] of its affine
-    BatchNorm, in `dtype`; None for what it does not have."""
+class FoldedLayer(nn.Module):
+    """One FusedLayer, without its residual. Buffers in `dtype`, None for what the layer does not
+    have: weight, bias, and scale and shift [C, 1, 1] of its `affine`."""
 
-    def __init__(self, stage, dtype):
+    def __init__(self, layer, dtype):
         super().__init__()
-        self.stage = stage
-        left, right, top, bottom = stage.padding
+        self.layer = layer
+        left, right, top, bottom = layer.padding
         self.even = left == right and top == bottom
         empty = dict.fromkeys(("weight", "bias", "scale", "shift", "ones"))
-        if stage.conv is not None:
-            weight = stage.conv.weight
+        if layer.conv is not None:
+            weight = layer.conv.weight
             empty["weight"] = torch.empty_like(
                 weight, dtype=dtype, memory_format=torch.channels_last, requires_grad=False
             )
-            if stage.norm is not None or stage.conv.bias is not None:
+            if layer.norm is not None or layer.conv.bias is not None:
                 empty["bias"] = weight.new_empty(len(weight), dtype=dtype)
-        if stage.affine is not None:
-            ones = torch.ones_like(stage.affine.running_mean)[:, None, None]
+        if layer.affine is not None:
+            ones = torch.ones_like(layer.affine.running_mean)[:, None, None]
             empty["ones"] = ones  # what the affine multiplies, as a convolution's weights
             empty |= {name: torch.empty_like(ones, dtype=dtype) for name in ("scale", "shift")}
         for name, buffer in empty.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def folds(self):
-        """(weight_out, bias_out, weight, bias, norm) of `fold_bn_`, for what this stage has."""
-        stage = self.stage
-        if stage.conv is not None:
-            norm = stage.norm and parts(stage.norm)
-            yield self.weight, self.bias, stage.conv.weight, stage.conv.bias, norm
-        if stage.affine is not None:
-            yield self.scale, self.shift.flatten(), self.ones, None, parts(stage.affine)
+        """Yields (weight_out, bias_out, weight, bias, norm) of `fold_bn_` for the convolution and
+        for `affine`, where the layer has them."""
+        layer = self.layer
+        if layer.conv is not None:
+            norm = layer.norm and parts(layer.norm)
+            yield self.weight, self.bias, layer.conv.weight, layer.conv.bias, norm
+        if layer.affine is not None:
+            yield self.scale, self.shift.flatten(), self.ones, None, parts(layer.affine)
 
     def forward(self, source):
-        stage = self.stage
-        if stage.adaptive is not None:
-            return F.adaptive_avg_pool2d(source, stage.adaptive)
-        if stage.conv is None:
-            size, stride = stage.window
+        layer = self.layer
+        if layer.adaptive is not None:
+            return F.adaptive_avg_pool2d(source, layer.adaptive)
+        if layer.conv is None:
+            size, stride = layer.window
             return source if size == stride == (1, 1) else F.avg_pool2d(source, size, stride)
-        _, stride, dilation, (left, right, top, bottom) = stage.geometry
+        _, stride, dilation, (left, right, top, bottom) = layer.geometry
         padding = (top, left)
         if not self.even:
             source, padding = F.pad(source, (left, right, top, bottom)), 0
-        groups = stage.conv.groups
+        groups = layer.conv.groups
         return F.conv2d(source, self.weight, self.bias, stride, padding, dilation, groups)
 
     def active(self, out):
         """activation(affine(out))"""
         if self.scale is not None:
             out = torch.addcmul(self.shift, out, self.scale)
-        activation, cap = self.stage.activation, self.stage.cap
+        activation, cap = self.layer.activation, self.layer.cap
         if activation == "silu":
             return F.silu(out)
         if activation == "none":

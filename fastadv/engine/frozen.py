@@ -15,7 +15,7 @@ from ..ops._torch import hooked, transformed
 from .folded import Folded
 from .logits import cast_to, dtype_of, logits_of
 from .lower import lower
-from .stage import Unsupported
+from .plan import Unsupported
 
 _log = logging.getLogger("fastadv")
 
@@ -127,12 +127,12 @@ class Frozen(InPrecision):
         """Whether there is a trunk, and the weights are still as it takes them."""
         if self.trunk is None:
             return False
-        weight = self.trunk.stages[0].conv.weight
+        weight = self.trunk.plan[0].conv.weight
         return weight.device == self.trunk.device and weight.dtype == torch.float32
 
     def _suits(self, x):
         """Whether the trunk takes this input, and nothing waits for what only modules compute."""
-        channels = self.trunk.stages[0].conv.in_channels
+        channels = self.trunk.plan[0].conv.in_channels
         return (
             type(x) in (torch.Tensor, nn.Parameter)
             and (x.device == self.trunk.device and x.dtype == torch.float32)

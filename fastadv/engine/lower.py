@@ -1,4 +1,4 @@
-"""From a network to the plan of its trunk, by torch.fx."""
+"""From a network to the plan of its trunk."""
 
 import functools
 import operator
@@ -7,53 +7,42 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..ops._torch import hooked
 from .folded import Folded
-from .stage import Ref, Stage, Unsupported, pair
+from .plan import FusedLayer, Ref, Unsupported, pair
+from .trace import trace
 from .trunk import Trunk
 
 
 def lower(net, dtype):
     """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits. The trunk is a Trunk
-    where the parameters are on a CPU, elsewhere a Folded.
+    where the parameters are on a CPU, elsewhere a Folded; dtype: see there.
 
-    It takes convolutions (any stride, padding and dilation; dense, or one filter per
-    channel), BatchNorm, ReLU, ReLU6, SiLU, residual sums, zero padding, average pooling and the
-    input's normalisation; the head, what follows them, runs in torch. Raises Unsupported when the
-    network cannot be traced, has a convolution after something else, branches otherwise, or is
-    spread over devices.
+    The trunk has convolutions (any stride, padding and dilation; dense, or one filter per channel),
+    BatchNorm, ReLU, ReLU6, SiLU, residual sums, zero padding, average pooling and the input's
+    normalisation. The head is all that follows, and runs in torch. Raises Unsupported where the
+    network cannot be traced, has a convolution behind an operation of another kind, branches other
+    than by residual sums, or is spread over devices.
     """
     devices = {tensor.device for tensor in (*net.parameters(), *net.buffers())}
     if len(devices) != 1:
         raise Unsupported(f"its tensors are on {len(devices)} devices")
     kind = devices.pop().type
-    autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
-    for name, module in net.named_modules():
-        if "forward" in vars(module):
-            raise Unsupported(f"the forward of {name or type(net).__name__} was replaced")
-        if hooked(module):
-            raise Unsupported(f"{name or type(net).__name__} has hooks")
-    try:
-        with torch.autocast(autocast, enabled=False):  # the caller's is none of its own
-            graph = Tracer(autocast).trace(net)
-    except Exception as error:  # whatever a network's own Python raises on a proxy
-        raise Unsupported(f"torch.fx cannot trace it: {error}") from error
-    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-        raise Unsupported("it makes tensors of its own, which a trace would fix")
+    graph = trace(net, kind)
     lowering = Lowering(net, graph)
     boundary = lowering.boundary()
     head = _head(net, graph, lowering.found, boundary)
-    executor = Trunk if kind == "cpu" else Folded
-    stages = lowering.finished(boundary)
-    others = {str(t.dtype) for stage in stages for t in stage.tensors()} - {"torch.float32"}
+    plan = lowering.plan(boundary)
+    others = {str(t.dtype) for layer in plan for t in layer.tensors()} - {"torch.float32"}
     if others:
         raise Unsupported(f"its weights are {', '.join(sorted(others))}")
-    affine = functools.partial(image_affine, net, stages[0].conv.weight, lowering.image.steps)
-    return executor(stages, affine, dtype), head
+    affine = functools.partial(image_affine, net, plan[0].conv.weight, lowering.image.steps)
+    executor = Trunk if kind == "cpu" else Folded
+    return executor(plan, affine, dtype), head
 
 
 def image_affine(net, weight, steps):
-    """(scale, shift) [C] of the image before the first convolution, of this weight."""
+    """(scale, shift) fp32 [C], to which these steps of an Image come; weight: that of the first
+    convolution, which reads the image."""
     exact = {"dtype": torch.float32, "device": weight.device}
     scale, shift = torch.ones(weight.shape[1], **exact), torch.zeros(weight.shape[1], **exact)
     for operation, constant in steps:
@@ -65,59 +54,34 @@ def image_affine(net, weight, steps):
     return scale.contiguous(), shift.contiguous()
 
 
-class Tracer(fx.Tracer):
-    """Keeps buffers symbolic, and sums in place apart from others."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, autocast):
-        super().__init__()
-        self.autocast = autocast  # the kind of device
-
-    def proxy(self, node):
-        return Proxy(node, self)
-
-    def create_node(self, *args, **kwargs):
-        if torch.is_autocast_enabled(self.autocast):
-            raise Unsupported("its forward enters autocast, which a trace would forget")
-        return super().create_node(*args, **kwargs)
-
-
-def _recorded(function):
-    def record(self, other):
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-class Proxy(fx.Proxy):
-    __iadd__ = _recorded(operator.iadd)
-    __isub__ = _recorded(operator.isub)
-    __imul__ = _recorded(operator.imul)
-    __itruediv__ = _recorded(operator.itruediv)
-
-
 class Image:
-    """The network's input after `steps`, pairs of an operation and its constant."""
+    """The network's input after `steps`, each an operation of torch and its constant: a number, or
+    the name of a buffer."""
 
     def __init__(self, steps=()):
         self.steps = steps
 
 
 class Lowering:
-    """Walks the graph; `found` maps the nodes that the trunk covers to an Image or a Ref."""
+    """Walks a graph and makes a plan of the nodes that a trunk can compute.
+
+    found: {node: its result} of these nodes, as an Image, a Ref or, for zero padding, either of
+    them with the zeros around it. layers: the FusedLayers so far. The methods that FUNCTIONS and
+    MODULES name take a node, and its module if it calls one, and return its result, or None where
+    the trunk cannot compute it.
+    """
 
     def __init__(self, net, graph):
         self.net, self.graph = net, graph
         self.modules = dict(net.named_modules())
-        self.found, self.stages = {}, []
+        self.found, self.layers = {}, []
         for node in graph.nodes:
             value = self.value(node)
             if value is not None:
                 self.found[node] = value
 
     def value(self, node):
-        """What the trunk makes of this node, None for the head's."""
+        """The result of a node, None for one that the trunk does not compute."""
         if node.op == "placeholder":
             return None if self.found else Image()
         if node.op in ("get_attr", "output"):
@@ -129,7 +93,7 @@ class Lowering:
         return getattr(self, name)(node, module)
 
     def ref(self, node):
-        """The Ref behind a node, or None."""
+        """The Ref that is a node's result, or None."""
         value = self.found.get(node) if isinstance(node, fx.Node) else None
         return value if isinstance(value, Ref) else None
 
@@ -140,49 +104,49 @@ class Lowering:
         if source is None or not plain or (conv.groups > 1 and not depthwise):
             return None
         if isinstance(source, Image):
-            if depthwise or self.stages:
+            if depthwise or self.layers:
                 return None
             self.image = source
             source = None
-        elif not self.stages:
+        elif not self.layers:
             return None
         top, left = pair(conv.padding)
         padding = tuple(p + q for p, q in zip(pad, (left, left, top, top), strict=True))
-        return self.add_stage(Stage(source, conv.out_channels, conv=conv, padding=padding))
+        return self.add_layer(FusedLayer(source, conv.out_channels, conv=conv, padding=padding))
 
     def source(self, node):
-        """(what a convolution reads, the zeros around it)."""
+        """(result of a node, the zeros around it), as a convolution reads them."""
         value = self.found.get(node)
         return value if isinstance(value, tuple) else (value, (0, 0, 0, 0))
 
-    def add_stage(self, stage):
-        self.stages.append(stage)
-        return Ref(stage, "out")
+    def add_layer(self, layer):
+        self.layers.append(layer)
+        return Ref(layer, "out")
 
     def normalise(self, node, norm):
         ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
         if ref is None or ref.side == "active" or not norm.track_running_stats:
             return None
-        stage = ref.stage
-        fresh = stage.norm is None and stage.before is None and stage.activation is None
-        if single and fresh and stage.conv is not None:
-            stage.norm = norm
+        layer = ref.layer
+        fresh = layer.norm is None and layer.before is None and layer.activation is None
+        if single and fresh and layer.conv is not None:
+            layer.norm = norm
             return ref
-        if stage.activation is not None:
+        if layer.activation is not None:
             return None
-        stage.affine, stage.activation = norm, "none"
-        return Ref(stage, "active")
+        layer.affine, layer.activation = norm, "none"
+        return Ref(layer, "active")
 
     def activate(self, node, module, activation="relu", cap=float("inf")):
         ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
         inplace = module.inplace if module else node.target == "relu_" or any(node.kwargs.values())
         if ref is None or (inplace and not single):
             return None
-        pending = ref.side == "active" and ref.stage.activation == "none" and single
-        if not pending and (ref.side == "active" or ref.stage.activation is not None):
+        pending = ref.side == "active" and ref.layer.activation == "none" and single
+        if not pending and (ref.side == "active" or ref.layer.activation is not None):
             return None
-        ref.stage.activation, ref.stage.cap = activation, cap
-        return Ref(ref.stage, "active")
+        ref.layer.activation, ref.layer.cap = activation, cap
+        return Ref(ref.layer, "active")
 
     def relu6(self, node, module):
         return self.activate(node, module, cap=6.0)
@@ -202,19 +166,19 @@ class Lowering:
             return self.image_step(node, _)
         if node.target in (operator.iadd, "add_") and len(node.args[0].users) > 1:
             return None
-        order = sorted(range(2), key=lambda i: self.stages.index(refs[i].stage))
+        order = sorted(range(2), key=lambda i: self.layers.index(refs[i].layer))
         into, other = refs[order[1]], refs[order[0]]
-        stage, single = into.stage, len(node.args[order[1]].users) == 1
-        free = into.side == "out" and stage.before is None and stage.activation is None
-        if not (free and single and stage is not other.stage and stage.conv is not None):
+        layer, single = into.layer, len(node.args[order[1]].users) == 1
+        free = into.side == "out" and layer.before is None and layer.activation is None
+        if not (free and single and layer is not other.layer and layer.conv is not None):
             return None
-        if stage.channels != other.stage.channels:
+        if layer.channels != other.layer.channels:
             return None
-        stage.before = other
+        layer.before = other
         return into
 
     def image_step(self, node, _):
-        """A constant added to the image, or times it: a number, or a buffer per channel."""
+        """The image plus or times a constant: a number, or a buffer of one value per channel."""
         image = self.found.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         operation = STEPS.get(node.target)
         if operation is None or not isinstance(image, Image) or len(node.args) != 2:
@@ -250,16 +214,17 @@ class Lowering:
         if ref is None or odd or len(node.args) > 3 or len(node.all_input_nodes) > 1:
             return None
         window = pair(size), pair(size if stride is None else stride)
-        return self.add_stage(Stage(ref, ref.stage.channels, window=window))
+        return self.add_layer(FusedLayer(ref, ref.layer.channels, window=window))
 
     def adaptive_pool(self, node, module):
         ref, size = self.ref(node.args[0]), module.output_size if module else node.args[1]
         if ref is None or len(node.all_input_nodes) > 1 or None in pair(size):
             return None
-        return self.add_stage(Stage(ref, ref.stage.channels, adaptive=pair(size)))
+        return self.add_layer(FusedLayer(ref, ref.layer.channels, adaptive=pair(size)))
 
     def boundary(self):
-        """The one node of the trunk that the head reads."""
+        """The one node of the trunk that the head reads; Unsupported if there are others, or if
+        the head has a convolution."""
         beyond = [n for n in self.graph.nodes if n not in self.found and n.op != "get_attr"]
         read = {source for node in beyond for source in node.all_input_nodes} & self.found.keys()
         for node in beyond:
@@ -270,32 +235,34 @@ class Lowering:
         return next(iter(read))
 
     def describe(self, node):
-        """A module by path and class, anything else by its name."""
+        """A node in words: a module by path and class, another one by its name."""
         if node.op != "call_module":
             return node.name
         return f"{node.target} ({type(self.modules[node.target]).__name__}, as it is set)"
 
-    def finished(self, boundary):
-        """The stages up to the boundary, the last of which is read as `out` and has no more."""
+    def plan(self, boundary):
+        """The layers that the boundary needs, in order of computation. The last one has `out` as
+        its only result: where the boundary is something else, an average over 1 x 1 copies it."""
         ref = self.found[boundary]
-        if ref.side != "out" or ref.stage.conv is not None:
-            ref = self.add_stage(Stage(ref, ref.stage.channels, window=((1, 1), (1, 1))))
-        needed = {ref.stage}
-        for stage in reversed(self.stages):
-            if stage in needed:
-                needed |= {read.stage for read in (stage.source, stage.before) if read}
-        stages = [stage for stage in self.stages if stage in needed]
-        for stage in stages:
-            added = [other.before for other in stages]
-            convolved = [other.source for other in stages]
-            for read in (Ref(stage, "out"), Ref(stage, "active")):
+        if ref.side != "out" or ref.layer.conv is not None:
+            ref = self.add_layer(FusedLayer(ref, ref.layer.channels, window=((1, 1), (1, 1))))
+        needed = {ref.layer}
+        for layer in reversed(self.layers):
+            if layer in needed:
+                needed |= {read.layer for read in layer.reads}
+        layers = [layer for layer in self.layers if layer in needed]
+        for layer in layers:
+            added = [other.before for other in layers]
+            convolved = [other.source for other in layers]
+            for read in (Ref(layer, "out"), Ref(layer, "active")):
                 alone = read.side == "active" and read in added and read not in convolved
                 if added.count(read) > 1 or alone:
                     raise Unsupported("a residual branches in a way that is not known")
-        return stages
+        return layers
 
 
-KEYWORDS = {"inplace", "mode", "value", "p", "training"}  # fx spells out those of F
+# Arguments that a node may have by keyword. fx has those of torch.nn.functional so.
+KEYWORDS = {"inplace", "mode", "value", "p", "training"}
 MODULES = {
     nn.Conv2d: "convolve",
     nn.BatchNorm2d: "normalise",
@@ -308,6 +275,7 @@ MODULES = {
     nn.AvgPool2d: "pool",
     nn.AdaptiveAvgPool2d: "adaptive_pool",
 }
+# The operations on an image that are its normalisation, none of them in place.
 STEPS = {
     operator.add: torch.add,
     torch.add: torch.add,
@@ -315,7 +283,7 @@ STEPS = {
     operator.sub: torch.sub,
     operator.mul: torch.mul,
     operator.truediv: torch.div,
-}  # of an image, none of them in place
+}
 FUNCTIONS = {
     F.relu: "activate",
     torch.relu: "activate",
@@ -339,7 +307,7 @@ FUNCTIONS = {
 
 
 def _head(net, graph, found, boundary):
-    """What follows the boundary, as a module of its input."""
+    """A module that computes what follows the boundary from the boundary's result."""
     head, copies = fx.Graph(), {}
     copies[boundary] = head.placeholder("features")
     for node in graph.nodes:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops._torch import transformed
 from .frozen import InPrecision
-from .stage import pair
+from .plan import pair
 
 LANES = 16  # input channels from which on oneDNN's strided gradients stay within their memory
 TILE = 16  # output pixels of a row that the kernels take at once

@@ -1,10 +1,42 @@
-"""Index tables of convolutions over blocks: which source pixel each output pixel reads by which tap
-of the kernel, and the elements of an image by which patches read them."""
+"""Index tables of convolutions over blocks.
+
+A tap is one position in a convolution's kernel. The tables say which source pixel each output pixel
+reads by which tap, and which element of an image is where in the patches of the first convolution.
+"""
 
 import numpy as np
 import torch
 
-from .stage import Unsupported
+from .packed import CHANNELS, IMAGES, blocks_of
+from .plan import Unsupported
+
+
+class LayerTaps:
+    """The taps of one FusedLayer, forward and backward, as `_native.convolution` takes them.
+
+    size, output: (height, width) that the layer reads and writes. pixels: those of the output.
+    mean: what an average pooling has for weights, fp32 [taps, channels]; None for a convolution.
+    """
+
+    def __init__(self, layer, size, output):
+        self.pixels, self.mean = output[0] * output[1], None
+        if layer.source is None:  # a product with patches
+            out = source = np.arange(self.pixels)
+            size, tap, taps = output, np.zeros_like(out), 1
+        elif layer.conv is not None:
+            out, source, tap = pairs(size, *layer.geometry)
+            taps = layer.conv.weight[0, 0].numel()
+        else:
+            if layer.adaptive:
+                out, source = adaptive_pairs(size, layer.adaptive)
+            else:
+                out, source, _ = pairs(size, *layer.geometry)
+            tap, weights = means(out)
+            taps = len(weights)
+            channels = blocks_of(layer.channels) * CHANNELS
+            self.mean = weights[:, None].expand(-1, channels).contiguous()
+        self.forward = lists(out, source, tap, self.pixels, taps)
+        self.backward = lists(source, out, tap, size[0] * size[1], taps)
 
 
 def output_size(size, kernel, stride, dilation, padding):
@@ -39,14 +71,16 @@ def adaptive_pairs(size, output):
 
 
 def means(out):
-    """(tap of each pair, fp32 [taps] weights) that make a sum over each output pixel's pairs their
-    mean."""
+    """(tap of each pair, fp32 [taps] weights) with which the weighted sum over an output pixel's
+    pairs is their mean."""
     sizes, tap = np.unique(np.bincount(out)[out], return_inverse=True)
     return tap, torch.from_numpy(1 / sizes).float()
 
 
 def lists(at, source, tap, count, kernel):
-    """The taps of `count` pixels as `_native.convolution` takes them; `at` is the pixel of each."""
+    """(start, table, kernel) as `_native.convolution` takes the taps of `count` pixels: pixel p has
+    the rows start[p] to start[p + 1] of the table, a source pixel and a tap each. at: the pixel to
+    which each pair belongs. kernel: the number of taps of the kernel."""
     order = np.lexsort((tap, at))
     start = np.searchsorted(at[order], np.arange(count + 1)).astype(np.int32)
     table = np.stack([source[order], tap[order]], 1).astype(np.int32)
@@ -54,12 +88,12 @@ def lists(at, source, tap, count, kernel):
 
 
 def patch_offsets(strides, channels, size, kernel, *args):
-    """int32 [P, channels * taps, filled up to 32 n]: where patches read an image of these strides
-    (channel, row, column), -1 for the padding."""
+    """int32 [P, S], S = channels * taps filled up to a multiple of 32: the place in an image of
+    these strides (channel, row, column) that each element of the P patches reads, -1 for zeros."""
     out, source, tap = pairs(size, kernel, *args)
     height, width = output_size(size, kernel, *args)
     taps = kernel[0] * kernel[1]
-    offsets = np.full((height * width, -(-channels * taps // 32) * 32), -1, np.int32)
+    offsets = np.full((height * width, blocks_of(channels * taps) * CHANNELS), -1, np.int32)
     row, column = np.divmod(source, size[1])
     for c in range(channels):
         place = c * strides[0] + row * strides[1] + column * strides[2]
@@ -68,12 +102,12 @@ def patch_offsets(strides, channels, size, kernel, *args):
 
 
 def image_offsets(offsets, elements):
-    """int32 [terms, elements]: which elements of a group's patches read each element of an image,
-    -1 for none; the transpose of `patch_offsets`."""
+    """int32 [terms, elements]: for each element of an image the places in a group's patches that
+    read it, -1 for none: the transpose of `patch_offsets`."""
     pixel, k = np.nonzero(offsets.numpy() >= 0)
     element = offsets.numpy()[pixel, k]
-    blocks = offsets.shape[1] // 32
-    place = (pixel * blocks + k // 32) * 512 + k % 32
+    blocks = offsets.shape[1] // CHANNELS
+    place = (pixel * blocks + k // CHANNELS) * IMAGES * CHANNELS + k % CHANNELS
     if place.max(initial=0) >= 2**31:
         raise Unsupported("its images are too large for 32-bit offsets")
     order = np.argsort(element, kind="stable")

@@ -12,7 +12,7 @@ from torch import nn
 from fastadv import freeze
 from fastadv.engine.folded import Folded
 from fastadv.engine.lower import lower
-from fastadv.engine.stage import Unsupported
+from fastadv.engine.plan import Unsupported
 from fastadv.ops import _library
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from fastadv import freeze, models
 from fastadv.engine import frozen as frozen_module
 from fastadv.engine.lower import lower
-from fastadv.engine.stage import Unsupported
+from fastadv.engine.plan import Unsupported
 from fastadv.ops import _native
 
 pytestmark = pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
@@ -46,7 +46,7 @@ def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
             net = models.get(name)
         trunk, _ = lower(net.eval(), torch.float32)
         convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
-        assert sum(stage.conv is not None for stage in trunk.stages) == convolutions
+        assert sum(layer.conv is not None for layer in trunk.plan) == convolutions
 
 
 class Tricky(nn.Module):

@@ -9,7 +9,7 @@ from networks import NETWORKS, Branching, error, network, results, twin
 from torch import nn
 
 from fastadv import attacks, freeze
-from fastadv.engine import trunk as trunk_module
+from fastadv.engine import workspace
 from fastadv.engine.features import forward_features
 from fastadv.ops import _native
 from fastadv.testing import using_isa
@@ -82,7 +82,7 @@ def test_writes_nothing_outside_and_reads_nothing_unwritten(monkeypatch, isa):
 
     net, x, weight = network("sums"), torch.rand(18, 3, 8, 8), torch.randn(18, 4)
     expected = results(twin(net), x, weight)
-    monkeypatch.setattr(trunk_module.Memory, "take", take)
+    monkeypatch.setattr(workspace.Memory, "take", take)
     found = results(twin(net), x, weight)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
@@ -200,7 +200,7 @@ def test_memory_is_that_of_the_latest_images():
     frozen = freeze(network("resnet18"))
     for size in (8, 12, 16):
         results(frozen, torch.rand(16, 3, size, size), torch.ones(1))
-    held = frozen.trunk.plan.memory.tensors
+    held = frozen.trunk.workspace.memory.tensors
     assert {shape[1] for shape, _ in held} == {256, 64, 16, 4, 1}
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import models, ops
-from fastadv.engine.lower import Tracer
+from fastadv.engine.trace import Tracer
 from fastadv.ops import _library, reference
 from fastadv.testing import OpCase, check_op, check_values, laid_out
 

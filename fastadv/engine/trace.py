@@ -1,0 +1,64 @@
+"""From a network to a torch.fx graph that does the same."""
+
+import operator
+
+import torch
+from torch import fx
+
+from ..ops._torch import hooked
+from .plan import Unsupported
+
+
+def trace(net, kind):
+    """The graph of a network on this kind of device. Raises Unsupported where torch.fx cannot trace
+    the network, or would leave out something that it does."""
+    for name, module in net.named_modules():
+        if "forward" in vars(module):
+            raise Unsupported(f"the forward of {name or type(net).__name__} was replaced")
+        if hooked(module):
+            raise Unsupported(f"{name or type(net).__name__} has hooks")
+    autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
+    try:
+        with torch.autocast(autocast, enabled=False):  # the caller's is not the network's
+            graph = Tracer(autocast).trace(net)
+    except Exception as error:  # whatever a network's own Python raises on a proxy
+        raise Unsupported(f"torch.fx cannot trace it: {error}") from error
+    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise Unsupported("it makes tensors of its own, which a trace would fix")
+    return graph
+
+
+class Tracer(fx.Tracer):
+    """A tracer that keeps buffers symbolic and tells sums in place from others; it refuses to enter
+    autocast on devices of the kind `autocast`, which would be no part of the graph."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, autocast):
+        super().__init__()
+        self.autocast = autocast
+
+    def proxy(self, node):
+        return Proxy(node, self)
+
+    def create_node(self, *args, **kwargs):
+        if torch.is_autocast_enabled(self.autocast):
+            raise Unsupported("its forward enters autocast, which a trace would forget")
+        return super().create_node(*args, **kwargs)
+
+
+def _in_place(function):
+    """The method of a proxy that notes a call of this function: of its own, fx would note `a += b`
+    as `a + b`."""
+
+    def note(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return note
+
+
+class Proxy(fx.Proxy):
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
