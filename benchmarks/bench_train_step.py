@@ -30,7 +30,7 @@ from fastadv import data, freeze, methods
 from fastadv.attacks import PGD
 from fastadv.attacks.graphs import Captured
 from fastadv.data.dataset import image_set
-from fastadv.engine.student import Trained
+from fastadv.engine.student import FastStudent
 from fastadv.teacher_cache import BLOCK, TeacherCache
 
 SECTIONS = ("data", "teacher", "attack", "outer")
@@ -135,7 +135,7 @@ class Engine:
         student = copy.deepcopy(student).to(memory_format=torch.channels_last).train()
         self.teacher = freeze(copy.deepcopy(teacher).to(memory_format=torch.channels_last), low)
         twin = freeze(student, low)
-        self.nets = methods.Nets(Trained(student, low), self.teacher, student_twin=twin)
+        self.nets = methods.Nets(FastStudent(student, low), self.teacher, student_twin=twin)
         self.method = methods.get(name, attack=PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
         if loader.images.is_cuda:
             self.method.attack = Captured(self.method.attack)

@@ -16,9 +16,8 @@ from torch import nn
 
 from . import attacks, evaluate
 from .attacks import checks, suite
-from .attacks.checks import evaluating
 from .data.dataset import ImageSet
-from .engine.logits import ask
+from .engine.query import ask, evaluating
 from .evaluate import report, validity
 from .runs.config import PRECISIONS
 from .runs.config import device as usable

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import losses, ops
-from ..engine.logits import ask
+from ..engine.query import ask
 from . import checks
 from .iterates import ByValue, better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
@@ -68,7 +68,7 @@ class APGD(ByValue):
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        with checks.attacked(model, x, y) as logits:
+        with checks.under_attack(model, x, y) as logits:
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):

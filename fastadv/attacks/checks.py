@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..engine.frozen import refresh
-from ..engine.logits import ask
+from ..engine.query import ask, evaluating
 from ..ops._logits import INTEGERS, wide
 
 NORMS = "linf", "l2"
@@ -201,18 +201,6 @@ def probabilities(logits):
     return bool(sums_to_one and logits.min() >= 0)
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """Every module of the model in eval mode, each put back as it was, also after an exception."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def check_call(attack, model, x, y, index):
     """(y, index) int64 [B] of an attack's call, index in order where it is None, after a look at
     all arguments."""
@@ -225,9 +213,9 @@ def check_call(attack, model, x, y, index):
 
 
 @contextlib.contextmanager
-def attacked(model, x, y):
-    """The logits [B, C] of x, after a look at them and the labels; within it the model is in eval
-    mode, and a twin up to date."""
+def under_attack(model, x, y):
+    """The context of one attack, in which the model is in eval mode and, if it is a twin, up to
+    date; yields the logits [B, C] of x, once they and the labels were found right."""
     refresh(model)
     with evaluating(model):
         yield checked_logits(model, x, y)

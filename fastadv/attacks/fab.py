@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import ops
-from ..engine.logits import ask
+from ..engine.query import ask
 from ..ops.reference import per_sample
 from . import checks
 from .iterates import gradient, likeliest_others
@@ -69,7 +69,7 @@ class FAB:
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
-        with checks.attacked(model, x, y) as logits:
+        with checks.under_attack(model, x, y) as logits:
             return self._rounds(model, x.detach(), y, logits, index)
 
     def _rounds(self, model, x, y, logits, index):

@@ -8,22 +8,25 @@ import torch
 from torch import nn
 
 from ..engine.frozen import refresh
-from ..engine.logits import ask
-from .checks import as_labels, check_images, check_labels, check_tensor, evaluating
+from ..engine.query import ask, evaluating
+from .checks import as_labels, check_images, check_labels, check_tensor, one_of
 from .pgd import OBJECTIVES, PGD, started
 
 
 class Captured:
-    """A PGD that records its steps as a CUDA graph and replays it, once an attack is like the one
-    before: images and targets of one shape and layout, one objective and the same networks.
+    """A PGD that captures its steps as a CUDA graph and replays the graph for every later attack
+    that is alike: images and targets of the same shape and layout, the same objective and the same
+    networks. The graph is captured at the second attack of a kind.
 
-    The networks' tensors are read where they lie, so that new weights need no new recording:
-    optimisers write in place, and so does the refresh of a twin of `freeze`. A smaller batch is
-    filled up with former images, for samples do not depend on each other. Attacked step by step are
-    images on other devices, networks in train mode, an eps per sample, and objectives that cannot
-    be recognised: all but a functools.partial of a function, or of a method of a module that is
-    `recordable` (training methods are), whose arguments are networks, dataclasses of networks,
-    numbers and text.
+    A graph reads the networks' tensors where they lie in memory, so that new weights need no new
+    graph: optimisers write them in place, and so does the refresh of a twin of `freeze`. A smaller
+    batch is filled up with the images of a former one, which is possible as samples do not depend
+    on each other.
+
+    No graph is used for images on other devices, networks in train mode, an eps per sample, and
+    objectives that cannot be recognised when they come again. An objective can be if it is a
+    functools.partial of a function, or of a method of a module that is `capturable` (training
+    methods are), and its arguments are networks, dataclasses of networks, numbers and text.
 
     attack: a PGD with one restart that keeps the last iterate; ValueError for others.
     bad_gradients: as of a PGD.
@@ -33,14 +36,15 @@ class Captured:
         if not (isinstance(attack, PGD) and attack.restarts == 1 and attack.keep == "last"):
             raise ValueError(f"attack is {attack!r}, must be a PGD with restarts=1 and keep='last'")
         self.attack, self.bad_gradients = attack, 0
-        self.seen = self.recording = None
-        self.model = self.classes = None  # the last that an attack has checked
+        self.seen = self.graph = None  # the likeness of the last attack, and its graph
+        self.model = self.classes = None  # the last model whose logits were checked
 
     def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
-        """As `PGD.__call__`; the logits of a model are checked in its first call alone."""
+        """As `PGD.__call__`, but the logits of a model are checked in its first call alone."""
+        one_of("loss", loss, OBJECTIVES)
         target = target_logits if loss == "kl" else y
         known = model is self.model and isinstance(x, torch.Tensor) and on_gpu(x)
-        if not known or loss not in tuple(OBJECTIVES) or target is None:
+        if not known or target is None:
             given = {"target_logits": target_logits, "start": start, "index": index}
             x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
             if on_gpu(x):
@@ -66,44 +70,47 @@ class Captured:
         key = _likeness(self.attack, inner, x, targets) if on_gpu(x) else None
         if key is None or key != self.seen:
             self.seen = key
-            self.recording = None  # frees its memory
+            self.graph = None  # frees its memory
             return self._noted(self.attack.ascend(inner, x, *targets, start=start, index=index))
         start = self.attack.start(x, index) if start is None else started(start, x)
         with torch.cuda.device_of(x):
-            if self.recording is None or len(x) > self.recording.batch:
-                self.recording = None
-                self.recording = Recording(self.attack, inner, x, targets)
-            x_adv, bad = self.recording(start, x, *targets)
+            if self.graph is None or len(x) > self.graph.batch:
+                self.graph = None
+                self.graph = AttackGraph(self.attack, inner, x, targets)
+            x_adv, bad = self.graph(start, x, *targets)
         self.bad_gradients = bad.sum()
         return x_adv
 
     def _noted(self, x_adv):
+        """x_adv of the PGD, after a note of its bad gradients."""
         self.bad_gradients = self.attack.bad_gradients
         return x_adv
 
 
-class Recording:
-    """The steps of an attack on memory of their own, for batches of up to the first one's size."""
+class AttackGraph:
+    """The steps of an attack as a CUDA graph, which has its own memory for the arguments of a call:
+    batches may be smaller than the one that was captured."""
 
     def __init__(self, attack, inner, x, targets):
         self.batch = len(x)
         self.x_adv, *inputs = self.inputs = [v.detach().clone() for v in (x, x, *targets)]
-        self.replay, self.bad = record(lambda: attack.climb(inner, self.x_adv, *inputs))
+        self.replay, self.bad = capture(lambda: attack.climb(inner, self.x_adv, *inputs))
 
     def __call__(self, start, *inputs):
-        """(x_adv, bad gradients [B]) from `start` on."""
+        """(x_adv, int64 [B], the number of each sample's bad gradients) of the steps from `start`
+        on; inputs: x and the targets."""
         for memory, value in zip(self.inputs, (start, *inputs), strict=True):
             memory[: len(start)].copy_(value)
         self.replay()
         return self.x_adv[: len(start)].clone(), self.bad[: len(start)].clone()
 
 
-def record(function):
-    """(a call that replays `function` as a CUDA graph, what it returned when recorded)."""
+def capture(function):
+    """(a function that replays a CUDA graph of `function`, the tensors that it then writes to)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function()  # what libraries allocate once per stream is no part of a graph
+        function()  # libraries allocate memory once per stream, which must not happen in a graph
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -120,12 +127,13 @@ def _objective(model, loss, x_adv, target):
 
 
 def _likeness(attack, inner, x, targets):
-    """What attacks of one recording have in common; None where that cannot be known."""
+    """A value that is the same for all attacks which one graph can compute; None for an attack
+    that cannot be recognised."""
     if not isinstance(inner, functools.partial) or isinstance(attack.eps, torch.Tensor):
         return None
     owner = getattr(inner.func, "__self__", None)
     nets = _networks((*inner.args, *inner.keywords.values()))
-    if nets is None or not (owner is None or getattr(owner, "recordable", False)):
+    if nets is None or not (owner is None or getattr(owner, "capturable", False)):
         return None
     if any(module.training for net in nets for module in net.modules()):
         return None
@@ -138,8 +146,8 @@ def _likeness(attack, inner, x, targets):
 
 
 def _networks(values):
-    """The networks among these values and in the fields of dataclasses; None where there is
-    anything else but numbers and text."""
+    """The networks among these values and in the fields of dataclasses among them; None if a value
+    is none of these and neither a number nor text."""
     found = []
     for value in values:
         for part in vars(value).values() if dataclasses.is_dataclass(value) else (value,):

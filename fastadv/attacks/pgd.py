@@ -9,9 +9,8 @@ import torch
 
 from .. import losses, ops
 from ..engine.frozen import refresh
-from ..engine.logits import ask
+from ..engine.query import ask, evaluating
 from . import checks
-from .checks import evaluating
 from .iterates import ByValue, better, gradient_to, where
 
 
@@ -74,11 +73,11 @@ class PGD(ByValue):
         x: float32 or float64 [B, ...] in [lo, hi]; y: integers [B]; target_logits: [B, C],
         constant. start: x_adv to begin from instead of `init`. index: int64 [B] dataset ids that
         decide each sample's random start. The model maps x, in the dtype of its parameters, to
-        logits or to what has them (see `logits.logits_of`); it runs in eval mode, its modes are put
-        back and its parameters' `.grad` stays untouched. x_adv has x's dtype. With `restarts` or
-        keep="best": per sample the misclassified point of highest objective, else the point of
-        highest objective, which takes one more forward pass. Raises ValueError or TypeError naming
-        the argument.
+        logits or to what has them (see `engine.query.logits_of`); it runs in eval mode, its modes
+        are put back and its parameters' `.grad` stays untouched. x_adv has x's dtype. With
+        `restarts` or keep="best": per sample the misclassified point of highest objective, else the
+        point of highest objective, which takes one more forward pass. Raises ValueError or
+        TypeError naming the argument.
         """
         y, target = self._arguments(model, x, y, loss, target_logits)
         if self.restarts > 1 and start is not None:

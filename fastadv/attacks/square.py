@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..engine.logits import ask
+from ..engine.query import ask
 from . import checks
 from .iterates import where
 
@@ -66,7 +66,7 @@ class Square:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, C, H, W]")
         if not x.numel():
             return x.detach().clone()
-        with checks.attacked(model, x, y) as logits:
+        with checks.under_attack(model, x, y) as logits:
             return self._restarts(model, x.detach(), y, logits, index)
 
     def _restarts(self, model, x, y, logits, index):

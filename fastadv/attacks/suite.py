@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..engine.frozen import refresh
-from ..engine.logits import ask
+from ..engine.query import ask, evaluating
 from .apgd import APGD
-from .checks import evaluating, listed, number
+from .checks import listed, number
 from .fab import FAB
 from .pgd import FGSM, PGD
 from .square import Square

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops._logits import wide
-from .logits import ask
+from .query import ask
 
 
 def forward_features(model, x, names):

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ..ops import _library, _native
 from ..ops._torch import hooked, transformed
 from .folded import Folded
-from .logits import cast_to, dtype_of, logits_of
 from .lower import lower
 from .plan import Unsupported
+from .query import cast_to, dtype_of, logits_of
 
 _log = logging.getLogger("fastadv")
 

@@ -29,7 +29,7 @@ TILE = 16  # output pixels of a row that the kernels take at once
 FEW_CHANNELS = 128  # below, copying the images costs more than it saves
 
 
-class Trained(InPrecision):
+class FastStudent(InPrecision):
     """`InPrecision` with `FastConvolutions`.
 
     Not for networks that recompute activations by torch.utils.checkpoint without reentry, whose

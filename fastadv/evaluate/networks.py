@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .. import models
-from ..attacks.checks import described, evaluating
-from ..engine.logits import cast_to, logits_of
+from ..attacks.checks import described
+from ..engine.query import cast_to, evaluating, logits_of
 from ..runs import checkpoint
 from ..runs.config import Config
 

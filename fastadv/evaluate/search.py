@@ -8,9 +8,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ..attacks import checks, suite
-from ..attacks.checks import checked_logits, evaluating
+from ..attacks.checks import checked_logits
 from ..engine.frozen import freeze
-from ..engine.logits import ask
+from ..engine.query import ask, evaluating
 from ..runs import parallel
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attacks import checks, suite
-from ..attacks.checks import evaluating
 from ..attacks.pgd import input_gradient
-from ..engine.logits import ask
+from ..engine.query import ask, evaluating
 from ..ops._logits import wide
 from .search import Counted
 

@@ -11,7 +11,7 @@ from .. import losses
 from ..attacks import APGD, PGD
 from ..engine.features import forward_features
 from ..engine.frozen import Frozen, InPrecision, freeze, refresh
-from ..engine.logits import ask
+from ..engine.query import ask
 from ..ops._logits import as_labels, wide
 
 
@@ -32,7 +32,7 @@ class Answering(nn.Module):
             return getattr(super().__getattr__("net"), name)
 
     def __eq__(self, other):
-        """Of one network, so that a recording knows it again in nets that are made anew."""
+        """Of one network, so that a CUDA graph knows it again in nets that are made anew."""
         return isinstance(other, Answering) and self.net is other.net
 
     def __hash__(self):
@@ -50,7 +50,7 @@ def answering(net):
 
 @dataclass
 class Nets:
-    """The networks of a method, [0, 1] images -> logits or what has them (`logits.logits_of`), in
+    """The networks of a method, [0, 1] images -> logits or what has them (`logits_of`), in
     any floating dtype: each is seen as `answering` it. Teachers are frozen and in eval mode;
     ValueError where one is in train mode.
 
@@ -125,11 +125,11 @@ class Method(nn.Module):
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
 
     Of the class: teachers, the nets it needs besides the student; adversarial, whether it trains on
-    adversarial examples at all; init and clip_start, the paper's start. recordable: that `inner`
+    adversarial examples at all; init and clip_start, the paper's start. capturable: that `inner`
     reads nothing but its arguments and the method's own tensors, for `attacks.Captured`.
     """
 
-    recordable = True
+    capturable = True
     teachers = ()
     adversarial = True
     init = "gaussian"

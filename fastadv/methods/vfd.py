@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
-from ..attacks.checks import evaluating
 from ..engine.features import forward_features
+from ..engine.query import evaluating
 from .base import Method
 
 DISTANCES = ("mse", "l2", "cosine")

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import data, methods, models
 from ..attacks import PGD
 from ..engine.frozen import freeze
-from ..engine.student import Trained
+from ..engine.student import FastStudent
 from ..evaluate import check_fits, from_run
 from ..runs import parallel
 from ..runs.config import PRECISIONS
@@ -57,7 +57,7 @@ def build_nets(config, dataset, method):
             if getattr(config, field) and which not in method.teachers:
                 raise ValueError(f"{field} is given, but method {config.method} has no {which}")
     nets = methods.Nets(
-        student=Trained(student, PRECISIONS[config.precision_outer]),
+        student=FastStudent(student, PRECISIONS[config.precision_outer]),
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
         **teachers,
     )

@@ -1,4 +1,4 @@
-"""Attacks as CUDA graphs. Without a GPU a recording is played by running its function again."""
+"""Attacks as CUDA graphs. Without a GPU a graph is replayed by running its function again."""
 
 import functools
 import importlib
@@ -15,13 +15,14 @@ EPS = 8 / 255
 
 
 class Player:
-    """Stands for `graphs.record`: a replay runs the function and writes where the first run did."""
+    """Stands for `graphs.capture`: a replay runs the function and writes where its first run
+    did."""
 
     def __init__(self):
-        self.recordings = self.replays = 0
+        self.captures = self.replays = 0
 
     def __call__(self, function):
-        self.recordings += 1
+        self.captures += 1
         returned = function()
 
         def replay():
@@ -32,13 +33,13 @@ class Player:
 
     @property
     def counts(self):
-        return self.recordings, self.replays
+        return self.captures, self.replays
 
 
 @pytest.fixture
 def player(monkeypatch):
     played = Player()
-    monkeypatch.setattr(graphs, "record", played)
+    monkeypatch.setattr(graphs, "capture", played)
     monkeypatch.setattr(graphs, "on_gpu", lambda x: x.numel() > 0)
     return played
 
@@ -83,7 +84,7 @@ def test_replays_are_the_attack(model, player, frozen):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_new_weights_need_no_new_recording(model, player):
+def test_new_weights_need_no_new_graph(model, player):
     captured, twin = graphs.Captured(pgd()), freeze(model)
     for _ in range(3):
         captured(twin, *batch())
@@ -94,7 +95,7 @@ def test_new_weights_need_no_new_recording(model, player):
     model[1].running_mean.add_(0.3)
     assert same(captured, twin, *batch())
     assert not torch.equal(captured(twin, *batch(), start=batch()[0]), before)
-    assert player.recordings == 1
+    assert player.captures == 1
 
 
 def test_a_smaller_batch_is_filled_up(model, player):
@@ -141,11 +142,11 @@ def _ce(net, x_adv, y):
     return nn.functional.cross_entropy(net(x_adv), y, reduction="none")
 
 
-def test_what_is_not_the_same_is_recorded_anew(model, player):
+def test_what_is_not_the_same_is_captured_anew(model, player):
     x, y = batch()
     nhwc, turned = x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT
     other = nn.Sequential(*model)
-    for then, recordings in (
+    for then, captures in (
         (lambda captured: captured(model, x, y), 1),
         (lambda captured: captured(model, x, y, loss="margin"), 2),
         (lambda captured: captured(model, x, loss="kl", target_logits=torch.rand(6, 7)), 2),
@@ -153,15 +154,15 @@ def test_what_is_not_the_same_is_recorded_anew(model, player):
         (lambda captured: captured(model, turned, y), 2),
         (lambda captured: captured(other, x, y), 1),  # one call to check it, one to remember
     ):
-        captured, player.recordings = graphs.Captured(pgd()), 0
+        captured, player.captures = graphs.Captured(pgd()), 0
         for _ in range(3):
             captured(model, x, y)
         for _ in range(2):
             then(captured)
-        assert player.recordings == recordings
+        assert player.captures == captures
 
 
-def test_a_twin_of_a_gpu_is_recorded(model, player, monkeypatch):
+def test_a_twin_of_a_gpu_is_captured(model, player, monkeypatch):
     """Its trunk is a module and writes its weights in place."""
     monkeypatch.setattr(importlib.import_module("fastadv.engine.lower"), "Trunk", Folded)
     captured, twin = graphs.Captured(pgd()), freeze(model)
@@ -173,7 +174,7 @@ def test_a_twin_of_a_gpu_is_recorded(model, player, monkeypatch):
     assert player.counts == (1, 2)
 
 
-def test_another_attack_is_recorded_anew(model, player):
+def test_another_attack_is_captured_anew(model, player):
     captured = graphs.Captured(pgd())
     for _ in range(3):
         captured(model, *batch())
@@ -181,7 +182,7 @@ def test_another_attack_is_recorded_anew(model, player):
     for _ in range(2):
         x_adv = captured(model, *batch())
         assert (x_adv - batch()[0]).abs().max() < EPS / 3
-    assert player.recordings == 2
+    assert player.captures == 2
 
 
 def test_a_tensor_that_moved_is_not_forgotten(model, player):
@@ -195,7 +196,7 @@ def test_a_tensor_that_moved_is_not_forgotten(model, player):
     assert player.counts == (2, 2)
 
 
-def test_what_cannot_be_recognised_is_never_recorded(model, player):
+def test_what_cannot_be_recognised_is_never_captured(model, player):
     x, y = batch()
     captured = graphs.Captured(pgd())
     for _ in range(3):
@@ -320,7 +321,7 @@ def test_models_of_any_dtype_and_output_are_replayed(model, player, dtype):
     z = torch.randn(6, 7)
     for _ in range(3):
         assert same(captured, net, batch()[0], loss="kl", target_logits=z)
-    assert player.recordings == 2
+    assert player.captures == 2
 
 
 def test_a_radius_per_sample_is_attacked_step_by_step(model, player):
@@ -335,7 +336,7 @@ def test_a_radius_per_sample_is_attacked_step_by_step(model, player):
 
 
 def test_other_devices_are_attacked_step_by_step(model, monkeypatch):
-    monkeypatch.setattr(graphs, "record", None)
+    monkeypatch.setattr(graphs, "capture", None)
     captured, calls = graphs.Captured(pgd()), []
     for seed in range(3):
         assert same(captured, model, *batch(seed=seed))
@@ -358,4 +359,4 @@ def test_cuda_graphs_are_the_attack(model, dtype, monkeypatch):
         found, plain = captured(twin, x, y, start=start), pgd()(twin, x, y, start=start)
         # 4 images are computed as 6, by another algorithm perhaps, whose rounding turns signs
         assert (found == plain).float().mean() > 0.98
-    assert captured.recording is not None
+    assert captured.graph is not None

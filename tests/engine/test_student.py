@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import data, freeze, models
 from fastadv.engine.frozen import InPrecision
-from fastadv.engine.student import FastConvolutions, Trained, _pointwise, _side_by_side, conv2d
+from fastadv.engine.student import FastConvolutions, FastStudent, _pointwise, _side_by_side, conv2d
 from fastadv.runs.config import Config
 from fastadv.train.build import build_method, build_nets
 
@@ -113,15 +113,15 @@ def test_a_student_learns_the_same(name, width, size):
     x, grad = torch.rand(8, 3, size, size).contiguous(**NHWC), torch.randn(8, 10)
     gradients = {}
     low = torch.bfloat16
-    for kind, dtype in itertools.product((InPrecision, Trained), (torch.float32, low)):
+    for kind, dtype in itertools.product((InPrecision, FastStudent), (torch.float32, low)):
         logits = kind(net, dtype)(x)
         parts = torch.autograd.grad(logits, list(net.parameters()), grad)
         gradients[kind, dtype] = torch.cat([logits.flatten(), *(p.flatten() for p in parts)])
     exact = gradients[InPrecision, torch.float32]
-    assert torch.equal(gradients[Trained, torch.float32], exact)
-    usual, ours = ((gradients[k, low] - exact).norm() for k in (InPrecision, Trained))
+    assert torch.equal(gradients[FastStudent, torch.float32], exact)
+    usual, ours = ((gradients[k, low] - exact).norm() for k in (InPrecision, FastStudent))
     assert 0 < ours <= 1.5 * usual
-    assert not torch.equal(gradients[InPrecision, low], gradients[Trained, low])
+    assert not torch.equal(gradients[InPrecision, low], gradients[FastStudent, low])
 
 
 def strided(dtype, layout, channels=8, stride=(2, 2), padding=(0, 0)):
@@ -172,7 +172,7 @@ import sys
 import torch
 from torch import nn
 from fastadv import models
-from fastadv.engine.student import Trained
+from fastadv.engine.student import FastStudent
 
 torch.set_num_threads(2)
 widths, batches = (eval(arg) for arg in sys.argv[1:])
@@ -180,7 +180,7 @@ nhwc = {"memory_format": torch.channels_last}
 for dtype, size in ((torch.float32, 16), (torch.bfloat16, 32)):
     for width in widths:
         layer = nn.Conv2d(width, 2 * width, 1, stride=2, bias=False).to(**nhwc)
-        model = Trained(nn.Sequential(layer, nn.Flatten()), dtype)
+        model = FastStudent(nn.Sequential(layer, nn.Flatten()), dtype)
         for batch in batches:
             x = torch.randn(batch, width, size, size).contiguous(**nhwc)
             logits = model(x)
@@ -193,7 +193,7 @@ for dtype, size in ((torch.float32, 16), (torch.bfloat16, 32)):
             assert error < (1e-5 if dtype == torch.float32 else 2e-2), (width, batch, error)
 student = models.get("resnet18", width=8).to(**nhwc)
 for _ in range(3):
-    Trained(student)(torch.rand(53, 3, 16, 16).contiguous(**nhwc)).square().mean().backward()
+    FastStudent(student)(torch.rand(53, 3, 16, 16).contiguous(**nhwc)).square().mean().backward()
 """
 
 
@@ -269,7 +269,7 @@ def test_a_student_under_transforms(dtype):
     net, x = nn.Sequential(*layers).to(**NHWC).eval(), torch.rand(4, 3, 9, 9)
     ours, usual = (
         lambda image, kind=kind: kind(net, dtype)(image[None]).logsumexp(1).sum()
-        for kind in (Trained, InPrecision)
+        for kind in (FastStudent, InPrecision)
     )
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.01}
@@ -287,7 +287,7 @@ def test_students_of_other_dtypes_that_return_more_than_logits(dtype):
     """They compute in their own dtype; images and the gradient to them stay float32."""
     net = Tuple(models.get("resnet18", width=4)).to(**NHWC)
     exact = copy.deepcopy(net).double()
-    student = Trained(net.to(dtype))
+    student = FastStudent(net.to(dtype))
     x, grad = torch.rand(8, 3, 8, 8).requires_grad_(), torch.randn(8, 10)
     logits = student(x)
     assert student.dtype == dtype
@@ -302,7 +302,7 @@ def test_students_of_other_dtypes_that_return_more_than_logits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_twin_of_a_student_in_float64_is_exact(dtype):
     net, x = models.get("resnet18", width=4).eval(), torch.rand(4, 3, 8, 8).double()
-    twin = freeze(Trained(net, dtype), torch.float64)
+    twin = freeze(FastStudent(net, dtype), torch.float64)
     torch.testing.assert_close(twin(x), net.double()(x), rtol=1e-12, atol=1e-12)
 
 
@@ -329,6 +329,6 @@ def test_the_mode_ends_with_the_forward_pass():
 def test_training_uses_it():
     config = Config(method="natural", data="digits", student="digits_net", precision_outer="bf16")
     nets, student = build_nets(config, data.load("digits"), build_method(config))
-    assert isinstance(nets.student, Trained)
+    assert isinstance(nets.student, FastStudent)
     assert nets.student.net is student
     assert nets.student.dtype == torch.bfloat16

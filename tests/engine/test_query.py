@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.engine.logits import ask, cast_to, dtype_of, logits_of
+from fastadv.engine.query import ask, cast_to, dtype_of, logits_of
 
 LOGITS, FEATURES = torch.rand(4, 10), torch.rand(4, 64)
 Named = collections.namedtuple("Named", ("logits", "features"))

@@ -1,5 +1,7 @@
-"""A network's logits, whatever it wraps them in and whichever dtype it computes in."""
+"""Asking a network for its logits, whatever it returns them in, whichever dtype it computes in and
+whichever mode it is in."""
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -47,8 +49,21 @@ def dtype_of(model, default=torch.float32):
     return default
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """A context in which every module of the model is in eval mode; the modules that were not are
+    put back into train mode after it, also after an exception."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _described(output):
-    """The kind of a wrong output, and of what is in it."""
+    """A wrong output in words: its type, and those of its items."""
     if isinstance(output, Mapping):
         return f"a {type(output).__name__} of {', '.join(map(repr, output)) or 'nothing'}"
     if isinstance(output, (tuple, list)):
