@@ -8,10 +8,9 @@ from collections import defaultdict
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops import _library, _native
-from ..ops._torch import hooked, transformed
+from ..ops._torch import copy_all, hooked, observed, transformed, uncompiled
 from .folded import Folded
 from .lower import lower
 from .plan import Unsupported
@@ -108,7 +107,7 @@ class Frozen(InPrecision):
                 _make_room(mine, its, cast)
                 pairs[mine.dtype, its.dtype].append((mine, its))
         for group in pairs.values():
-            torch._foreach_copy_(*zip(*group, strict=True))
+            copy_all(*zip(*group, strict=True))
         if self._has_trunk():
             self.trunk.refresh()
 
@@ -137,7 +136,7 @@ class Frozen(InPrecision):
             type(x) in (torch.Tensor, nn.Parameter)
             and (x.device == self.trunk.device and x.dtype == torch.float32)
             and (x.dim() == 4 and x.shape[1] == channels and len(x) > 0)
-            and (isinstance(self.trunk, Folded) or _get_current_dispatch_mode() is None)
+            and (isinstance(self.trunk, Folded) or not observed())
             and not any(map(hooked, self.net.modules()))
             and (torch.compiler.is_compiling() or (self._whole() and not transformed()))
         )
@@ -158,7 +157,7 @@ def original(model):
 
 def refresh(model):
     """Brings a twin up to date, also one under torch.compile; other models are as they are."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if isinstance(model, Frozen):
         model.refresh()
 

@@ -6,7 +6,7 @@ import threading
 import torch
 
 from ..ops import _native
-from ..ops._torch import transformed
+from ..ops._torch import batched, transformed
 from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of
 from .plan import Ref
 from .workspace import Workspace
@@ -214,8 +214,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # by is_grads_batched
-        if torch.is_grad_enabled() or transformed() or batched:
+        if torch.is_grad_enabled() or transformed() or batched(grad):
             raise RuntimeError(
                 "a twin's trunk on the CPU has plain first-order gradients only: for create_graph, "
                 "batched or forward-mode ones call the model itself, in eval mode"

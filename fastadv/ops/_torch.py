@@ -1,7 +1,8 @@
-"""Whether something waits for a module to run, so that nothing may compute in its stead."""
+"""What torch tells and does by names that are private to it, here and nowhere else in fastadv."""
 
 import torch
 from torch.nn.modules import module as registry
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 KINDS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -18,3 +19,23 @@ def transformed():
     own operators alone."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def batched(grad):
+    """Whether a gradient stands for many, as in torch.autograd.grad with is_grads_batched."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def observed():
+    """Whether a TorchDispatchMode is active, which sees torch's own operators alone."""
+    return _get_current_dispatch_mode() is not None
+
+
+def copy_all(targets, sources):
+    """Copies each source to its target, in one call for all."""
+    torch._foreach_copy_(targets, sources)
+
+
+def uncompiled(module):
+    """The module that torch.compile wrapped; any other is itself."""
+    return getattr(module, "_orig_mod", module)
