@@ -80,9 +80,10 @@ def check_budget(attack, per_sample=False):
 
 
 def _check_radius(eps, norm, room):
-    """One radius; `room`: the most that linf allows."""
+    """Raises ValueError unless the radius makes sense; room: the largest that linf allows."""
     if norm == "linf" and not 0 <= eps <= room:
-        raise ValueError(f"eps is {eps}, must be in [0, {room}] (did you mean {eps}/255?)")
+        hint = f" (did you mean {eps}/255?)" if eps > room else ""
+        raise ValueError(f"eps is {eps}, must be in [0, {room}]{hint}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, must be at least 0 and finite")
 

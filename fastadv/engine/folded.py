@@ -48,11 +48,6 @@ class Folded(nn.Module):
         for buffer, values in zip((self.scale, self.shift), self.image_affine(), strict=True):
             buffer.copy_(values.view_as(buffer))
 
-    def guarded(self, logits):
-        """The same logits, with nothing to do here: torch itself refuses a backward pass whose
-        weights were written to since the forward pass."""
-        return logits
-
     def forward(self, x):
         image = torch.addcmul(self.shift, x, self.scale)
         image = image.to(self.dtype, memory_format=torch.channels_last)

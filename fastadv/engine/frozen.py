@@ -15,6 +15,7 @@ from .folded import Folded
 from .lower import lower
 from .plan import Unsupported
 from .query import cast_to, dtype_of, logits_of
+from .trunk import check_refreshes
 
 _log = logging.getLogger("fastadv")
 
@@ -52,6 +53,8 @@ class Frozen(InPrecision):
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside it
     def __init__(self, model, dtype=None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {model!r}, must be a torch.nn.Module")
         _check(dtype)
         theirs, cast = _tensors(model), _cast(model, dtype)
         copies = {id(tensor): _copied(tensor, cast) for _, _, tensor in theirs.values()}
@@ -60,6 +63,7 @@ class Frozen(InPrecision):
         self._source = [model]  # in a list, so that it is no submodule
         self._asked, self._inventory = dtype, _inventory(theirs)
         self._own = _tensors(self.net)
+        self.refreshes = 0
         self.trunk, self._head = None, []
         on_cpu = all(p.is_cpu for p in self.net.parameters())
         backends = ("auto", "native") if on_cpu else ("auto", "native", "triton", "cuda")
@@ -108,19 +112,29 @@ class Frozen(InPrecision):
                 pairs[mine.dtype, its.dtype].append((mine, its))
         for group in pairs.values():
             copy_all(*zip(*group, strict=True))
+        self.refreshes += 1
         if self._has_trunk():
             self.trunk.refresh()
 
     def forward(self, x):
-        if not (self._has_trunk() and self._suits(x)):
-            return super().forward(x)
+        logits = self._by_trunk(x) if self._has_trunk() and self._suits(x) else None
+        if logits is None:
+            logits = super().forward(x)
+        hooks = logits is not x and not torch.compiler.is_compiling() and not transformed()
+        if logits.requires_grad and hooks:
+            # After a refresh torch would refuse a backward pass too, but not say why.
+            logits.register_hook(functools.partial(check_refreshes, self, self.refreshes))
+        return logits
+
+    def _by_trunk(self, x):
+        """The logits by trunk and head; None where the trunk cannot compute them after all."""
         (head,) = self._head
         try:
             with torch.autocast(x.device.type, enabled=False):
-                return self.trunk.guarded(logits_of(head(self.trunk(x))).float())
+                return logits_of(head(self.trunk(x))).float()
         except Unsupported as reason:
             self._go_without(reason)
-            return super().forward(x)
+            return None
 
     def _has_trunk(self):
         """Whether there is a trunk, and the weights are still as it takes them."""

@@ -1,6 +1,5 @@
 """Runs the plan of a trunk on a CPU: forward, and backward to the image."""
 
-import functools
 import threading
 
 import torch
@@ -66,19 +65,6 @@ class Trunk:
         self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
         self.per_channel = scale
         self.stale = False
-
-    @torch.compiler.disable
-    def guarded(self, logits):
-        """The same logits, whose backward pass is refused after a refresh. The trunk itself comes
-        last in a backward pass; before it torch would refuse that of the head in other words."""
-        if logits.requires_grad:
-            logits.register_hook(functools.partial(self.check, self.refreshes))
-        return logits
-
-    def check(self, refreshes, _=None):
-        """Raises RuntimeError where there have been more refreshes than these by now."""
-        if refreshes != self.refreshes:
-            raise RuntimeError("the twin was refreshed between this forward pass and its backward")
 
     @torch.compiler.disable
     def __call__(self, x):
@@ -205,6 +191,12 @@ class Trunk:
 FOLDING = threading.Lock()  # threads may share a trunk
 
 
+def check_refreshes(refreshed, count, _=None):
+    """Raises RuntimeError where a twin or trunk has had more than `count` refreshes by now."""
+    if count != refreshed.refreshes:
+        raise RuntimeError("the twin was refreshed between this forward pass and its backward")
+
+
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, trunk, workspace):
@@ -219,5 +211,5 @@ class _Run(torch.autograd.Function):
                 "a twin's trunk on the CPU has plain first-order gradients only: for create_graph, "
                 "batched or forward-mode ones call the model itself, in eval mode"
             )
-        ctx.trunk.check(ctx.refreshes)
+        check_refreshes(ctx.trunk, ctx.refreshes)
         return ctx.trunk.backward(grad, ctx.workspace, ctx.slopes), None, None

@@ -208,7 +208,7 @@ def test_boxes_and_balls_make_sense(kind):
         ({"eps": -1.0, "norm": "l2"}, "eps is -1.0, must be at least 0"),
         ({"eps": 8, "hi": math.inf}, r"eps is 8, must be in \[0, 1.0\] .did you mean 8/255"),
         ({"eps": 1.5}, r"eps is 1.5, must be in \[0, 1.0\]"),
-        ({"eps": -0.1}, r"eps is -0.1, must be in \[0, 1.0\]"),
+        ({"eps": -0.1}, r"eps is -0.1, must be in \[0, 1.0\]$"),
     ):
         if not (kind is FAB and "hi" in options and options["hi"] == math.inf):
             with pytest.raises(ValueError, match=match):

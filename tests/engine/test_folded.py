@@ -92,7 +92,7 @@ def test_only_the_input_has_a_gradient():
     logits.sum().backward(retain_graph=True)
     assert all(p.grad is None for p in model.parameters())
     frozen.refresh()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="refreshed between this forward pass and its backward"):
         logits.sum().backward()
 
 

@@ -232,6 +232,12 @@ def test_an_attack_refreshes_a_compiled_twin():
     assert torch.equal(second, attack(net, x, y))
 
 
+@pytest.mark.parametrize("model", [None, "resnet18", nn.Linear])
+def test_only_a_module_is_frozen(model):
+    with pytest.raises(TypeError, match=f"model is {model!r}, must be a torch.nn.Module"):
+        freeze(model)
+
+
 def test_weights_are_loaded_into_the_model_not_its_twin(model):
     twin = freeze(model)
     with pytest.raises(RuntimeError, match=r"load into the model, then call refresh\(\)"):
