@@ -19,14 +19,6 @@ EPS = 8 / 255
 LOSSES = ("ce", "dlr", "targeted")
 
 
-@pytest.fixture
-def batch(model):
-    """Six images that the model classifies right."""
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return x, model.eval()(x).argmax(1)
-
-
 def objective(net, loss):
     """What `ascend` takes, of the library's losses."""
 

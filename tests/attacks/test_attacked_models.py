@@ -38,15 +38,6 @@ OUTPUTS = {
 }
 
 
-@pytest.fixture
-def batch(model):
-    """Six images that the model classifies right, in classes of about the same size."""
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model.linear.bias -= model.eval()(x).mean(0)
-        return x, model(x).argmax(1)
-
-
 class Wrapped(nn.Module):
     """What a network returns, in something else."""
 
@@ -75,11 +66,11 @@ def attack(name, net, x, y):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_logits_are_found_in_what_the_model_returns(model, batch, name):
-    expected = attack(name, model, *batch)
-    assert not torch.equal(expected, batch[0])
+def test_logits_are_found_in_what_the_model_returns(model, balanced, name):
+    expected = attack(name, model, *balanced)
+    assert not torch.equal(expected, balanced[0])
     for wrap in OUTPUTS.values():
-        assert torch.equal(attack(name, Wrapped(model, wrap), *batch), expected)
+        assert torch.equal(attack(name, Wrapped(model, wrap), *balanced), expected)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -92,17 +83,17 @@ def test_logits_are_found_in_what_the_model_returns(model, batch, name):
         (lambda z: z.tolist(), "a list of list"),
     ],
 )
-def test_what_has_no_logits_is_refused(model, batch, name, wrap, given):
+def test_what_has_no_logits_is_refused(model, balanced, name, wrap, given):
     with pytest.raises(TypeError, match=f"model returned {given}.*must return logits"):
-        attack(name, Wrapped(model, wrap), *batch)
+        attack(name, Wrapped(model, wrap), *balanced)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
 @pytest.mark.parametrize("of_x", [torch.float32, torch.float64])
-def test_models_and_images_of_any_dtype(model, batch, name, dtype, of_x):
+def test_models_and_images_of_any_dtype(model, balanced, name, dtype, of_x):
     """The cast is the attack's: x_adv has x's dtype, ball and box are x's own."""
-    x, y = batch[0].to(of_x), batch[1]
+    x, y = balanced[0].to(of_x), balanced[1]
     model.to(dtype)
     with torch.no_grad():
         y = model(x.to(dtype)).argmax(1)
@@ -121,9 +112,9 @@ def test_models_and_images_of_any_dtype(model, batch, name, dtype, of_x):
 
 
 @pytest.mark.parametrize("name", ["pgd", "pgd l2", "fgsm", "best", "apgd"])
-def test_float64_finds_what_float32_does(model, batch, name):
+def test_float64_finds_what_float32_does(model, balanced, name):
     """But for signs that rounding decides, also where only one of model and images is float64."""
-    x, y = batch
+    x, y = balanced
     found = attack(name, model, x, y)
     wide = copy.deepcopy(model).double()
     for net, images in ((wide, x.double()), (wide, x), (model, x.double())):
@@ -132,8 +123,8 @@ def test_float64_finds_what_float32_does(model, batch, name):
         assert ((x_adv - found).abs() < 1e-4).double().mean() > 0.98
 
 
-def test_a_start_has_the_dtype_of_x(model, batch):
-    x, y = batch
+def test_a_start_has_the_dtype_of_x(model, balanced):
+    x, y = balanced
     with pytest.raises(TypeError, match=r"start is torch.float32, must be torch.float64"):
         ATTACKS["pgd"](model, x.double(), y, start=x)
     ATTACKS["pgd"](model, x.double(), y, start=x.double())
@@ -141,8 +132,8 @@ def test_a_start_has_the_dtype_of_x(model, batch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("of_target", [torch.float32, torch.bfloat16, torch.float64])
-def test_kl_holds_logits_and_targets_of_any_dtypes(model, batch, dtype, of_target):
-    x, _ = batch
+def test_kl_holds_logits_and_targets_of_any_dtypes(model, balanced, dtype, of_target):
+    x, _ = balanced
     z = (3 * torch.randn(6, 10, generator=torch.Generator().manual_seed(2))).to(of_target)
     x_adv = PGD(EPS, EPS / 4, 3, "zero")(model.to(dtype), x, target_logits=z, loss="kl")
 
@@ -155,10 +146,10 @@ def test_kl_holds_logits_and_targets_of_any_dtypes(model, batch, dtype, of_targe
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_probabilities_of_halves_are_seen(model, batch, dtype):
+def test_probabilities_of_halves_are_seen(model, balanced, dtype):
     net = nn.Sequential(model, nn.Softmax(1)).to(dtype)
     with pytest.raises(ValueError, match="model returned probabilities"):
-        PGD(EPS, EPS / 4, 1)(net, *batch)
+        PGD(EPS, EPS / 4, 1)(net, *balanced)
 
 
 class Outputs(nn.Module):
@@ -175,8 +166,8 @@ class Outputs(nn.Module):
 
 @pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=OUTPUTS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
-def test_features_of_any_model(batch, wrap, dtype):
-    net, (x, _) = Outputs(wrap).to(dtype), batch
+def test_features_of_any_model(balanced, wrap, dtype):
+    net, (x, _) = Outputs(wrap).to(dtype), balanced
     logits, found = forward_features(net, x, ("body", "penultimate", "logits"))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
@@ -190,8 +181,8 @@ def test_features_of_any_model(batch, wrap, dtype):
     assert logits.requires_grad
 
 
-def test_features_name_what_is_wrong(batch):
-    net, (x, _) = Outputs(lambda z: z), batch
+def test_features_name_what_is_wrong(balanced):
+    net, (x, _) = Outputs(lambda z: z), balanced
     net.aux, net.linear = net.linear, nn.Sequential(nn.Linear(144, 5), nn.Identity())
     for names, error, match in (
         (("pair",), TypeError, "layer 'pair' returns a tuple, must be a tensor"),
@@ -209,8 +200,8 @@ def test_features_name_what_is_wrong(batch):
         forward_features(Wrapped(net, lambda z: {"z": z}), x, ("body",))
 
 
-def test_features_leave_no_hook_behind(batch):
-    net, (x, _) = Outputs(lambda z: z), batch
+def test_features_leave_no_hook_behind(balanced):
+    net, (x, _) = Outputs(lambda z: z), balanced
     forward_features(net, x, ("body", "penultimate"))
     for bad in (("body", "head"), ("body", "pair")):
         with pytest.raises((ValueError, TypeError)):

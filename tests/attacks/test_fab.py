@@ -18,15 +18,6 @@ EPS = 8 / 255
 NORMS = ("linf", "l2")
 
 
-@pytest.fixture
-def batch(model):
-    """Six images, and the labels of the model, whose boundaries run between them."""
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model.linear.bias -= model.eval()(x).mean(0)
-        return x, model(x).argmax(1)
-
-
 def difference(net):
     """What `approach` takes, of a network."""
 
@@ -251,8 +242,8 @@ def test_linear_classifiers_fall_where_they_must(norm, eps, seed):
     assert broken[least < 0.98 * eps].all()
 
 
-def test_finds_nothing_beyond_eps_and_moves_nothing_in_vain(model, batch):
-    x, y = batch
+def test_finds_nothing_beyond_eps_and_moves_nothing_in_vain(model, balanced):
+    x, y = balanced
     y = y.clone()
     y[1] = (y[1] + 1) % 10  # wrong from the beginning
     far = FAB(1.0, steps=20)(model, x, y)
@@ -273,8 +264,8 @@ def test_finds_nothing_beyond_eps_and_moves_nothing_in_vain(model, batch):
     assert 1 < int(kept.sum()) < 6
 
 
-def test_rounds_are_run_on_robust_samples_alone(batch):
-    x, y = batch
+def test_rounds_are_run_on_robust_samples_alone(balanced):
+    x, y = balanced
     labels, sizes = y, []
     y = y.clone()
     y[1] = (y[1] + 1) % 10  # wrong from the beginning
@@ -296,8 +287,8 @@ def test_rounds_are_run_on_robust_samples_alone(batch):
     assert (x_adv != x).flatten(1).any(1).tolist() == [False, False, False, True, True, True]
 
 
-def test_every_target_begins_at_x_and_restarts_in_half_the_ball(model, batch):
-    x, y = batch
+def test_every_target_begins_at_x_and_restarts_in_half_the_ball(model, balanced):
+    x, y = balanced
     for norm in NORMS:
         calls = Calls(model)
         FAB(1e-3, steps=1, restarts=3, target_classes=2, norm=norm)(calls, x, y)
@@ -314,8 +305,8 @@ def test_every_target_begins_at_x_and_restarts_in_half_the_ball(model, batch):
                 assert (delta - other).abs().max() > 0.1 * delta.abs().max()
 
 
-def test_targets_are_the_likeliest_other_classes(model, batch, monkeypatch):
-    x, y = batch
+def test_targets_are_the_likeliest_other_classes(model, balanced, monkeypatch):
+    x, y = balanced
     with torch.no_grad():
         expected = model(x).argsort(dim=1, descending=True)[:, 1:]
     asked = []
@@ -353,8 +344,8 @@ def test_another_box_changes_nothing(norm):
     assert 3 < int((results[0] != x).any(1).sum()) < 30
 
 
-def test_samples_do_not_depend_on_their_batch(model, batch):
-    x, y = batch
+def test_samples_do_not_depend_on_their_batch(model, balanced):
+    x, y = balanced
     attack, index = FAB(5e-4, steps=2, restarts=2, norm="l2"), torch.arange(100, 106)
     starts = []
     for rows in (slice(None), slice(2, 3)):
@@ -367,8 +358,8 @@ def test_samples_do_not_depend_on_their_batch(model, batch):
     assert not torch.equal(starts[1], x[2:3])
 
 
-def test_leaves_the_model_as_it_was(model, batch):
-    x, y = batch
+def test_leaves_the_model_as_it_was(model, balanced):
+    x, y = balanced
     model.train()
     model.layer1.eval()
     F.cross_entropy(model(x), y).backward()
@@ -389,8 +380,8 @@ def test_leaves_the_model_as_it_was(model, batch):
     assert [m.training for m in model.modules()] == modes
 
 
-def test_frozen_twin_is_refreshed_and_inference_mode_changes_nothing(model, batch):
-    x, y = batch
+def test_frozen_twin_is_refreshed_and_inference_mode_changes_nothing(model, balanced):
+    x, y = balanced
     twin = freeze(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -432,13 +423,13 @@ def test_what_is_not_finite_does_not_move_and_is_counted():
         assert torch.equal(seen[-1], x)
 
 
-def test_empty_batch_returns_empty(model, batch):
-    x, y = batch
+def test_empty_batch_returns_empty(model, balanced):
+    x, y = balanced
     assert FAB()(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
 
 
-def test_bad_arguments_name_themselves(model, batch):
-    x, y = batch
+def test_bad_arguments_name_themselves(model, balanced):
+    x, y = balanced
 
     def fails(match, *args, error=ValueError, net=model):
         with pytest.raises(error, match=match):

@@ -13,15 +13,6 @@ EPS = torch.tensor([0.0, 0.01, 0.05, 0.1, 0.2, 0.03])
 INDEX = torch.arange(40, 46)
 
 
-@pytest.fixture
-def batch(model):
-    """Six images that the model classifies right, in classes of about the same size."""
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model.linear.bias -= model.eval()(x).mean(0)
-        return x, model(x).argmax(1)
-
-
 def pgd(eps, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # steps beyond the smaller balls
@@ -51,11 +42,11 @@ KINDS = {
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_has_its_own_radius(model, batch, kind, norm):
+def test_every_sample_has_its_own_radius(model, balanced, kind, norm):
     """In one batch what each gets by itself from the same attack with one number; in float64,
     where rounding decides nothing."""
     model.double()
-    (x, y), eps = (batch[0].double(), batch[1]), EPS.double() * (1 if norm == "linf" else 5)
+    (x, y), eps = (balanced[0].double(), balanced[1]), EPS.double() * (1 if norm == "linf" else 5)
     together = run(KINDS[kind](eps, norm=norm), model, x, y)
     for i, one in enumerate(eps.tolist()):
         alone = run(KINDS[kind](one, norm=norm), model, x, y, slice(i, i + 1))
@@ -67,8 +58,8 @@ def test_every_sample_has_its_own_radius(model, batch, kind, norm):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_radii_are_one_radius(model, batch, kind):
-    x, y = batch
+def test_equal_radii_are_one_radius(model, balanced, kind):
+    x, y = balanced
     expected = run(KINDS[kind](0.06), model, x, y)
     for eps in (
         torch.full((6,), 0.06),
@@ -81,9 +72,9 @@ def test_equal_radii_are_one_radius(model, batch, kind):
         assert torch.equal(run(KINDS[kind](eps), model, x, y), expected)
 
 
-def test_compaction_keeps_each_samples_radius(model, batch):
+def test_compaction_keeps_each_samples_radius(model, balanced):
     """Where a round leaves some out, the others go on in the balls that they had."""
-    x, y = batch
+    x, y = balanced
     y = y.clone()
     y[1], y[4] = (y[1] + 1) % 10, (y[4] + 1) % 10  # wrong from the beginning
     x_adv = run(APGD(EPS.clone(), 4, 3), model, x, y)
@@ -94,8 +85,8 @@ def test_compaction_keeps_each_samples_radius(model, batch):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_fgsm_takes_each_samples_whole_radius(model, batch, norm):
-    x, y = batch
+def test_fgsm_takes_each_samples_whole_radius(model, balanced, norm):
+    x, y = balanced
     x_adv = FGSM(EPS, norm)(model, x, y)
     for i, eps in enumerate(EPS.tolist()):
         alone = FGSM(eps, norm)(model, x[i : i + 1], y[i : i + 1])[0]
@@ -115,8 +106,8 @@ def test_first_steps_are_twice_the_radius():
     torch.testing.assert_close(seen[1][:, 0], torch.tensor([0.6, 0.7, 0.5]))
 
 
-def test_ascend_and_methods_take_a_radius_per_sample(model, batch):
-    x, y = batch
+def test_ascend_and_methods_take_a_radius_per_sample(model, balanced):
+    x, y = balanced
 
     def inner(v):
         return v.flatten(1).sum(1)
@@ -133,8 +124,8 @@ def test_ascend_and_methods_take_a_radius_per_sample(model, batch):
 
 
 @pytest.mark.parametrize("attack", [pgd, lambda eps: APGD(eps, 3)])
-def test_a_radius_is_checked_when_it_is_given(model, batch, attack):
-    x, y = batch
+def test_a_radius_is_checked_when_it_is_given(model, balanced, attack):
+    x, y = balanced
     for eps, error, match in (
         (
             torch.tensor([0.1, 8.0]),
@@ -164,9 +155,9 @@ def test_a_radius_is_checked_when_it_is_given(model, batch, attack):
     assert attack(EPS[:0])(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
 
 
-def test_restarts_do_not_hide_a_wrong_number_of_radii(model, batch):
+def test_restarts_do_not_hide_a_wrong_number_of_radii(model, balanced):
     """Three starts of two images are six rows, but two radii they must be."""
-    x, y = batch
+    x, y = balanced
     with pytest.raises(ValueError, match="eps has 6 values, must have 2, one per image of x"):
         pgd(EPS, restarts=3)(model, x[:2], y[:2])
 

@@ -14,14 +14,6 @@ EPS = 8 / 255
 NORMS = ("linf", "l2")
 
 
-@pytest.fixture
-def batch(model):
-    """Six images that the model classifies right."""
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return x, model.eval()(x).argmax(1)
-
-
 class Rows(nn.Module):
     """Float64 logits [B, 4] far from linear in [B, C, H, W]; a row has the same bits in any batch.
     Notes what it is asked, and in which mode."""
