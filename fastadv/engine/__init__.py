@@ -1,11 +1,14 @@
-"""The inference engine: `freeze(model)` is a twin of a network, which computes the logits and their
-gradient to the images fast, and nothing else.
+"""The inference engine: `freeze(model)` makes a twin of a network, which computes the logits and
+their gradient to the images fast, and nothing else.
 
-`lower` turns the leading part of a network, its trunk, into a plan of stages, each a convolution
-with all that follows it up to the next one; `Trunk` runs the plan forward and backward in kernels
-of our own on CPUs, `Folded` in torch's convolutions on other devices; `Frozen` is the twin. What a
-student in training computes faster is in `student`, what a network returns in `logits` and
-`features`.
+- `frozen`: the twin itself, and when it follows the model.
+- `trace`, `lower`, `plan`: the network becomes a graph, and the leading part of the graph, the
+  trunk, a plan of layers: each is a convolution with all that follows it up to the next one.
+- `trunk`: runs a plan on CPUs, in kernels of our own, forward and backward; its weights are in
+  `packed`, its memory in `workspace`, its index tables in `taps`.
+- `folded`: runs a plan on other devices, in torch's convolutions.
+- `student`: makes a network in training faster, instead of its frozen twin.
+- `query`, `features`: ask any network for its logits or its features.
 """
 
 from .features import forward_features

@@ -1,4 +1,5 @@
-"""Features by name: what the modules of a network return, and what its classifier reads."""
+"""The features of a network by name: the outputs of its modules, and the input of its
+classifier."""
 
 import torch
 from torch import nn
@@ -10,12 +11,12 @@ from .query import ask
 def forward_features(model, x, names):
     """(logits [B, C], {name: features [B, ...]}) of one forward pass, gradients included.
 
-    names: "penultimate" is the input of the network's last nn.Linear, "logits" its output; any
-    other name is a submodule's, such as "layer4", and means what it returns. Images take the dtype
-    of the network's parameters; halves come as float32. With several calls of one module in a pass,
-    the last counts.
-    Raises ValueError for a name that the network does not have, or does not use, TypeError for a
-    module that returns no tensor.
+    names: "penultimate" is the input of the network's last nn.Linear, "logits" the network's
+    output; any other name, such as "layer4", is the output of the submodule of this name, and of
+    its last call if there are several. Images are cast to the dtype of the network's parameters;
+    features in half precision are returned as float32.
+    Raises ValueError for a name that the network does not have, or whose module it does not call,
+    and TypeError for a module that does not return a tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
@@ -27,7 +28,7 @@ def forward_features(model, x, names):
     try:
         for name in names:
             if name != "logits":
-                hooks.append(_record(net, name, found))
+                hooks.append(_hook(net, name, found))
         logits = _single("logits", ask(model, x))
     finally:
         for hook in hooks:
@@ -40,14 +41,14 @@ def forward_features(model, x, names):
 
 
 def unwrapped(model):
-    """The network inside twins and normalisation, whose only child is `net`."""
+    """The network inside its wrappers: a wrapper is a module whose only child is `net`."""
     while [name for name, _ in model.named_children()] == ["net"]:
         model = model.net
     return model
 
 
-def _record(net, name, found):
-    """The hook that puts the features of this name into `found`."""
+def _hook(net, name, found):
+    """The handle of a hook that puts the features of this name into `found`."""
     if name == "penultimate":
         linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
         if not linear:
@@ -61,6 +62,7 @@ def _record(net, name, found):
 
 
 def _single(name, features):
+    """Features that are one tensor, halves of them as float32; TypeError for others."""
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"layer {name!r} returns a {type(features).__name__}, must be a tensor")
     return wide(features)

@@ -1,5 +1,5 @@
-"""freeze(model): the attack-time twin of a model, an inference network with one gradient, to the
-input."""
+"""freeze(model) makes the attack-time twin of a model: a network for inference whose only gradient
+is that to its input."""
 
 import copy
 import functools
@@ -21,11 +21,11 @@ _log = logging.getLogger("fastadv")
 
 
 class InPrecision(nn.Module):
-    """A network computing in `dtype` that returns its logits (see `logits_of`) in float32, in
-    float64 where that is its dtype.
+    """A network that computes in `dtype` and returns its logits (see `logits_of`) in float32, or in
+    float64 if that is its dtype.
 
-    dtype: that of the net's parameters, which None stands for, or bfloat16 over float32 parameters,
-    by autocast; ValueError for others. Images are cast to the dtype of the parameters.
+    dtype: None for that of the network's parameters, or bfloat16 for autocast over float32
+    parameters; ValueError for others. Images are cast to the dtype of the parameters.
     """
 
     def __init__(self, net, dtype=None):
@@ -47,11 +47,13 @@ class InPrecision(nn.Module):
 
 
 class Frozen(InPrecision):
-    """What `freeze` returns: the model as it was at the last `refresh()`. `net` has its own copies
-    of the parameters and buffers; `trunk` computes its convolutions with weights folded from them,
-    None where the engine cannot."""
+    """The twin that `freeze` returns: the model as it was at the last `refresh()`.
 
-    @torch.inference_mode(False)  # whose tensors could not be written to outside it
+    net: a copy of the model, with parameters and buffers of its own. trunk: computes the
+    convolutions of `net` with weights folded from these; None where the engine cannot.
+    """
+
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
     def __init__(self, model, dtype=None):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {model!r}, must be a torch.nn.Module")
@@ -86,15 +88,16 @@ class Frozen(InPrecision):
         return super().train(False)
 
     def load_state_dict(self, *args, **kwargs):
-        """Refused: the trunk would not follow, and the next refresh would undo it."""
+        """Raises RuntimeError: the trunk would not follow, and the next refresh would undo it."""
         raise RuntimeError("a twin follows its model: load into the model, then call refresh()")
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self):
-        """Copies the model's present parameters and buffers to where the twin has its own, which
-        move only for another layout, dtype or device. RuntimeError where the model has others now,
-        or parameters of another shape."""
+        """Copies the model's present parameters and buffers into the twin's own, which stay where
+        they are in memory unless the model's have another layout, dtype or device than before.
+        Raises RuntimeError if the model has other parameters or buffers than when it was frozen, or
+        parameters of another shape."""
         (model,) = self._source
         theirs, cast = _tensors(model), _cast(model, self._asked)
         if _inventory(theirs) != self._inventory:
@@ -137,14 +140,16 @@ class Frozen(InPrecision):
             return None
 
     def _has_trunk(self):
-        """Whether there is a trunk, and the weights are still as it takes them."""
+        """Whether there is a trunk, and the weights still have the device and dtype that it
+        needs."""
         if self.trunk is None:
             return False
         weight = self.trunk.plan[0].conv.weight
         return weight.device == self.trunk.device and weight.dtype == torch.float32
 
     def _suits(self, x):
-        """Whether the trunk takes this input, and nothing waits for what only modules compute."""
+        """Whether the trunk can compute this input, and nothing is active that must see the modules
+        run: a hook, a dispatch mode, a transform, or tensors lent by functional_call."""
         channels = self.trunk.plan[0].conv.in_channels
         return (
             type(x) in (torch.Tensor, nn.Parameter)
@@ -156,21 +161,22 @@ class Frozen(InPrecision):
         )
 
     def _whole(self):
-        """Whether the net has the twin's tensors: torch.func.functional_call lends it others."""
+        """Whether the net has its own tensors: torch.func.functional_call lends it others."""
         return all(held.get(key) is mine for held, key, mine in self._own.values())
 
     def _go_without(self, reason):
+        """Drops the trunk, for good."""
         self.trunk = None
         _say(f"freeze: {type(self.net).__name__} runs as plain torch, slower: {reason}")
 
 
 def original(model):
-    """The model that a twin follows; any other is itself."""
+    """The model that a twin follows; a model that is no twin is returned as it is."""
     return model._source[0] if isinstance(model, Frozen) else model
 
 
 def refresh(model):
-    """Brings a twin up to date, also one under torch.compile; other models are as they are."""
+    """Brings a twin up to date, also one under torch.compile; does nothing to other models."""
     model = uncompiled(model)
     if isinstance(model, Frozen):
         model.refresh()
@@ -185,15 +191,16 @@ def _check(dtype):
 
 
 def _cast(model, dtype):
-    """What a twin in `dtype` casts the model's floating point tensors to; None for no cast."""
+    """The dtype to which a twin in `dtype` casts the model's floating point tensors; None for no
+    cast."""
     if dtype in (None, dtype_of(model, dtype)):
         return None
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _tensors(net):
-    """{name: (dict that holds it, its key there, tensor)} of parameters and buffers, what modules
-    share under each of its names."""
+    """{name: (dict that holds the tensor, its key there, tensor)} of all parameters and buffers; a
+    tensor that modules share is there under each of its names."""
     return {
         f"{path}.{key}": (held, key, tensor)
         for path, module in net.named_modules(remove_duplicate=False)
@@ -216,21 +223,22 @@ def _inventory(tensors):
 
 
 def _copied(tensor, cast):
-    """A twin's own of a parameter or buffer, in the same layout."""
+    """A twin's own copy of a parameter or buffer, in the same layout."""
     dtype = cast if cast and tensor.is_floating_point() else tensor.dtype
     mine = tensor.detach().to(dtype, copy=True)
     return nn.Parameter(mine, False) if isinstance(tensor, nn.Parameter) else mine
 
 
 def _make_room(mine, tensor, cast):
-    """Gives `mine` the form that `_copied` would, and new memory only if it is another one."""
+    """Gives `mine`, the twin's own, the form that `_copied` would give it, and new memory only if
+    that is another form."""
     dtype = cast if cast and tensor.is_floating_point() else tensor.dtype
     if _form(mine) == (*_form(tensor)[:-1], dtype):
         return
     fresh = _copied(tensor, cast)
-    if _form(mine) != _form(fresh):  # as it is of what was expanded or sliced
+    if _form(mine) != _form(fresh):  # a copy of an expanded or sliced tensor is dense
         mine.data = fresh
-        torch.autograd.graph.increment_version(mine)  # what was saved for a backward pass is gone
+        torch.autograd.graph.increment_version(mine)  # so that torch refuses a pending backward
 
 
 def _form(tensor):
@@ -239,28 +247,32 @@ def _form(tensor):
 
 @functools.cache
 def _say(message):
-    """Warns once."""
+    """Logs a warning, each only once."""
     _log.warning(message)
 
 
 def freeze(model, dtype=None):
     """The attack-time twin of `model`: frozen parameters, always in eval mode, logits in float32.
 
-    It is the model as it was at its last `refresh()`, which each attack call begins with: it has
-    copies of all parameters and buffers, as much memory again, and no change of the model shows
-    before (what is neither, such as a number that a module keeps, stays as it was frozen). Only the
-    input gets a gradient; the model's mode and `.grad` stay as they are. What the model returns may
-    be anything that `logits_of` takes.
+    The twin is the model as it was at the last `refresh()`, with which every attack call begins. It
+    has copies of all parameters and buffers, and so takes as much memory again; a change of the
+    model does not show in the twin before the next refresh, and a change of anything else, such as
+    a number that a module keeps, never does. After a refresh the backward passes of earlier forward
+    passes are refused. Only the input gets a gradient; the model's mode and `.grad` stay as they
+    are. The model may return anything that `logits_of` takes.
 
-    dtype: what it computes in, float32, bfloat16 (by autocast) or float64 (plain torch, float64
-    logits), on parameters cast for it; None for the model's own. ValueError for others.
+    dtype: of the computation, to which parameters are cast: float32, bfloat16 (by autocast) or
+    float64 (in plain torch, with float64 logits); None for the model's own. Raises ValueError for
+    another dtype, TypeError if the model is no module.
 
     BatchNorm is folded into further copies of the convolutions' weights. On a CPU the convolutions
-    run in kernels of our own (`fastadv.engine`), differentiable once, in float32 or, on processors
-    with AMX, in bfloat16 where that is the dtype; on other devices in torch's, in `dtype`,
-    channels_last and with weights that keep their addresses. In float32, logits agree with the
-    model's to rounding. What the engine does not know (see `engine.lower`; a warning says what,
-    once, and `trunk` is then None) runs as the model's own modules, as does everything under a
-    torch.func transform or forward-mode derivative.
+    run in kernels of our own (`fastadv.engine`), which are differentiable once; they compute in
+    float32 or, if that is the dtype and the processor has AMX, in bfloat16. On other devices they
+    run in torch's convolutions, in `dtype` and channels_last, with weights that keep their
+    addresses. In float32, the logits agree with the model's to rounding.
+
+    A network that the engine does not know (see `engine.lower`) runs in its own modules: a warning
+    then says once what is unknown, and `trunk` is None. So does every network under a torch.func
+    transform or a forward-mode derivative.
     """
     return Frozen(original(model), dtype)

@@ -8,9 +8,12 @@ import torch
 
 
 def logits_of(output):
-    """The logits in what a network returned: a tensor itself; the attribute `logits` (Hugging Face,
-    torchvision's Inception); the entry "logits" of a mapping; the first item of a tuple or list,
-    where it is the only one of two dimensions. TypeError for anything else."""
+    """The logits [B, C] in the output of a network.
+
+    The output may be the logits themselves, an object with an attribute `logits` (as of Hugging
+    Face and torchvision's Inception), a mapping with an entry "logits", or a tuple or list whose
+    first item has two dimensions and is the only such item. Raises TypeError for others.
+    """
     found = output
     if not isinstance(output, torch.Tensor):
         found = getattr(output, "logits", None)
@@ -28,19 +31,19 @@ def logits_of(output):
 
 
 def ask(model, x):
-    """The logits of images x [B, ...], which are cast to the dtype of the model's parameters where
-    they are of another one (a model in bfloat16 or float64); the gradient comes back in x's."""
+    """The logits of a model for images x [B, ...], which are cast to the dtype of the model's
+    parameters, such as bfloat16 or float64; their gradient comes back in the dtype of x."""
     return logits_of(model(cast_to(model, x)))
 
 
 def cast_to(model, x):
-    """x in the model's dtype; as it is where the model has none, or x is not of floating point."""
+    """x in the model's dtype; x itself if the model has none, or x is not in floating point."""
     return x.to(dtype_of(model, x.dtype)) if x.is_floating_point() else x
 
 
 def dtype_of(model, default=torch.float32):
-    """The dtype of the first floating point parameter or, where there is none, buffer; `default`
-    where there is neither."""
+    """The dtype of the model's first parameter in floating point, or of its first such buffer if it
+    has no such parameter; `default` if it has neither."""
     if isinstance(model, torch.nn.Module):
         for tensors in (model.parameters(), model.buffers()):
             for tensor in tensors:

@@ -1,17 +1,21 @@
-"""The student in training: its convolutions on CPU in the form that oneDNN runs right, and its
-bfloat16 ones in the form that it runs fastest.
+"""The student in training: on a CPU, its convolutions are given to oneDNN in a form that oneDNN
+computes right and, in bfloat16, fastest.
 
-The gradient to the weight of a strided 1x1 convolution in channels_last without padding, of fewer
-than 16 input channels, writes outside its memory in torch 2.8 to 2.13 on processors with AVX-512,
-with two threads and some sizes of batch: "free(): invalid next size". Here such a layer takes its
-pixels first and has no stride.
+Right: in torch 2.8 to 2.13 on processors with AVX-512 the gradient to the weight of some
+convolutions writes outside its memory ("free(): invalid next size"), with two threads and some
+sizes of batch. They are strided 1x1 convolutions in channels_last without padding, of fewer than 16
+input channels. Here such a layer selects its pixels first, and then has no stride.
 
-oneDNN's bfloat16 kernels take up to 16 pixels of one output row at a time and its gradients pass
-over all weights once per image, so that small images leave most of an AMX tile empty and reread the
-weights; its gradients of strided depthwise convolutions are several times slower than the forward
-pass accounts for. Forward and both gradients of a batch of 64, one core with AMX (ms):
-512 -> 512 channels at 4x4 74 -> 27, 320 -> 1280 at 4x4, kernel 1, 7.6 -> 2.9, depthwise 576
-from 8x8 to 4x4 97 -> 8.4. Float32 gains nothing.
+Fast: oneDNN's bfloat16 kernels compute up to 16 pixels of one output row at a time, and its
+gradients pass over all weights once per image. Small images therefore leave most of an AMX tile
+empty and read the weights again and again. Its gradients of strided depthwise convolutions take
+several times as long as those without a stride. In float32 nothing is gained. Milliseconds of
+forward pass and both gradients, for a batch of 64 on one core with AMX:
+
+    convolution                              oneDNN   here
+    3x3, 512 -> 512 channels, 4x4 pixels         74     27
+    1x1, 320 -> 1280 channels, 4x4 pixels       7.6    2.9
+    depthwise, 576 channels, 8x8 -> 4x4          97    8.4
 """
 
 import math
@@ -30,10 +34,10 @@ FEW_CHANNELS = 128  # below, copying the images costs more than it saves
 
 
 class FastStudent(InPrecision):
-    """`InPrecision` with `FastConvolutions`.
+    """A student in training: `InPrecision` with `FastConvolutions`.
 
-    Not for networks that recompute activations by torch.utils.checkpoint without reentry, whose
-    second forward pass happens outside this one.
+    It is not for networks that recompute activations by torch.utils.checkpoint without reentry: the
+    second forward pass of these happens outside the context.
     """
 
     def forward(self, x):
@@ -42,7 +46,7 @@ class FastStudent(InPrecision):
 
 
 class FastConvolutions(TorchFunctionMode):
-    """Within this context `torch.nn.functional.conv2d` is the `conv2d` below."""
+    """A context in which `torch.nn.functional.conv2d` is the `conv2d` below."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.conv2d:
@@ -51,18 +55,18 @@ class FastConvolutions(TorchFunctionMode):
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """`torch.nn.functional.conv2d`, and its gradients, up to rounding.
+    """The same as `torch.nn.functional.conv2d`, and the same gradients, up to rounding.
 
-    input [B, C, H, W], weight [O, C / groups, kh, kw]. Only on the CPU is there a choice: where
-    torch's gradient would write outside its memory, and where input is bfloat16 and channels_last,
-    and stride, padding and dilation are pairs, as nn.Conv2d gives them.
+    input [B, C, H, W], weight [O, C / groups, kh, kw]. Another form is chosen on CPUs alone: where
+    torch's gradient would write outside its memory, and where the input is bfloat16 and
+    channels_last, and stride, padding and dilation are pairs, as nn.Conv2d gives them.
     """
     usual = (input, weight, bias, stride, padding, dilation, groups)
     if input.device.type != "cpu":
         return torch.conv2d(*usual)
     if _strided(weight, stride, padding, groups):
         down, right = pair(stride)
-        pixels = input[..., ::down, ::right].clone()  # dense, in the order that they had
+        pixels = input[..., ::down, ::right].clone()  # dense, in the same memory format
         return torch.conv2d(pixels, weight, bias)
     low = input.dtype == torch.bfloat16 and input.dim() == 4 and not transformed()
     nhwc = low and input.is_contiguous(memory_format=torch.channels_last)
@@ -82,7 +86,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 
 def _strided(weight, stride, padding, groups):
-    """Whether this is a convolution whose gradient to the weight torch may get wrong, see above."""
+    """Whether torch may get the gradient to this convolution's weight wrong, see above."""
     if groups > 1 or weight.shape[1] >= LANES or weight.shape[2:] != (1, 1):
         return False
     return max(pair(stride)) > 1 and (padding == "valid" or padding in (0, (0,), (0, 0), [0, 0]))
@@ -97,8 +101,8 @@ def _pointwise(x, weight, bias, step):
 def _side_by_side(x, weight, bias, step):
     """A 3x3 convolution of up to TILE images in one row, the zero padding between them shared.
 
-    Images begin `pitch` pixels apart, a multiple of the stride. Of each output row the pixels that
-    belong to the gaps are left out, and their gradient is zero.
+    Images begin `pitch` pixels apart, a multiple of the stride. In each output row the pixels of
+    the gaps between images are left out, so that their gradient is zero.
     """
     count, width = math.gcd(len(x), TILE), x.shape[3]
     pitch = math.ceil((width + 1) / step) * step
