@@ -5,7 +5,7 @@ STAMP := $(VENV)/installed
 SANITIZED := build/sanitized
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: install demo test test-slow test-matrix bench lint sanitize clean
+.PHONY: install demo test test-slow test-matrix docs bench lint sanitize clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ matrix-%:
 	build/matrix/$*/bin/pip install -q --disable-pip-version-check '$(TORCH_$*)' -e '.[test]'
 	build/matrix/$*/bin/python -c 'import sys, torch; print(sys.version.split()[0], torch.__version__)'
 	build/matrix/$*/bin/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile
+
+# The pages of docs/ as build/docs/index.html; a warning is an error.
+docs: install
+	$(BIN)/sphinx-build -W --keep-going -q -E docs build/docs
 
 bench: install
 	$(BIN)/python -m pytest $(filter-out %attack.py %train_step.py %teacher_cache.py %evaluate.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave

@@ -3,7 +3,7 @@
     pip install --no-deps --target build/peers pyautoattack torchattacks
     PYTHONPATH=build/peers python benchmarks/agreement.py                  # networks on the digits
     PYTHONPATH=build/peers python benchmarks/agreement.py --data-dir DIR   # and on CIFAR-10
-    python benchmarks/agreement.py --table                                 # README's table anew
+    python benchmarks/agreement.py --table                                 # its table anew
 
 Trains a natural, a PGD-AT and a TRADES network on the digits (linf eps 0.15) and with --data-dir a
 natural and a PGD-AT ResNet-18 of width 8 on 5,000 images of CIFAR-10 (8/255), then counts the test
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from equivalence import CIFAR, subset
-from run import README, replace_between
+from tables import PAGE, replace_between
 from timing import RESULTS, machine
 
 from fastadv import data, evaluate, freeze
@@ -166,7 +166,7 @@ def cifar_networks(folder, data_dir):
 
 
 def table():
-    """README's table: the newest row of each model and attack."""
+    """The table of docs/benchmarks.md: the newest row of each model and attack."""
     lines = (RESULTS / "agreement.jsonl").read_text().splitlines()
     newest = {(row["model"], row["attack"]): row for row in map(json.loads, lines)}
     shown = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -179,7 +179,7 @@ def table():
         shown.append(f"| {' | '.join(str(row[column]) for column in COLUMNS)} |")
     row = list(newest.values())[-1]
     where = f"{row['cpu']}, torch {row['torch']}, fastadv {row['commit']}, {row['time'][:10]}."
-    replace_between(README, MARKS, [*shown, "", where])
+    replace_between(PAGE, MARKS, [*shown, "", where])
 
 
 def main():
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--data-dir", help="folder of CIFAR-10's files: its networks too")
     parser.add_argument("--limit", type=int, default=300, help="the first N test images")
     parser.add_argument("--only", choices=ATTACKS, help="this attack alone")
-    parser.add_argument("--table", action="store_true", help="rewrite README's table and stop")
+    parser.add_argument("--table", action="store_true", help="rewrite the table and stop")
     args = parser.parse_args()
     if args.table:
         return table()

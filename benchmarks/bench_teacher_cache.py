@@ -1,13 +1,13 @@
 """An RSLAD step with a huge teacher asked, cached or left out; `--suite cache` of run.py. `--suite
 train` has it with a WRN-34-10.
 
-    python benchmarks/bench_teacher_cache.py      # draws results/teacher_cache_hits.png
+    python benchmarks/bench_teacher_cache.py      # draws docs/images/teacher-cache-hits.png
 
 Not a pytest-benchmark module: a step takes seconds.
 """
 
 from bench_train_step import case, image_loader
-from timing import RESULTS
+from tables import ROOT
 from torch import nn
 
 from fastadv import freeze
@@ -43,7 +43,7 @@ def main():
     axes.set(xlabel="epoch of the first run", ylabel="share of hits", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(RESULTS / "teacher_cache_hits.png", dpi=120)
+    figure.savefig(ROOT / "docs" / "images" / "teacher-cache-hits.png", dpi=120)
     worst = max(abs(a - b) for a, b in zip(counted, expected, strict=True))
     print(f"largest difference from the closed form: {worst:.3f}")
 

@@ -1,8 +1,8 @@
 """Every method on the same digits: clean and PGD-20 test accuracy over seeds.
 
-    python benchmarks/methods.py                        # all, three seeds; rewrites README's table
+    python benchmarks/methods.py                        # all, three seeds; rewrites the table
     python benchmarks/methods.py --only mart            # these anew, the others' newest rows stay
-    python benchmarks/methods.py --seeds 0 --out DIR    # rows go to DIR, README stays as it is
+    python benchmarks/methods.py --seeds 0 --out DIR    # rows go to DIR, the table stays as it is
 
 The settings are those of `python -m fastadv.train --data digits`: one student network, one number
 of epochs, one attack, and two teachers, PGD-AT and natural, that all methods share. A method whose
@@ -16,7 +16,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from run import README, replace_between
+from tables import PAGE, replace_between
 from timing import RESULTS, machine
 
 from fastadv import data, methods
@@ -97,7 +97,7 @@ def main():
             f"{len(data.load('digits').test)} test images, linf eps {EPS}, seeds {args.seeds}; "
             f"torch {where['torch']}, {where['cpu']}, {where['time'][:10]}; commits in the rows."
         )
-        replace_between(README, MARKS, [*lines, "", about])
+        replace_between(PAGE, MARKS, [*lines, "", about])
 
 
 if __name__ == "__main__":

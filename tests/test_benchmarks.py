@@ -1,7 +1,9 @@
 """The benchmarks: steps and attacks on tiny networks, and those that train, minutes long."""
 
+import html
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -180,12 +182,35 @@ def test_the_clock_tells_the_teacher_from_the_attack_around_it(bench, monkeypatc
 def test_a_table_has_the_columns_with_values(bench):
     row = {"op": "o", "shape": "s", "provider": "p", "us": 2e6, "p20": 1e6, "p80": 3e6}
     rows = [row | {"speedup": 1.0, "GB/s": None}, row | {"speedup": 2.0, "images/s": 5.5}]
-    assert bench("run").markdown(rows) == [
+    assert bench("tables").markdown(rows) == [
         "| op | shape | provider | median ms | p20-p80 | speed-up | images/s |",
         "|---|---|---|---|---|---|---|",
         "| o | s | p | 2000.0 | 1000.0-3000.0 | 1.00x |  |",
         "| o | s | p | 2000.0 | 1000.0-3000.0 | 2.00x | 5.5 |",
     ]
+
+
+def test_the_published_tables_are_those_of_the_rows(bench, monkeypatch, tmp_path):
+    tables, agreement, methods = bench("tables"), bench("agreement"), bench("methods")
+    for name in ("PAGE", "README"):
+        copy = tmp_path / getattr(tables, name).name
+        copy.write_text(getattr(tables, name).read_text())
+        monkeypatch.setattr(tables, name, copy)
+    monkeypatch.setattr(agreement, "PAGE", tables.PAGE)
+    tables.write()
+    agreement.table()
+    assert tables.PAGE.read_text() == (tables.ROOT / "docs" / "benchmarks.md").read_text()
+    assert tables.README.read_text() == (tables.ROOT / "README.md").read_text()
+    rows = methods.newest(methods.RESULTS / "methods.jsonl")
+    assert "\n".join(methods.table(rows)) in tables.PAGE.read_text()
+
+
+def test_the_picture_is_that_of_the_rows(bench):
+    """It carries what it draws."""
+    picture = bench("picture")
+    text = picture.PICTURE.read_text()
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)[1]
+    assert html.unescape(drawn) == picture.data()
 
 
 def test_only_names_a_module_or_a_network(bench, monkeypatch):

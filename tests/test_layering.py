@@ -114,6 +114,16 @@ def test_the_hall_is_not_crowded():
     assert len(list((ROOT / "fastadv").glob("*.py"))) <= 8
 
 
+def test_readme_is_read_in_three_minutes():
+    """Long tables and long prose go to docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def test_contributing_has_these_levels():
+    order = " < ".join(", ".join(sorted(units)) for units in LEVELS)
+    assert order in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+
+
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
