@@ -1,14 +1,16 @@
-"""All that a machine with an NVIDIA GPU can say of fastadv; `--suite gpu` of run.py, eight minutes.
+"""The tests and benchmarks for a machine with an NVIDIA GPU; `--suite gpu` of run.py. It takes
+eight minutes and needs no network.
 
     python benchmarks/run.py --suite gpu
 
-Installs the checkout into this Python and runs the tests for a GPU, on CUDA kernels also under
-compute-sanitizer where that is there (see prepare.py); then times, on random images and networks of
-random weights: ops on tensors of 300 MB ("of copy": their bandwidth over that of a copy on the same
-GPU) and on small ones, PGD-10 and whole training steps. "published" is the loop in float32 eager,
-as torch sets itself up, with convolutions in TF32 (see published.py); "graph" replays a CUDA graph,
-"graph compiled" one of a twin under torch.compile. Rows are appended to
-benchmarks/results/<gpu>.jsonl. Without a GPU it runs what needs none and stops. Needs no network.
+It first installs the checkout into this Python and runs the tests for a GPU, those of CUDA kernels
+also under compute-sanitizer if that is installed (see prepare.py). Then it times, on random images
+and networks of random weights: ops on tensors of 300 MB ("of copy" is their bandwidth over that of
+a copy on the same GPU) and on small ones, PGD-10, and whole training steps. "published" is the
+published loop (see published.py) in float32 and eager mode, with torch's own settings, which
+compute convolutions in TF32; "graph" replays a CUDA graph, "graph compiled" one of a twin under
+torch.compile. Rows are appended to benchmarks/results/<gpu>.jsonl. Without a GPU it runs the tests
+that need none, and stops.
 """
 
 import json
@@ -30,14 +32,14 @@ from fastadv.ops import _library
 
 
 def there(make, *args, **options):
-    """A case whose tensors and networks are made on the GPU."""
+    """The case that `make` returns, with its tensors and networks made on the GPU."""
     with torch.device("cuda"):
         return make(*args, **options)
 
 
 def cases():
-    """What makes each case, called one after the other, for memory. A step on 8 images takes as
-    long as its launch."""
+    """Yields functions that return a case each, so that only one case is in memory at a time. An op
+    on 8 images takes as long as its launch."""
     few, some, many = (8, 3, 32, 32), (512, 3, 32, 32), (512, 3, 224, 224)
     for shape in (few, some, many):
         yield partial(there, bench_pgd_step.case, *shape)
@@ -54,7 +56,7 @@ def cases():
 
 
 def copy_bandwidth():
-    """GB/s of a copy of 1 GB, read and written."""
+    """The bandwidth of a copy of 1 GB, in GB/s of reading and writing together."""
     source = torch.rand(2**28, device="cuda")
     target = torch.empty_like(source)
     case = Case("copy", "1 GB", {"copy": lambda: target.copy_(source)}, gate=bool)
@@ -62,7 +64,7 @@ def copy_bandwidth():
 
 
 def rows(seconds):
-    """Of all cases; None for one that fails, whose error is printed."""
+    """Yields the rows of all cases; None for a case that fails, whose error is printed."""
     copy = copy_bandwidth()
     print(f"copy: {copy:.0f} GB/s")
     for make in cases():
@@ -78,7 +80,8 @@ def rows(seconds):
 
 
 def main():
-    """Times, prints and appends. The exit status says whether a case failed."""
+    """Times all cases, prints their rows and appends them to the results. Exits with an error if a
+    case failed."""
     where, found = machine(), []
     results = RESULTS / f"{where['gpu'].lower().replace(' ', '-')}.jsonl"
     backends = {"backends": {name: op.cuda for name, op in _library.ops.items()}}

@@ -1,5 +1,5 @@
-"""What `--suite gpu` of run.py does before it times anything. Imports nothing of fastadv, which it
-installs."""
+"""Installs and tests the checkout, as `--suite gpu` of run.py does before it times anything. This
+file imports nothing of fastadv, as it installs fastadv."""
 
 import shutil
 import subprocess
@@ -10,7 +10,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 INSTALL = "-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", "."
-# pip takes a module that was not built for none that is wanted.
+# Fails if a compiled part is missing: the extension is optional, so that pip does not report that
+# it could not be built.
 BUILT = """
 import shutil, sys, torch
 from fastadv.ops import _native
@@ -20,8 +21,8 @@ sys.exit(_native.missing or (wanted and _native.cuda_missing()) or 0)
 
 
 def prepare():
-    """Installs the checkout, compiled, and runs the tests that are for a GPU or, without one, those
-    of what is for GPUs. Exits where something fails, and where there is no GPU to go on with."""
+    """Installs the checkout, compiled, and runs the tests that need a GPU; without one, the tests
+    of GPU code that run on a CPU. Exits if something fails, and if there is no GPU to time."""
     execute(sys.executable, "-m", "pip", "install", *INSTALL)
     execute(sys.executable, "-c", BUILT)
     pytest = sys.executable, "-m", "pytest", "-m"
@@ -38,6 +39,7 @@ def prepare():
 
 
 def execute(*command):
+    """Runs a command in the checkout, and exits if it fails."""
     print(*command, flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         sys.exit(f"failed: {' '.join(map(str, command))}")

@@ -1,5 +1,6 @@
-"""Attacks and training steps as their authors' codes have them: float32, eager, no layout chosen,
-parameters that require gradients also where none is wanted, and the teacher asked every time."""
+"""Attacks and training steps as in the code that their authors published: in float32 and eager
+mode, in torch's default layout, with parameters that require gradients also during an attack, and
+with a teacher that computes the same images again in every epoch."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,10 @@ EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
 
 
 def pgd(objective, x, steps=STEPS, start=None, backward=False):
-    """The loop of TRADES and RSLAD: x_adv that maximises objective(x_adv), a scalar.
+    """The loop of TRADES and RSLAD: the x_adv that maximises objective(x_adv), a scalar.
 
-    backward: `loss.backward()` in it, as in robust_overfitting, foolbox and RSLAD's own evaluation:
-    gradients of all weights are computed and added up in `.grad`.
+    backward: whether the loop calls `loss.backward()`, as robust_overfitting, foolbox and RSLAD's
+    own evaluation do: that computes the gradients of all weights and adds them up in `.grad`.
     """
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
     for _ in range(steps):
@@ -29,7 +30,8 @@ def pgd(objective, x, steps=STEPS, start=None, backward=False):
 
 
 def torch_alone(model):
-    """Keeps a model's BatchNorms torch's own, which fastadv.models would fuse: a hook does it."""
+    """Makes the networks of fastadv.models run torch's own BatchNorm instead of the fused one, by a
+    hook on each, which does nothing."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda *_: None)
@@ -40,7 +42,7 @@ def kl(logits, soft, reduction):
 
 
 def rslad(student, teacher, x, **options):
-    """(x_adv, loss) of one step; options are those of `pgd`."""
+    """(x_adv, loss) of one training step; options: of `pgd`."""
     with torch.no_grad():
         soft = teacher(x).softmax(1)
     student.eval()
@@ -51,7 +53,7 @@ def rslad(student, teacher, x, **options):
 
 
 def mismatch(student, teacher, x, **options):
-    """x_adv of largest KL(t(x_adv) || s(x_adv)), the gradient through both networks."""
+    """The x_adv that maximises KL(t(x_adv) || s(x_adv)), the gradient through both networks."""
     student.eval()
     x_adv = pgd(lambda v: kl(student(v), teacher(v).softmax(1), "sum"), x, **options)
     student.train()
@@ -59,7 +61,7 @@ def mismatch(student, teacher, x, **options):
 
 
 def adaad(student, teacher, x, **options):
-    """(x_adv, loss); the clean passes of both networks are made though their weight is zero."""
+    """(x_adv, loss). The clean passes of both networks are computed though their weight is zero."""
     x_adv = mismatch(student, teacher, x, **options)
     clean, adv = student(x), student(x_adv)
     with torch.no_grad():
@@ -69,7 +71,7 @@ def adaad(student, teacher, x, **options):
 
 
 def advfunmatch(student, teacher, x, **options):
-    """(x_adv, loss); no code of the authors' was available, so this is the paper's min-max problem
+    """(x_adv, loss). The authors' code was not available: this is the min-max problem of the paper,
     written like the others."""
     x_adv = mismatch(student, teacher, x, **options)
     with torch.no_grad():

@@ -16,14 +16,15 @@ LOSSES = ("ce", "dlr", "targeted")
 
 @dataclass(eq=False)
 class APGD(ByValue):
-    """Maximises a loss within a ball by steps with momentum, from 2 eps on and halved per sample.
+    """Maximises a loss within a ball by steps with momentum. A step has length 2 eps at first, and
+    is halved for each sample whose loss has stopped rising.
 
     eps: in units of x (8/255, not 8), or one radius per sample, a tensor [B] or [B, 1, ...]: then
     every batch has B images. steps: gradient steps of one round. loss: "ce", "dlr", or "targeted",
     the targeted DLR towards each of the `target_classes` (at most C - 1) likeliest other classes at
-    x. restarts: rounds, for "targeted" of each target class; a sample that a round
-    breaks has no further ones. norm: "linf" or "l2". lo, hi: the box of valid images. rho: a
-    sample's step is halved where no more than this share of the steps raised the loss.
+    x. restarts: the number of rounds, for "targeted" of each target class; a sample that a round
+    breaks takes no part in the next ones. norm: "linf" or "l2". lo, hi: the box of valid images.
+    rho: a sample's step is halved if no more than this share of its steps raised the loss.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
     Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
@@ -107,18 +108,20 @@ class APGD(ByValue):
 
     @torch.no_grad()
     def ascend(self, inner, x, *targets, start, eps=None):
-        """One round without host syncs: (x_adv, loss [B], wrong [B]) of the iterate to return.
+        """One round, without host syncs. Returns (x_adv, loss [B], wrong [B]) of each sample's best
+        iterate.
 
         inner(x_adv, *targets) -> (loss [B], wrong [B] bool), sample by sample; targets are [B, ...]
-        and constant. The step overwrites the x_adv it was given. start: x_adv to begin from, in
-        ball and box. eps: the radii of these samples, where they are not the attack's own. Modes
-        are the caller's.
+        and constant. A step overwrites the x_adv that inner was given. start: the x_adv to begin
+        from, in ball and box. eps: the radii of these samples, if they are not the attack's own.
+        Modes are left to the caller.
         """
         eps = checks.radii(self.eps if eps is None else eps, x)
         x_adv, x_old, x_best, x_found = (start.clone() for _ in range(4))
         grad_best, bad = torch.zeros_like(x_adv), x.new_zeros((), dtype=torch.int64)
         step_size = 2 * eps + x.new_zeros(len(x))
-        best = checked = torch.full_like(step_size, -torch.inf)  # the highest loss, at checkpoints
+        # The highest loss so far, and what it was at the last checkpoint.
+        best = checked = torch.full_like(step_size, -torch.inf)
         before, rises = -best, torch.zeros_like(best)  # the start itself is no rise
         halved = torch.ones_like(best, dtype=torch.bool)
         never = ~halved

@@ -1,5 +1,5 @@
-"""What an attack makes sure of, when it is made and once per call. Every message names the
-argument."""
+"""The checks of an attack's arguments, when the attack is made and once per call. Every message
+names the argument, its value and the values that are allowed."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ NORMS = "linf", "l2"
 
 
 def described(value):
-    """A wrong argument in a few words."""
+    """A wrong argument in a few words, for a message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)}"
     if value is None or isinstance(value, (str, numbers.Number)):
@@ -26,14 +26,14 @@ def described(value):
 
 
 def one_of(name, value, choices):
-    """Raises ValueError unless the value is one of these names."""
+    """Raises ValueError unless the value is one of the names in `choices`."""
     if not isinstance(value, str) or value not in choices:
         given = repr(value) if isinstance(value, str) else described(value)
         raise ValueError(f"{name} is {given}, must be one of {', '.join(choices)}")
 
 
 def number(name, value):
-    """The value, a real number or a tensor of one, as a float; TypeError for others."""
+    """A real number, or a tensor of one, as a float. Raises TypeError for others."""
     one = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     if isinstance(one, bool) or not isinstance(one, numbers.Real):
         raise TypeError(f"{name} is {described(value)}, must be a number")
@@ -41,7 +41,7 @@ def number(name, value):
 
 
 def whole(name, value, least):
-    """The value as an int; TypeError unless it is whole, ValueError below `least`."""
+    """A whole number as an int. Raises TypeError for others, ValueError below `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {described(value)}, must be a whole number")
     if value < least:
@@ -50,15 +50,17 @@ def whole(name, value, least):
 
 
 def listed(name, value, kind):
-    """The value as a list; TypeError for text and what has no items."""
+    """An iterable as a list; kind: of its items, for the message. Raises TypeError for text and for
+    a value that cannot be iterated over."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {described(value)}, must be a list of {kind}")
     return list(value)
 
 
 def check_budget(attack, per_sample=False):
-    """Refuses a norm, box and radius that make no sense, and makes floats of the attack's lo, hi
-    and eps; of a tensor of one radius per sample, [B] or [B, 1, ...], a copy [B]."""
+    """Checks the attack's norm, box and radius, and makes its lo, hi and eps floats. per_sample:
+    whether eps may also be one radius per sample, a tensor [B] or [B, 1, ...], which becomes a copy
+    [B]. Raises ValueError or TypeError."""
     one_of("norm", attack.norm, NORMS)
     attack.lo, attack.hi = number("lo", attack.lo), number("hi", attack.hi)
     if not attack.lo < attack.hi:
@@ -89,8 +91,8 @@ def _check_radius(eps, norm, room):
 
 
 def radii(eps, x):
-    """An attack's eps for x [B, ...]: a float as it is, one radius per sample as [B] in x's dtype
-    and on its device. Raises ValueError for a batch of another size."""
+    """An attack's eps for x [B, ...]: a float stays a float, one radius per sample becomes [B] in
+    the dtype of x and on its device. Raises ValueError for a batch of another size."""
     if not isinstance(eps, torch.Tensor):
         return eps
     if len(eps) != len(x):
@@ -106,23 +108,24 @@ def largest(eps):
 
 
 def repeated(eps, times):
-    """`radii` of a batch that comes so many times over."""
+    """The radii of a batch that is repeated, eps being that of the batch, see `radii`."""
     return eps.repeat(times) if isinstance(eps, torch.Tensor) else eps
 
 
 def rows_of(eps, rows):
-    """`radii` of some rows of a batch."""
+    """The radii of some rows of a batch, eps being that of the whole batch, see `radii`."""
     return eps[rows] if isinstance(eps, torch.Tensor) else eps
 
 
 def check_model(model, name="model"):
-    """Raises TypeError unless it is a module."""
+    """Raises TypeError unless the model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} is {described(model)}, must be a torch.nn.Module")
 
 
 def check_tensor(name, value, like=None):
-    """Raises TypeError unless it is a tensor, ValueError unless it is on the device of `like`."""
+    """Raises TypeError unless the value is a tensor, and ValueError unless it is on the device of
+    `like`, another tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {described(value)}, must be a tensor")
     if like is not None and value.device != like.device:
@@ -130,7 +133,7 @@ def check_tensor(name, value, like=None):
 
 
 def check_images(x, lo, hi):
-    """x: float32 or float64 [B, ...] within [lo, hi]."""
+    """Raises TypeError or ValueError unless x is float32 or float64 [B, ...] within [lo, hi]."""
     check_tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x is {x.dtype}, must be torch.float32 or torch.float64")
@@ -147,8 +150,8 @@ def check_images(x, lo, hi):
 
 
 def as_labels(y, x):
-    """y as int64 [B], of any integer type, for x [B, ...]; `check_labels` then sees to their
-    range."""
+    """The labels of x [B, ...], of any integer type, as int64 [B]; their range is left to
+    `check_labels`. Raises TypeError or ValueError for others."""
     check_tensor("y", y, like=x)
     if y.dtype not in INTEGERS or y.shape != x.shape[:1]:
         raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},)")
@@ -156,7 +159,8 @@ def as_labels(y, x):
 
 
 def as_index(index, x):
-    """index as int64 [B], of any integer type, for x [B, ...]."""
+    """The dataset ids of x [B, ...], of any integer type, as int64 [B]. Raises TypeError or
+    ValueError for others."""
     check_tensor("index", index, like=x)
     if index.shape != x.shape[:1]:
         raise ValueError(f"index has shape {tuple(index.shape)}, must be ({len(x)},)")
@@ -166,13 +170,14 @@ def as_index(index, x):
 
 
 def check_labels(y, classes):
-    """y: int64 [B] with 0 <= y < classes."""
+    """Raises ValueError unless 0 <= y < classes for all labels y, int64 [B]."""
     if y.numel() and not (y.min() >= 0 and y.max() < classes):
         raise ValueError(f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]")
 
 
 def check_logits(logits, batch):
-    """[B, C] of two classes or more, finite, and not already probabilities."""
+    """Raises ValueError or TypeError unless a model returned logits [B, C]: two classes or more,
+    finite, and not probabilities. batch: B."""
     if logits.dim() != 2 or logits.shape[0] != batch:
         raise ValueError(f"model returned shape {tuple(logits.shape)}, must be ({batch}, classes)")
     if logits.shape[1] < 2:
@@ -188,7 +193,7 @@ def check_logits(logits, batch):
 
 @torch.no_grad()
 def checked_logits(model, x, y):
-    """The logits [B, C] of x, after a look at them and at the labels."""
+    """The logits [B, C] of x. Raises ValueError or TypeError if they or the labels are wrong."""
     logits = ask(model, x)
     check_logits(logits, len(x))
     check_labels(y, logits.shape[1])
@@ -196,15 +201,15 @@ def checked_logits(model, x, y):
 
 
 def probabilities(logits):
-    """Whether [B, C], C >= 2, look like the outcome of a softmax."""
+    """Whether logits [B, C], C >= 2, look like the output of a softmax."""
     rounding = max(1e-3, torch.finfo(logits.dtype).eps)
     sums_to_one = (wide(logits).sum(1) - 1).abs().max() < rounding
     return bool(sums_to_one and logits.min() >= 0)
 
 
 def check_call(attack, model, x, y, index):
-    """(y, index) int64 [B] of an attack's call, index in order where it is None, after a look at
-    all arguments."""
+    """Checks the arguments of an attack's call and returns (y, index), int64 [B] each; an index of
+    None becomes 0, 1, 2, ..."""
     check_model(model)
     check_images(x, attack.lo, attack.hi)
     y = as_labels(y, x)
@@ -216,7 +221,7 @@ def check_call(attack, model, x, y, index):
 @contextlib.contextmanager
 def under_attack(model, x, y):
     """The context of one attack, in which the model is in eval mode and, if it is a twin, up to
-    date; yields the logits [B, C] of x, once they and the labels were found right."""
+    date. Yields the checked logits [B, C] of x."""
     refresh(model)
     with evaluating(model):
         yield checked_logits(model, x, y)

@@ -19,13 +19,14 @@ NEWTON_STEPS = 12
 
 @dataclass
 class FAB:
-    """Looks for the adversarial point nearest to x: steps to where the linearised model decides
-    between label and target, drawn towards x, and back towards x whenever one is adversarial.
+    """Looks for the adversarial point nearest to x. A step goes to the hyperplane on which the
+    linearised model is undecided between label and target class, and is drawn towards x; after an
+    adversarial iterate the search goes back towards x.
 
-    eps: in units of x (8/255, not 8); it decides what counts as found, and where random starts lie.
-    steps: iterations of one round. restarts: rounds for each of the `target_classes` (at most
-    C - 1) likeliest other classes at x: the first from x itself, the others from random points
-    within eps / 2; a sample that a round breaks within eps has no further ones. norm: "linf" or
+    eps: in units of x (8/255, not 8); a point farther from x does not count as found. steps:
+    iterations of one round. restarts: rounds for each of the `target_classes` (at most C - 1)
+    likeliest other classes at x; the first begins at x itself, the others at random points within
+    eps / 2. A sample that a round breaks within eps takes no part in the next ones. norm: "linf" or
     "l2". lo, hi: the box of valid images.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
@@ -103,12 +104,12 @@ class FAB:
 
     @torch.no_grad()
     def approach(self, inner, x, *targets, start):
-        """One round without host syncs, algorithm 1 of the paper: (the wrong iterate nearest to x,
-        its distance [B]), x and infinity where none was wrong.
+        """One round, without host syncs, which is algorithm 1 of the paper: (each sample's wrong
+        iterate nearest to x, its distance [B]), x and infinity for samples without a wrong iterate.
 
-        inner(x_adv, *targets) -> (difference [B], wrong [B] bool), sample by sample; a difference
-        of 0 is the boundary, and the model decides wrongly beyond. targets are [B, ...] and
-        constant. start: x_adv to begin from, in the box. Modes are the caller's.
+        inner(x_adv, *targets) -> (difference [B], wrong [B] bool), sample by sample: the difference
+        is 0 on the boundary, and positive where the model prefers the target. targets are [B, ...]
+        and constant. start: the x_adv to begin from, in the box. Modes are left to the caller.
         """
         x_adv, nearest = start, x
         least = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
@@ -146,14 +147,15 @@ class FAB:
 
 
 def to_hyperplane(v, w, value, norm, lo, hi):
-    """The d of least norm with w . d = -value and v + d in the box; where there is none, all
-    elements that matter go to the wall that is nearer to it.
+    """The d of least norm with w . d = -value and v + d in the box. If there is none, the d with
+    v + d in the box that brings w . d nearest to -value.
 
     v: [..., N] in [lo, hi]; w: broadcastable to it; value: [...]. norm: "linf" or "l2".
-    d is t sign(w) or t w, cut at the walls, so that |w . d| is a concave, increasing, piecewise
-    linear function of t: Newton's method rises from 0 to the root, and is there after the first
-    step that passes no wall. The paper sorts the walls instead. In attacks 6 steps were enough in
-    linf, 11 in l2 (2 as a rule, and 4); with fewer than needed d ends short of the hyperplane.
+    d is t sign(w) or t w, cut at the walls of the box, so that |w . d| is a concave, increasing,
+    piecewise linear function of t. Newton's method rises from t = 0 to the root, and has reached it
+    after the first step that passes no wall; the paper sorts the walls instead. In attacks 6 steps
+    were enough for linf and 11 for l2 (2 and 4 as a rule); with fewer than are needed d ends short
+    of the hyperplane.
     """
     largest = w.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     w = w / largest * -value.sign()[..., None]  # 0 where the value is NaN

@@ -1,4 +1,5 @@
-"""What attacks share: equality by value, gradients of iterates, and which of two to keep."""
+"""Parts that attacks share: equality by value, the gradient of an iterate (a point x_adv of the
+search), and the choice between two iterates."""
 
 import dataclasses
 
@@ -8,7 +9,8 @@ from ..ops.reference import per_sample
 
 
 class ByValue:
-    """A dataclass with tensors among its fields that compares as one without."""
+    """A dataclass that may have tensors among its fields: two are equal if all fields have equal
+    values."""
 
     def __eq__(self, other):
         if type(other) is not type(self):
@@ -30,8 +32,8 @@ def gradient(inner, x_adv, *targets):
 
 
 def gradient_to(leaf, loss):
-    """d sum(loss) / d leaf. Raises RuntimeError where the loss has none, TypeError where it is no
-    tensor."""
+    """d sum(loss) / d leaf. Raises RuntimeError if the loss has no such gradient, TypeError if it
+    is no tensor."""
     if not isinstance(loss, torch.Tensor):
         raise TypeError(f"inner returned a {type(loss).__name__}, must return a tensor [B]")
     grad = None
@@ -45,16 +47,17 @@ def gradient_to(leaf, loss):
 
 
 def better(new, old):
-    """[B]: where `new`, (loss, wrong), is to be kept: wrong first, then higher loss."""
+    """bool [B]: where `new` is better than `old`, each (loss [B], wrong [B]). A wrong one is better
+    than one that is not; of two that are alike in this, the one of higher loss."""
     return (new[1] & ~old[1]) | ((new[1] == old[1]) & (new[0] > old[0]))
 
 
 def where(condition, new, old):
-    """torch.where by sample over tuples of [B, ...]."""
+    """A tuple of [B, ...]: for each sample those of `new` or `old`, as condition [B] says."""
     return tuple(torch.where(per_sample(condition, a), a, b) for a, b in zip(new, old, strict=True))
 
 
 def likeliest_others(logits, y, count):
-    """int64 [B, T]: the likeliest `count` classes (at most C - 1) but y, in falling order."""
+    """int64 [B, T]: the T = min(count, C - 1) likeliest classes other than y, likeliest first."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.topk(min(count, logits.shape[1] - 1)).indices

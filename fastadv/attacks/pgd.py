@@ -21,7 +21,7 @@ class PGD(ByValue):
     eps, step_size: in units of x (8/255, not 8). eps may also be one radius per sample, a tensor
     [B] or [B, 1, ...]: then every batch has B images. init: "uniform" in the ball, clipped to the
     box (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
-    clip_start: whether the start is clipped to the box, where other than that (ARD's is not).
+    clip_start: whether the start is clipped to the box, if not as `init` has it (ARD's is not).
     norm: "linf" or "l2". lo, hi: the box of valid images. restarts: starts per sample, all in one
     batch. keep: which iterate of a start is returned, "last" (as published) or "best".
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
@@ -89,7 +89,7 @@ class PGD(ByValue):
 
         def inner(x_adv, target, label, last=False):
             logits = ask(model, x_adv)
-            if not checked:  # the first forward pass vouches for the rest
+            if not checked:  # once is enough: later passes are of the same model and shapes
                 checks.check_logits(logits, len(x_adv))
                 if loss == "kl" and target.shape != logits.shape:
                     given, shape = tuple(target.shape), tuple(logits.shape)
@@ -118,7 +118,8 @@ class PGD(ByValue):
         return functools.reduce(_best, others, first)[0]
 
     def _arguments(self, model, x, y, loss, target_logits):
-        """(y int64 [B] or None, the objective's constant), after a look at them all."""
+        """Checks the arguments of a call and returns (y, target): y as int64 [B] or None, and the
+        constant of the objective, which is y or target_logits."""
         checks.one_of("loss", loss, OBJECTIVES)
         name, target = ("target_logits", target_logits) if loss == "kl" else ("y", y)
         if target is None:
@@ -137,10 +138,13 @@ class PGD(ByValue):
 
     def ascend(self, inner, x, *targets, **options):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
-        and constant. start, index: as of a call; eps: the radii of these samples, where they are
-        not the attack's own. The building block of training methods: no checks; modes and the
-        refresh of twins are the caller's. ValueError with restarts, or keep="best": an objective
-        alone does not tell which iterate is misclassified."""
+        and constant.
+
+        start, index: as of a call. eps: the radii of these samples, if they are not the attack's
+        own. Training methods are built on this: it checks nothing, and leaves modes and the refresh
+        of twins to the caller. Raises ValueError with restarts, or keep="best": an objective alone
+        does not tell which iterate is misclassified.
+        """
         if self.restarts > 1 or self.keep != "last":
             raise ValueError(
                 f"restarts is {self.restarts} and keep {self.keep!r}, must be 1 and 'last' in "
@@ -157,8 +161,8 @@ class PGD(ByValue):
         return x_adv
 
     def climb(self, inner, x_adv, x, *targets, eps=None):
-        """The steps from x_adv on, in place; int64 [B], how many of each sample's gradients had NaN
-        or infinity in them. eps: as of `ascend`."""
+        """Takes all steps from x_adv, in place. Returns int64 [B]: how many of each sample's
+        gradients had NaN or infinity in them. eps: as of `ascend`."""
         eps = checks.radii(self.eps if eps is None else eps, x)
         bad = torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device)
         for _ in range(self.steps if x.numel() else 0):
@@ -169,7 +173,8 @@ class PGD(ByValue):
         return bad
 
     def start(self, x, index=None, eps=None, **counter):
-        """x_adv to begin from. eps: as of `ascend`; counter: of `ops.random_start`."""
+        """The x_adv to begin from. eps: as of `ascend`; counter: seed and restart of
+        `ops.random_start`."""
         clip = self.init == "uniform" if self.clip_start is None else self.clip_start
         index = None if index is None else checks.as_index(index, x)
         eps = checks.radii(self.eps if eps is None else eps, x)
@@ -177,7 +182,8 @@ class PGD(ByValue):
         return ops.random_start(x, eps, self.init, self.norm, self.sigma, **keys)
 
     def _starts(self, x, index):
-        """[restarts * B, ...]: of one seed, so that a sample's starts are its own in any batch."""
+        """The starts of all restarts, [restarts * B, ...]. One seed makes them all, so that a
+        sample's starts do not depend on its batch."""
         seed = torch.randint(2**63 - 1, (), device="cpu")
         return torch.cat(
             [self.start(x, index, seed=seed, restart=count) for count in range(self.restarts)]
@@ -190,7 +196,8 @@ def FGSM(eps=8 / 255, norm="linf"):
 
 
 def started(start, x):
-    """start, x_adv to begin from; TypeError or ValueError unless it is a tensor like x."""
+    """The start that a caller gave, detached. Raises TypeError or ValueError unless it has the
+    shape, dtype and device of x."""
     checks.check_tensor("start", start, like=x)
     if start.shape != x.shape:
         raise ValueError(f"start has shape {tuple(start.shape)}, must be {tuple(x.shape)}")
@@ -200,7 +207,7 @@ def started(start, x):
 
 
 def _best(new, old):
-    """The better of two (x_adv [B, ...], loss [B], wrong [B]), sample by sample."""
+    """For each sample the better of two iterates, each (x_adv [B, ...], loss [B], wrong [B])."""
     return where(better(new[1:], old[1:]), new, old)
 
 
@@ -212,7 +219,7 @@ def input_gradient(inner, x_adv, *targets):
 
 
 def widened(*tensors):
-    """Tensors in the dtype that holds all of theirs."""
+    """The tensors, all in the smallest dtype to which torch promotes theirs."""
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return [tensor.to(dtype) for tensor in tensors]
 

@@ -17,14 +17,15 @@ TILES = 5  # of the l2 start, along either side
 
 @dataclass
 class Square:
-    """Maximises the margin max_{c != y} z_c - z_y within a ball by changing a square window at a
-    time and keeping what raises it. A black box attack: it sees the logits alone.
+    """Maximises the margin max_{c != y} z_c - z_y within a ball: it changes one square window after
+    the other and keeps a change that raises the margin. It is a black-box attack, which sees the
+    logits alone.
 
-    eps: in units of x (8/255, not 8). queries: windows tried in one restart, after its start.
+    eps: in units of x (8/255, not 8). queries: windows tried in one search, after its start.
     p_init: the share of the pixels that a window covers at first; halved after HALVED_AT queries,
     as in AutoAttack, whatever `queries` is (the paper stretches the schedule to it).
-    restarts: searches; a sample that one of them breaks takes no part in the next. norm: "linf"
-    (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
+    restarts: the number of searches; a sample that one breaks takes no part in the next. norm:
+    "linf" (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
     Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
     on values of the wrong kind.
 
@@ -84,7 +85,7 @@ class Square:
         return x_adv
 
     def _search(self, model, x, y, index, draws):
-        """(x_adv, loss [B], wrong [B]) of one restart, which leaves out what is broken."""
+        """(x_adv, loss [B], wrong [B]) of one search, in which broken samples are left alone."""
         x_adv = self._start(x, index, draws)
         found = x_adv, *_margin(model, x_adv, y)
         sides = self._sides(*x.shape[2:])
@@ -115,8 +116,9 @@ class Square:
         return x_adv, loss, wrong
 
     def _sides(self, height, width):
-        """A window's side for each query: the share p of the pixels, p halved on schedule; for l2
-        odd and at least 3. At most the image."""
+        """The side of each query's window, in pixels: the window has the share p of the image, and
+        p is halved on schedule. For l2 a side is odd and at least 3; none is longer than the
+        image's."""
         sides = []
         for query in range(self.queries):
             halved = sum(query > mark for mark in HALVED_AT)
@@ -126,7 +128,8 @@ class Square:
         return sides
 
     def _start(self, x, index, draws):
-        """linf: stripes of +-eps, one pixel wide; l2: tiles of eta and -eta."""
+        """The x_adv to begin from: for linf stripes of +-eps, one pixel wide, for l2 tiles of eta
+        and -eta."""
         channels, height, width = x.shape[1:]
         if self.norm == "linf":
             sign = _uniform(x, index, channels * width, step=0, **draws) >= 0.5
@@ -199,23 +202,27 @@ class Square:
 
 
 def _margin(model, x_adv, y):
+    """(margin [B], wrong [B]) of one query."""
     logits = ask(model, x_adv)
     return ops.margin(logits, y), logits.argmax(1) != y
 
 
 def _uniform(x, index, count, **counter):
-    """[B, count] on the grid k 2^-24 in [0, 1), functions of the counter alone."""
+    """Random numbers [B, count] in [0, 1), multiples of 2^-24, which depend on the sample's index
+    and on the counter (seed, restart and step) alone."""
     middle = torch.full((len(index), count), 0.5, device=x.device)
     return ops.random_start(middle, 0.5, index=index, **counter)
 
 
 def _sign(u, x):
+    """+-1 in the dtype of x, by random numbers in [0, 1)."""
     return torch.where(u >= 0.5, 1.0, -1.0).to(x.dtype)
 
 
 def _local(u, sides, size):
-    """int64 [B, Q, size]: a pixel's place in the interval of length sides [Q] that u [B, Q] puts
-    among the first size - 1 pixels (all, where it takes as many), -1 outside it."""
+    """int64 [B, Q, size]: each pixel's place within an interval, -1 for pixels outside it. The
+    interval has length sides [Q], and u [B, Q] in [0, 1) decides where it begins; it never reaches
+    the last of the `size` pixels unless it has all of them."""
     starts = (size - sides).clamp(min=1)
     place = torch.arange(size, device=u.device) - (u * starts).long()[..., None]
     return torch.where(place < sides[:, None], place, -1).clamp(min=-1)
@@ -247,9 +254,10 @@ def _eta(side, x):
 
 
 def _length(delta, dims=(2, 3)):
+    """The l2 norm of delta over these dimensions, which are kept."""
     return torch.linalg.vector_norm(delta, dim=dims, keepdim=True)
 
 
 def _over(delta, length):
-    """delta / length, 0 where that is."""
+    """delta / length, and 0 where the length is 0."""
     return torch.where(length > 0, delta / length, 0.0)

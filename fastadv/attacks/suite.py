@@ -1,4 +1,4 @@
-"""The attacks of an evaluation by name, and the suites that the field reports."""
+"""The attacks of an evaluation by name, and the suites of attacks that papers report."""
 
 import difflib
 import math
@@ -15,10 +15,10 @@ from .fab import FAB
 from .pgd import FGSM, PGD
 from .square import Square
 
-# By name, (attack, loss of a PGD) from (eps, norm). Steps are given for eps = 8/255 and scale with
-# it. PGD-20 at 2/255 is what papers call PGD_SAT, at 0.003 PGD_TRADES; cw is the CW objective
-# (kappa 50) under 30 steps from x itself. APGD, FAB and Square are as AutoAttack's standard version
-# has them, and in "quick" APGD is shorter.
+# {name: (eps, norm) -> (attack, loss of a PGD or None)}. The papers' step sizes are for eps = 8/255
+# and scale with it here. Papers call PGD-20 at 2/255 PGD_SAT, and at 0.003 PGD_TRADES; cw is the CW
+# objective (kappa 50) under 30 steps from x itself. APGD, FAB and Square are those of AutoAttack's
+# standard version, except that APGD is shorter in "quick".
 ATTACKS = {
     "clean": lambda eps, norm: (PGD(eps, eps / 4, 0, "zero", norm=norm), "ce"),
     "fgsm": lambda eps, norm: (FGSM(eps, norm), "ce"),
@@ -46,15 +46,16 @@ CASCADES = {
 }
 ALIASES = {"autoattack": "aa", "autoattack-standard": "aa"}
 SUITES = ("paper", *CASCADES, *ALIASES)
-CLASSES = {"dlr": 3, "targeted": 4}  # that the losses need
+CLASSES = {"dlr": 3, "targeted": 4}  # the least number of classes for these losses
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack of an evaluation.
+    """One attack of an evaluation, and the images that it is for.
 
-    loss: the objective of a PGD, None for the others. after: names of the stages whose survivors it
-    attacks; none: all images. transferred: its gradients are those of another model.
+    loss: the objective of a PGD, None for other attacks. after: the names of earlier stages; the
+    attack is for the images that all of these left robust, and without names for all images.
+    transferred: whether the attack follows the gradients of another model.
     """
 
     name: str
@@ -75,24 +76,25 @@ class Stage:
         return self.attack(model, x, y, loss=self.loss, index=index, **target)
 
     def among(self, names):
-        """The same where only these stages are left to come after."""
+        """The same stage in an evaluation that has only the stages of these names."""
         return replace(self, after=tuple(name for name in self.after if name in names))
 
     @property
     def classes(self):
-        """How many classes its loss needs."""
+        """The least number of classes that the stage's loss needs."""
         return CLASSES.get(self.loss or getattr(self.attack, "loss", None), 2)
 
     @property
     def by_gradient(self):
-        """Whether it follows the attacked model's own gradient."""
+        """Whether the attack follows the gradient of the model that is evaluated."""
         return not (self.transferred or self.name == "clean" or isinstance(self.attack, Square))
 
 
 def single(name, eps, norm="linf"):
-    """The stage of one name: of ATTACKS, or "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of eps / 4; LOSS
-    ce, margin, dlr or kl), or a PGD after "transfer-". Raises ValueError for others, and for an eps
-    that is not positive and finite, TypeError where they are no text and no number."""
+    """The stage of one attack, by name: one of ATTACKS, "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of
+    eps / 4; LOSS is ce, margin, dlr or kl), or either of these that is a PGD after "transfer-".
+    Raises ValueError for other names and for an eps that is not positive and finite, TypeError if
+    the name is no text or eps no number."""
     _check_name(name)
     if not 0 < number("eps", eps) < math.inf:
         raise ValueError(f"eps is {eps}, must be positive and finite")
@@ -120,7 +122,7 @@ def single(name, eps, norm="linf"):
 
 
 def made(stages):
-    """The stages as a list; TypeError unless `stages` or `cascade` made them."""
+    """The stages as a list. Raises TypeError unless `stages` or `cascade` made them."""
     found = [stages] if isinstance(stages, str) else listed("stages", stages, "stages")
     for stage in found:
         if not isinstance(stage, Stage):
@@ -134,7 +136,8 @@ def _check_name(name):
 
 
 def cascade(names, eps, norm="linf", prefix=""):
-    """The stage "clean" and those of `names`, each on what those before it left robust."""
+    """The stage "clean", then those of `names`, each for the images that all before it left
+    robust."""
     found = [single("clean", eps, norm)]
     for name in listed("names", names, "attacks"):
         before = tuple(stage.name for stage in found)
@@ -143,11 +146,12 @@ def cascade(names, eps, norm="linf", prefix=""):
 
 
 def stages(names, eps, norm="linf"):
-    """The stages of `names` (a list, or text with commas), in order and each once: those of PAPER,
-    which is "paper", on all images, as published; other attacks as `single` knows them, after
-    "clean", on what is right there; the name of a suite of CASCADES for its cascade, as
-    "suite:attack".
+    """The stages of `names` (a list, or text with commas), in order and each once.
 
+    A name may be "paper" for all of PAPER, or one of these: they attack all images, as published.
+    It may be a suite of CASCADES, whose stages are then called "suite:attack". Or it may be any
+    other attack that `single` knows: that attacks the images that are right in "clean", a stage
+    which is added before it.
     Raises ValueError or TypeError naming an unknown attack, eps or norm.
     """
     names = names.split(",") if isinstance(names, str) else names
