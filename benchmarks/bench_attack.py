@@ -4,14 +4,16 @@
     PYTHONPATH=build/peers python benchmarks/run.py --suite attack
 
 "published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model),
-"published_bf16" under torch.autocast in channels_last.
-"conv_fp32" and "conv_bf16" are floors: what torch's own convolutions take for the same passes,
-forward and input gradient, and nothing else; x floor is the time over them. Peak memory is what one
-attack adds to a fresh process. Of WideResNet the rivals are left out that would take minutes more.
+"published_bf16" the same under torch.autocast in channels_last. "conv_fp32" and "conv_bf16" are
+floors: the time that torch's own convolutions alone take for the same forward passes and input
+gradients; "x floor" is a provider's time over its floor. Peak memory is the memory that one attack
+adds to a fresh process. With a WideResNet the slowest rivals are left out, which would take minutes
+more.
 
-The networks have random weights, and BatchNorm statistics on the way from the default ones to those
-of random images. What "equal signs" and "cosine" say of bfloat16 holds for these networks: with the
-full statistics of such images they amplify all rounding, and a trained network is another matter.
+The networks have random weights, and their BatchNorm statistics have seen a few random images.
+"equal signs" and "cosine" compare the input gradient in bfloat16 with the published one for these
+networks alone: with the full statistics of such images they would amplify all rounding, and a
+trained network is another matter.
 
 Not a pytest-benchmark module: a call takes seconds.
 """
@@ -36,7 +38,7 @@ from fastadv.attacks.pgd import OBJECTIVES, input_gradient
 
 NHWC = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MEASURED = ("published", "fastadv_bf16")  # in memory
+MEASURED = ("published", "fastadv_bf16")  # the providers whose memory is measured
 
 
 def network(name, **size):
@@ -53,7 +55,7 @@ def images(batch):
 
 
 def attacks(model, x, y):
-    """{provider: attack(steps, start) -> x_adv}, those of this file's own making."""
+    """{provider: attack(steps, start) -> x_adv} of all providers that need no other package."""
     compiled, low = torch.compile(model), copy.deepcopy(model).to(memory_format=NHWC)
     losses = {net: lambda v, net=net: F.cross_entropy(net(v), y) for net in (model, compiled)}
 
@@ -76,7 +78,8 @@ def attacks(model, x, y):
 
 
 def frozen(model, dtype):
-    """The twin of a copy in channels_last, which the trainer's student has too."""
+    """The twin of a copy of the model in channels_last, the memory format of the trainer's
+    student."""
     return freeze(copy.deepcopy(model).to(memory_format=NHWC), dtype)
 
 
@@ -91,7 +94,7 @@ def fastadv(model, x, y, dtype):
 
 
 def captured(twin, x, y):
-    """The attack on a twin as a CUDA graph of STEPS steps, step by step with others."""
+    """The attack on a twin by a CUDA graph if it has STEPS steps, and step by step otherwise."""
     graph = Captured(PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
     x = x.contiguous(memory_format=NHWC)
 
@@ -118,8 +121,9 @@ def torchattacks_pgd(model, x, y):
 
 
 def convolutions(model, x, dtype):
-    """A call that runs every nn.Conv2d of the model, forward and to the input, STEPS times on
-    channels_last tensors of its shapes in dtype. Layers of one shape share their input."""
+    """A function that runs every nn.Conv2d of the model STEPS times, forward and backward to the
+    input, on channels_last tensors of its shapes in dtype. Layers of one shape share their
+    input."""
     layers, blank = [], {}
 
     def tensor(shape):
@@ -127,13 +131,13 @@ def convolutions(model, x, dtype):
             blank[shape] = torch.randn(shape).to(dtype, memory_format=NHWC)
         return blank[shape]
 
-    def record(conv, args, out):
+    def note(conv, args, out):
         weight = conv.weight.detach().to(dtype, memory_format=NHWC)
         options = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
         layers.append((tensor(args[0].shape), weight, tensor(out.shape), options))
 
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    hooks = [conv.register_forward_hook(record) for conv in convs]
+    hooks = [conv.register_forward_hook(note) for conv in convs]
     with torch.no_grad():
         model(x)
     for hook in hooks:
@@ -153,8 +157,8 @@ def convolutions(model, x, dtype):
 
 
 def agreement(model, x, y):
-    """{provider: what fastadv's input gradient has in common with the published one, the share of
-    equal signs and the cosine, mean over images}."""
+    """{provider: how well fastadv's input gradient agrees with the published one}: the share of
+    equal signs, and the cosine as a mean over images."""
     theirs = input_gradient(lambda v: F.cross_entropy(model(v), y, reduction="none"), x)
     found = {}
     for name, dtype in DTYPES.items():
@@ -170,8 +174,8 @@ def agreement(model, x, y):
 
 
 def peak(name, provider, **options):
-    """What one attack of two steps on the CPU adds to the memory of a fresh process, in MB; Linux
-    only."""
+    """{"peak MB": the memory that one attack of two steps on the CPU adds to a fresh process};
+    empty on other systems than Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
     command = [sys.executable, __file__, name, provider]
@@ -181,7 +185,8 @@ def peak(name, provider, **options):
 
 
 def growth(name, provider, batch=64, **size):
-    """The child of `peak`; the network's memory and its BatchNorm statistics are not in it."""
+    """The MB that `peak` reports, measured in a process of its own. The memory of the network is
+    not counted."""
     attack = attacks(models.get(name, **size).eval(), *images(batch))[provider]
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = resident()["VmRSS"]

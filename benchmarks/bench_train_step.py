@@ -1,13 +1,13 @@
 """Whole training steps: perturb, outer problem, backward, optimiser; `--suite train` of run.py.
 
-"published" is the step as the authors' code has it (see published.py), in float32; "compiled" the
-same with torch.compile of both networks, left out where it would take minutes more; "bf16 autocast"
-the same under torch.autocast with both networks in channels_last; "fastadv bf16" the trainer's with
---precision bf16 and its batch drawn by the Loader. With the teacher cache a cold step stores what
-it computes, as in a first epoch, and a warm one finds it; "no teacher" is a step with the teacher's
+"published" is the step of the authors' code (see published.py), in float32; "compiled" the same
+with torch.compile of both networks, left out if it would take minutes more; "bf16 autocast" the
+same under torch.autocast with both networks in channels_last; "fastadv bf16" the trainer's step
+with --precision bf16, its batch drawn by the Loader. With the teacher cache a cold step stores the
+teacher's logits, as in a first epoch, and a warm one finds them; "no teacher" is a step with these
 logits given, which a cache cannot beat. AdaAD and AdvFunMatch ask the teacher at every x_adv, which
 no cache can hold; their published steps take a minute each, so three samples are taken. data,
-teacher, attack and outer are shares of a step's time, teacher counting wherever it runs.
+teacher, attack and outer are shares of a step's time; the teacher's counts wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
 """
@@ -37,7 +37,8 @@ SECTIONS = ("data", "teacher", "attack", "outer")
 
 
 class Clock:
-    """Seconds per section of a step; of nested sections the innermost counts."""
+    """The seconds that each section of a step takes; time in nested sections belongs to the
+    innermost."""
 
     def __init__(self):
         self.seconds, self.running, self.since = Counter(), [], 0.0
@@ -64,8 +65,9 @@ class Clock:
 
     @contextlib.contextmanager
     def teacher(self, twin):
-        """Within it what `twin` computes, forward and backward, is the section "teacher". Of its
-        graph's networks it must be the last to run forward, so that it is the first backward."""
+        """A context in which all that `twin` computes, forward and backward, is the section
+        "teacher". The twin must be the last network to run forward, so that it is the first in the
+        backward pass."""
         forward = twin.forward
 
         def timed(x):
@@ -85,7 +87,7 @@ class Clock:
 
 
 class Mark(torch.autograd.Function):
-    """x itself; calls `passed` where backward comes by."""
+    """The identity, which calls `passed` when the backward pass goes through it."""
 
     @staticmethod
     def forward(ctx, x, passed):
