@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FAULTS = json.loads((Path(__file__).parent / "faults.json").read_text())
 COPIED = ("fastadv", "kernels", "csrc", "tests", "benchmarks")
-FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md")
+FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE")
 
 
 def copy(to):
