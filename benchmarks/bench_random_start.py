@@ -4,7 +4,7 @@ import torch
 from timing import Case, pytest_cases
 
 from fastadv import ops
-from fastadv.ops import reference
+from fastadv.ops.random_start import reference
 
 EPS, SIGMA = 8 / 255, 1e-3
 
@@ -36,9 +36,7 @@ def case(plain, *shape):
 
     def gate():
         seed = torch.tensor(1, device="cpu")
-        expected = reference.random_start(
-            x[:8], seed, None, None, EPS, *kind, SIGMA, 0, 0, 0.0, 1.0
-        )
+        expected = reference(x[:8], seed, None, None, EPS, *kind, SIGMA, 0, 0, 0.0, 1.0)
         torch.testing.assert_close(start(x, seed)[:8], expected, rtol=0, atol=1e-7)
         assert torch.equal(start(nhwc, seed), start(x, seed))
 

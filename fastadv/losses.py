@@ -8,7 +8,7 @@ import torch
 
 from . import ops
 from .ops._library import expect_constant, expect_tensors
-from .ops._logits import as_labels, check_labels, check_range, wide
+from .ops._logits import check_int64_labels, check_range, int64_labels, wide
 
 
 def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):
@@ -110,9 +110,9 @@ def dlr_targeted(logits, y, target, reduction="none"):
     expect_tensors(logits=logits, y=y, target=target)
     if logits.dim() != 2 or logits.shape[1] < 4:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [B, C] with C >= 4")
-    y, target = as_labels(y), as_labels(target)
-    check_labels(y, logits)
-    check_labels(target, logits, "target")
+    y, target = int64_labels(y), int64_labels(target)
+    check_int64_labels(y, logits)
+    check_int64_labels(target, logits, "target")
     logits = wide(logits)
     top = logits.topk(4).values
     try:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .ops import _library, _native, reference
-from .ops._logits import outputs
+from .ops import _library, _native
+from .ops._logits import kernels, outputs
+from .ops._torch import has_autograd
 
 GUARD = 64  # elements of sentinel on each side of a guarded tensor
 LAYOUTS = ("contiguous", "channels_last", "permuted", "offset", "strided")
@@ -145,19 +146,19 @@ def _assert_guards(outputs):
 def unchecked(op, logits, y, *args):
     """(loss, gradient) of logits [B, C] and labels y [B] as the kernel in use gives them, or the
     reference: without the look at labels of the CPU's ops, which is taken on no GPU."""
-    plain = getattr(reference, op)
     if _library.ops[op].cpu == "native" and logits.dtype != torch.float64:
         loss, gradient = (t.fill_(77) for t in outputs(logits, True))
-        getattr(_native, op)(loss, gradient, logits, y, *args)
+        kernels[op](loss, gradient, logits, y, *args)
         return loss, gradient
     triton = _library.backend() == "triton"
-    return (getattr(torch.ops.fastadv, op) if triton else plain)(logits, y, *args, True)
+    run = getattr(torch.ops.fastadv, op) if triton else _library.plain[op]
+    return run(logits, y, *args, True)
 
 
 def check_values(case, layouts=LAYOUTS):
     """Every instruction set and layout, and the GPU where there is one, against the fp64 reference;
     thread count changes nothing, nor does a CUDA graph."""
-    plain = getattr(reference, case.op)
+    plain = _library.plain[case.op]
     exact = run(plain, case.mapped(lambda t: t.double() if t.is_floating_point() else t))
     same = run(plain, case.mapped(lambda t: t.contiguous()))
 
@@ -269,10 +270,9 @@ def check_op(case):
     )
     for a, b in zip(run(case.overload, case), run(compiled, case), strict=True):
         assert torch.equal(a, b), f"{case.op}: torch.compile changes the result"
-    differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(
-        case.overload.name(), "Autograd"
+    assert has_autograd(case.overload) == bool(case.public), (
+        f"{case.op}: `public` is for what has a gradient"
     )
-    assert differentiable == bool(case.public), f"{case.op}: `public` is for what has a gradient"
     if case.public:
         check_gradients(case)
         check_second_order(case)

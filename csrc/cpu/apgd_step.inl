@@ -4,7 +4,7 @@
 //   restart: x_adv, g = x_best, grad_best
 //   z = P(x_adv + step_size d), d = sign(g) or g / ||g|| (0 where g is 0)
 //   x_adv, x_old = P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)), x_adv
-// P projects into the eps-ball around x and the box; see ApgdStep in table.h for the shapes.
+// P projects into the eps-ball around x and the box; arguments: ApgdStep.
 
 struct Ascent {  // one sample
   float *x_adv, *x_old, *x_best, *grad_best, *x_found;

@@ -1,7 +1,6 @@
 // Crop, flip and scale: out[b, c, h, w] = images[b, c, h + dy - padding, w' + dx - padding] / 255,
 // 0 outside the image, with w' = width - 1 - w where flip[b], else w.
-// images: uint8 [batch, channels, height, width], contiguous; dy, dx: int64 [batch]; flip: bool
-// [batch]. out: fp32, contiguous, or in memory [batch, height, width, channels] if channels_last.
+// Arguments: Augment.
 
 struct Unit {  // k / 255, correctly rounded
   float of[256];
@@ -25,22 +24,24 @@ static inline void augment_row(float* out, int64_t stride, const uint8_t* in, in
   for (int64_t w = end; w < width; ++w) out[w * stride] = 0;
 }
 
-static void augment(float* out, const uint8_t* images, const int64_t* dy, const int64_t* dx,
-                    const bool* flip, int64_t batch, int64_t channels, int64_t height,
-                    int64_t width, int64_t padding, bool channels_last, int threads) noexcept {
+static void augment(const Augment& a, int threads) noexcept {
+  const int64_t channels = a.channels, height = a.height, width = a.width;
   const int64_t size = channels * height * width;
-  const int64_t stride = channels_last ? channels : 1, plane = channels_last ? 1 : height * width;
-  parallel_for(batch, batch * size > 16384 ? threads : 1, [&](int64_t b) {
-    const int64_t down = shift_of(dy[b], padding, height), right = shift_of(dx[b], padding, width);
+  const int64_t stride = a.channels_last ? channels : 1;
+  const int64_t plane = a.channels_last ? 1 : height * width;
+  parallel_for(a.batch, a.batch * size > 16384 ? threads : 1, [&](int64_t b) {
+    const bool flip = a.flip[b];
+    const int64_t down = shift_of(a.dy[b], a.padding, height);
+    const int64_t right = shift_of(a.dx[b], a.padding, width);
     const int64_t left = right < 0 ? -right : 0, cut = right > 0 ? right : 0;
-    const int64_t begin = flip[b] ? cut : left, end = width - (flip[b] ? left : cut);
-    const int64_t first = right + (flip[b] ? width - 1 : 0), step = flip[b] ? -1 : 1;
+    const int64_t begin = flip ? cut : left, end = width - (flip ? left : cut);
+    const int64_t first = right + (flip ? width - 1 : 0), step = flip ? -1 : 1;
     for (int64_t h = 0; h < height; ++h) {
       const int64_t from = h + down;
       const bool inside = from >= 0 && from < height;
       for (int64_t c = 0; c < channels; ++c) {
-        const uint8_t* in = images + b * size + (inside ? (c * height + from) * width : 0);
-        augment_row(out + b * size + c * plane + h * width * stride, stride, in, first, step,
+        const uint8_t* in = a.images + b * size + (inside ? (c * height + from) * width : 0);
+        augment_row(a.out + b * size + c * plane + h * width * stride, stride, in, first, step,
                     inside ? begin : width, inside ? end : width, width);
       }
     }

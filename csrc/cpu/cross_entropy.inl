@@ -2,11 +2,9 @@
 //   q = (1 - a) t + a / C, Q = sum_c q_c, Z = sum_c e^(z_c - max z)
 //   loss = sum_c q_c (max z - z_c) + Q log Z; a term with t_c = 0 counts a / C alone
 //   grad = Q e^(z - max z) / Z - q
-// logits z: [batch, classes] fp32, bf16 or fp16; y: int64 [batch]; target: fp32 [batch, classes];
-// loss: fp32 [batch], or one number, the sum or the mean over the rows that are not ignored, whose
-// factor grad has too; grad: like logits, or null. A label that is `ignored`: loss and gradient 0;
-// any other outside [0, classes): loss NaN, gradient 0. Exponentials are fp32, sums and what
-// cancels fp64.
+// Arguments: CrossEntropy. A mean is over the rows that are not ignored, and grad has its factor. A
+// label that is `ignored`: loss and gradient 0; any other outside [0, classes): loss NaN, gradient
+// 0. Exponentials are fp32, sums and what cancels fp64.
 
 // Per row: Z, log Z, sum_c t_c, sum_c t_c (max z - z_c) and sum_c (max z - z_c).
 struct CrossEntropySums {
@@ -76,22 +74,20 @@ static void cross_entropy_grad(T* grad, const Row<T>& z, const Exp& e, double su
   }
 }
 
-static int64_t cross_entropy(float* loss, void* grad, const void* logits, const int64_t* y,
-                             const float* target, int64_t batch, int64_t classes, double smoothing,
-                             int64_t ignored, Reduction reduction, DType dtype,
-                             int threads) noexcept {
+static int64_t cross_entropy(const CrossEntropy& k, int threads) noexcept {
   const Exp e = exp_over(1);
-  const double a = smoothing;
-  int64_t kept = batch;
-  for (int64_t i = 0; y && i < batch; ++i) kept -= y[i] == ignored;
-  const double factor = reduction == Reduction::mean && kept > 0 ? 1.0 / kept : 1.0;
+  const double a = k.smoothing;
+  const int64_t classes = k.classes, ignored = k.ignored;
+  int64_t kept = k.batch;
+  for (int64_t i = 0; k.y && i < k.batch; ++i) kept -= k.y[i] == ignored;
+  const double factor = k.reduction == Reduction::mean && kept > 0 ? 1.0 / kept : 1.0;
   Partial partial;
-  with_type(dtype, [&](auto* type) {
+  with_type(k.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(batch, classes, threads, [&](int64_t chunk, int64_t first, int count) {
-      Rows<T> rows(static_cast<const T*>(logits) + first * classes, classes, classes, count);
-      const int64_t* labels = y ? y + first : nullptr;
-      const float* soft = target ? target + first * classes : nullptr;
+    for_rows(k.batch, classes, threads, [&](int64_t chunk, int64_t first, int count) {
+      Rows<T> rows(static_cast<const T*>(k.logits) + first * classes, classes, classes, count);
+      const int64_t* labels = k.y ? k.y + first : nullptr;
+      const float* soft = k.target ? k.target + first * classes : nullptr;
       CrossEntropySums sums;
       cross_entropy_sums(rows, e, labels, soft, a > 0, sums);
       for (int r = 0; r < count; ++r) {
@@ -99,19 +95,19 @@ static int64_t cross_entropy(float* loss, void* grad, const void* logits, const 
         double value = (a < 1 ? (1 - a) * sums.far[r] : 0) +
                        (a > 0 ? a / classes * sums.spread[r] : 0) + mass * sums.log_z[r];
         value = labels && labels[r] == ignored ? 0 : factor * value;
-        if (reduction == Reduction::none) {
-          loss[first + r] = static_cast<float>(value);
+        if (k.reduction == Reduction::none) {
+          k.loss[first + r] = static_cast<float>(value);
         } else {
           partial.chunk[chunk] += value;
         }
-        if (grad) {
-          cross_entropy_grad(static_cast<T*>(grad) + (first + r) * classes, rows.row(r), e,
+        if (k.grad) {
+          cross_entropy_grad(static_cast<T*>(k.grad) + (first + r) * classes, rows.row(r), e,
                              sums.z[r], mass, labels ? labels + r : nullptr,
                              soft ? soft + r * classes : nullptr, classes, a, ignored, factor);
         }
       }
     });
   });
-  if (reduction != Reduction::none) *loss = partial.sum();
-  return y ? wrong_labels(y, batch, classes, ignored) : 0;
+  if (k.reduction != Reduction::none) *k.loss = partial.sum();
+  return k.y ? wrong_labels(k.y, k.batch, classes, ignored) : 0;
 }

@@ -77,8 +77,6 @@ static void dlr_row(float* loss, T* grad, const T* z, int64_t y, int64_t classes
   }
 }
 
-static int64_t dlr(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
-                   int64_t classes, DType dtype, int threads) noexcept {
-  return labelled_rows(loss, grad, logits, y, batch, classes, dtype, threads,
-                       [](auto... row) { dlr_row(row...); });
+static int64_t dlr(const Labelled& a, int threads) noexcept {
+  return labelled_rows(a, threads, [](auto... row) { dlr_row(row...); });
 }

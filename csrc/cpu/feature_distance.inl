@@ -1,9 +1,8 @@
 // The distance of a student's features from a teacher's per sample, and both gradients:
 //   mse: mean (s - t)^2;  l2: ||s - t||;  d loss / d s = k (s - t), k = 2 / size or 1 / ||s - t||
 //   cosine: 1 - <s, t> / (||s|| ||t||);  d loss / d s = (<s, t> s - ||s||^2 t) / (||s||^3 ||t||)
-// student, teacher: [batch, size] fp32, bf16 or fp16, in one element order; loss: fp32 [batch];
-// student_grad, teacher_grad: like student, or null. A vector of norm <= 1e-12 has no direction:
-// its cosine distance is 1, with gradient 0. l2 has gradient 0 up to a distance of 1e-30. Sums are
+// Arguments: FeatureDistance. A vector of norm <= 1e-12 has no direction: its cosine distance is 1,
+// with gradient 0. l2 has gradient 0 up to a distance of 1e-30. Sums are
 // fp64, lane by lane: 500 000 elements keep fp32's last bit, whatever their scale.
 
 // Returns sum (s - t)^2; s_grad = k (s - t) and t_grad = -s_grad where they are not null.
@@ -56,16 +55,15 @@ static double sample(T* s_grad, T* t_grad, const T* s, const T* t, int64_t n, Di
   return norm;
 }
 
-static void feature_distance(float* loss, void* student_grad, void* teacher_grad,
-                             const void* student, const void* teacher, int64_t batch, int64_t size,
-                             Distance distance, DType dtype, int threads) noexcept {
-  with_type(dtype, [&](auto* type) {
+static void feature_distance(const FeatureDistance& a, int threads) noexcept {
+  with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel_for(batch, threads, [&](int64_t i) {
-      const auto at = [&](auto* base) { return base ? base + i * size : nullptr; };
-      loss[i] = static_cast<float>(sample(
-          at(static_cast<T*>(student_grad)), at(static_cast<T*>(teacher_grad)),
-          at(static_cast<const T*>(student)), at(static_cast<const T*>(teacher)), size, distance));
+    parallel_for(a.batch, threads, [&](int64_t i) {
+      const auto at = [&](auto* base) { return base ? base + i * a.size : nullptr; };
+      a.loss[i] = static_cast<float>(
+          sample(at(static_cast<T*>(a.student_grad)), at(static_cast<T*>(a.teacher_grad)),
+                 at(static_cast<const T*>(a.student)), at(static_cast<const T*>(a.teacher)), a.size,
+                 a.distance));
     });
   });
 }

@@ -2,8 +2,7 @@
 // `convolution` forward and to the input:
 //   forward  [out blocks, taps, in blocks, 32 / n, 32 out, n in]    = scale[o] weight[o, i, t]
 //   backward [in blocks, taps, out blocks, 32 / n, 32 in, n out]
-// weight: fp32 [out_channels, in_channels, taps], strides in elements; scale: fp32 [out_channels]
-// or null; n = 2 for bf16, 1 for fp32; zeros fill the blocks up.
+// Arguments: Fold; n = 2 for bf16, 1 for fp32; zeros fill the blocks up.
 
 // Rows of 32 values as `convolution` reads them: for bf16 each element of an even row next to that
 // of the odd row after it.
@@ -39,32 +38,24 @@ static void fold_block(T* forward, T* backward, const float* weight, const float
 }
 
 template <typename T>
-static void fold_as(T* forward, T* backward, const float* weight, const float* scale,
-                    int64_t out_channels, int64_t in_channels, int64_t taps, int64_t out_stride,
-                    int64_t in_stride, int64_t tap_stride, int threads) {
+static void fold_as(const Fold& f, int threads) {
   constexpr int64_t side = columns_of_block, square = side * side;
-  const int64_t out_blocks = (out_channels + side - 1) / side;
-  const int64_t in_blocks = (in_channels + side - 1) / side;
+  T *forward = static_cast<T*>(f.forward), *backward = static_cast<T*>(f.backward);
+  const int64_t out_blocks = (f.out_channels + side - 1) / side;
+  const int64_t in_blocks = (f.in_channels + side - 1) / side;
   parallel_for(out_blocks * in_blocks, threads, [&](int64_t task) {
     const int64_t o = task / in_blocks, i = task % in_blocks;
-    const int64_t outs = out_channels - o * side, ins = in_channels - i * side;
-    for (int64_t t = 0; t < taps; ++t) {
-      fold_block(forward + ((o * taps + t) * in_blocks + i) * square,
-                 backward + ((i * taps + t) * out_blocks + o) * square,
-                 weight + o * side * out_stride + i * side * in_stride + t * tap_stride,
-                 scale ? scale + o * side : nullptr, outs < side ? outs : side,
-                 ins < side ? ins : side, out_stride, in_stride);
+    const int64_t outs = f.out_channels - o * side, ins = f.in_channels - i * side;
+    for (int64_t t = 0; t < f.taps; ++t) {
+      fold_block(forward + ((o * f.taps + t) * in_blocks + i) * square,
+                 backward + ((i * f.taps + t) * out_blocks + o) * square,
+                 f.weight + o * side * f.out_stride + i * side * f.in_stride + t * f.tap_stride,
+                 f.scale ? f.scale + o * side : nullptr, outs < side ? outs : side,
+                 ins < side ? ins : side, f.out_stride, f.in_stride);
     }
   });
 }
 
-static void fold(void* forward, void* backward, const float* weight, const float* scale,
-                 int64_t out_channels, int64_t in_channels, int64_t taps, int64_t out_stride,
-                 int64_t in_stride, int64_t tap_stride, DType dtype, int threads) noexcept {
-  const auto run = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    fold_as(static_cast<T*>(forward), static_cast<T*>(backward), weight, scale, out_channels,
-            in_channels, taps, out_stride, in_stride, tap_stride, threads);
-  };
-  dtype == DType::bf16 ? run(static_cast<BF16*>(nullptr)) : run(static_cast<float*>(nullptr));
+static void fold(const Fold& f, int threads) noexcept {
+  f.dtype == DType::bf16 ? fold_as<BF16>(f, threads) : fold_as<float>(f, threads);
 }

@@ -30,25 +30,8 @@ namespace {
 
 #define FASTADV_STRING_(x) #x
 #define FASTADV_STRING(x) FASTADV_STRING_(x)
+#define FASTADV_ENTRY(result, name, arguments) name,
 extern const Table table;
-const Table table = {FASTADV_STRING(FASTADV_ISA),
-                     pgd_step,
-                     apgd_step,
-                     random_start,
-                     augment,
-                     batch_norm,
-                     batch_norm_backward,
-                     margin,
-                     dlr,
-                     mart_bce,
-                     cross_entropy,
-                     feature_distance,
-                     softmax_entropy,
-                     softmax_kl,
-                     convolution,
-                     depthwise,
-                     fold,
-                     patches,
-                     patches_backward};
+const Table table = {FASTADV_STRING(FASTADV_ISA), FASTADV_KERNELS(FASTADV_ENTRY)};
 
 }  // namespace fastadv::FASTADV_ISA

@@ -46,8 +46,6 @@ static void margin_row(float* loss, T* grad, const T* z, int64_t y, int64_t clas
   if (other >= 0) signs(grad, other, y);
 }
 
-static int64_t margin(float* loss, void* grad, const void* logits, const int64_t* y, int64_t batch,
-                      int64_t classes, DType dtype, int threads) noexcept {
-  return labelled_rows(loss, grad, logits, y, batch, classes, dtype, threads,
-                       [](auto... row) { margin_row(row...); });
+static int64_t margin(const Labelled& a, int threads) noexcept {
+  return labelled_rows(a, threads, [](auto... row) { margin_row(row...); });
 }

@@ -48,14 +48,14 @@ static void mart_bce_rows(float* loss, T* grad, const T* logits, const int64_t* 
   }
 }
 
-static int64_t mart_bce(float* loss, void* grad, const void* logits, const int64_t* y,
-                        int64_t batch, int64_t classes, DType dtype, int threads) noexcept {
-  with_type(dtype, [&](auto* type) {
+static int64_t mart_bce(const Labelled& a, int threads) noexcept {
+  const int64_t n = a.classes;
+  with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
-      mart_bce_rows(loss + first, grad ? static_cast<T*>(grad) + first * classes : nullptr,
-                    static_cast<const T*>(logits) + first * classes, y + first, classes, count);
+    for_rows(a.batch, n, threads, [&](int64_t, int64_t first, int count) {
+      mart_bce_rows(a.loss + first, a.grad ? static_cast<T*>(a.grad) + first * n : nullptr,
+                    static_cast<const T*>(a.logits) + first * n, a.y + first, n, count);
     });
   });
-  return wrong_labels(y, batch, classes);
+  return wrong_labels(a.y, a.batch, n);
 }

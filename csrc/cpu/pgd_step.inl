@@ -1,9 +1,8 @@
 // One projected gradient step on a batch of `batch` samples of `size` elements each:
 //   linf: x_adv' = clip(clamp(x_adv + step_size * sign(grad), x - eps, x + eps), lo, hi)
 //   l2:   d = x_adv + step_size * grad / ||grad|| - x;  x_adv' = clip(x + d * min(1, eps / ||d||))
-// out, x_adv, grad, x: fp32 [batch, size], dense, in the same element order; out may be x_adv.
-// eps_per_sample: fp32 [batch] or null, then eps holds for all. sign(0) = sign(NaN) = 0; a sample
-// whose gradient is zero or has a NaN takes no l2 step.
+// Arguments: PgdStep. sign(0) = sign(NaN) = 0; a sample whose gradient is zero or has a NaN takes
+// no l2 step.
 
 static void linf_span(float* out, const float* x_adv, const float* grad, const float* x, int64_t n,
                       float eps, float step_size, float lo, float hi) {
@@ -34,17 +33,15 @@ static void l2_sample(float* out, const float* x_adv, const float* grad, const f
   }
 }
 
-static void pgd_step(float* out, const float* x_adv, const float* grad, const float* x,
-                     const float* eps_per_sample, int64_t batch, int64_t size, float eps,
-                     float step_size, Norm norm, float lo, float hi, int threads) noexcept {
+static void pgd_step(const PgdStep& a, int threads) noexcept {
   // A block is one sample where a sample has its own work, else 16 Ki elements of the whole batch.
-  const bool per_sample = norm == Norm::l2 || eps_per_sample != nullptr;
-  const int64_t block = per_sample ? size : 16384;
-  const int64_t total = batch * size;
+  const bool per_sample = a.norm == Norm::l2 || a.eps_per_sample != nullptr;
+  const int64_t block = per_sample ? a.size : 16384;
+  const int64_t total = a.batch * a.size;
   parallel_for((total + block - 1) / (block > 0 ? block : 1), threads, [&](int64_t b) {
     const int64_t at = b * block, n = total - at < block ? total - at : block;
-    const auto span = norm == Norm::l2 ? l2_sample : linf_span;
-    span(out + at, x_adv + at, grad + at, x + at, n, eps_per_sample ? eps_per_sample[b] : eps,
-         step_size, lo, hi);
+    const auto span = a.norm == Norm::l2 ? l2_sample : linf_span;
+    span(a.out + at, a.x_adv + at, a.grad + at, a.x + at, n,
+         a.eps_per_sample ? a.eps_per_sample[b] : a.eps, a.step_size, a.lo, a.hi);
   });
 }

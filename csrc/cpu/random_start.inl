@@ -2,11 +2,9 @@
 //   init uniform, linf: n = 2 u - 1, u on the grid k 2^-24;        scale = eps
 //   init uniform, l2:   n ~ N(0, 1), uniform in the ball with      scale = eps v^(1/size) / ||n||
 //   init gaussian:      n ~ N(0, 1);                               scale = sigma
-// out, x: fp32 [batch, channels * plane], dense. With channels > 1 a sample lies in memory as
-// [plane, channels]; its elements are numbered as [channels, plane] all the same. seed: int64 [1];
-// index: int64 [batch], or null for 0, 1, ...; eps_per_sample: fp32 [batch] or null.
-// Random words are Philox4x32-10 (Salmon et al. 2011) under the key `seed`: word element % 4 of the
-// counter (element / 4, index, step, restart). v in (0, 1] is word 0 of the block `radius_block`.
+// Arguments: RandomStart. Random words are Philox4x32-10 (Salmon et al. 2011) under the key `seed`:
+// word element % 4 of the counter (element / 4, index, step, restart). v in (0, 1] is word 0 of the
+// block `radius_block`.
 
 constexpr int64_t chunk = 64;  // elements drawn at once, on every instruction set
 constexpr uint32_t radius_block = 0xffffffffu;
@@ -146,24 +144,20 @@ static void shift(float* out, const float* x, const Stream& s, int64_t first, in
   }
 }
 
-static void random_start(float* out, const float* x, const int64_t* seed, const int64_t* index,
-                         const float* eps_per_sample, int64_t batch, int64_t channels,
-                         int64_t plane, float eps, Init init, Norm norm, float sigma, uint32_t step,
-                         uint32_t restart, float lo, float hi, int threads) noexcept {
+static void random_start(const RandomStart& a, int threads) noexcept {
   // A block is one sample where that is one piece of work, else 4 Ki elements of it.
-  const int64_t size = channels * plane;
-  const bool ball = init == Init::uniform && norm == Norm::l2;
-  const int64_t block = ball || channels > 1 ? size : 4096;
+  const int64_t size = a.channels * a.plane;
+  const bool ball = a.init == Init::uniform && a.norm == Norm::l2;
+  const bool gaussian = a.init == Init::gaussian;
+  const int64_t block = ball || a.channels > 1 ? size : 4096;
   const int64_t blocks = size > 0 ? (size + block - 1) / block : 0;
-  parallel_for(batch * blocks, batch * size > 16384 ? threads : 1, [&](int64_t task) {
+  parallel_for(a.batch * blocks, a.batch * size > 16384 ? threads : 1, [&](int64_t task) {
     const int64_t b = task / blocks, first = task % blocks * block;
-    const Stream s = {static_cast<uint32_t>(*seed), static_cast<uint32_t>(*seed >> 32),
-                      static_cast<uint32_t>(index ? index[b] : b), step, restart};
-    const float radius = eps_per_sample ? eps_per_sample[b] : eps;
-    const float scale = init == Init::gaussian ? sigma
-                        : ball                 ? ball_scale(s, size, radius)
-                                               : radius;
-    shift(out + b * size, x + b * size, s, first, size - first < block ? size : first + block,
-          channels, plane, ball || init == Init::gaussian, scale, lo, hi);
+    const Stream s = {static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32),
+                      static_cast<uint32_t>(a.index ? a.index[b] : b), a.step, a.restart};
+    const float radius = a.eps_per_sample ? a.eps_per_sample[b] : a.eps;
+    const float scale = gaussian ? a.sigma : ball ? ball_scale(s, size, radius) : radius;
+    shift(a.out + b * size, a.x + b * size, s, first, size - first < block ? size : first + block,
+          a.channels, a.plane, ball || gaussian, scale, a.lo, a.hi);
   });
 }

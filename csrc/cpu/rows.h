@@ -157,19 +157,17 @@ static inline int64_t wrong_labels(const int64_t* y, int64_t batch, int64_t clas
 // Calls row(loss, grad or null, logits, label, classes) for every row, with its pointers and type.
 // Returns `wrong_labels`.
 template <typename Body>
-static int64_t labelled_rows(float* loss, void* grad, const void* logits, const int64_t* y,
-                             int64_t batch, int64_t classes, DType dtype, int threads,
-                             const Body& row) {
-  with_type(dtype, [&](auto* type) {
+static int64_t labelled_rows(const Labelled& a, int threads, const Body& row) {
+  with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
+    for_rows(a.batch, a.classes, threads, [&](int64_t, int64_t first, int count) {
       for (int64_t i = first; i < first + count; ++i) {
-        row(loss + i, grad ? static_cast<T*>(grad) + i * classes : nullptr,
-            static_cast<const T*>(logits) + i * classes, y[i], classes);
+        row(a.loss + i, a.grad ? static_cast<T*>(a.grad) + i * a.classes : nullptr,
+            static_cast<const T*>(a.logits) + i * a.classes, a.y[i], a.classes);
       }
     });
   });
-  return wrong_labels(y, batch, classes);
+  return wrong_labels(a.y, a.batch, a.classes);
 }
 
 }  // namespace

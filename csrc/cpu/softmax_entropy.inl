@@ -2,8 +2,8 @@
 //   exact, for an offset o of 0: H = log S - m, m = sum_c q_c a_c, dH/dz = -q (a - m) / T
 //   o > 0: H = -sum_c q_c log(q_c + o), dH/dz = -q (g - G) / T, g = log(q + o) + q / (q + o),
 //   G = sum_c q_c g_c
-// logits z: [batch, classes] fp32, bf16 or fp16; loss H: fp32 [batch]; grad: like logits, or null.
-// A class with q_c = 0 counts 0. Exponentials and g are fp32, all else is fp64.
+// Arguments: SoftmaxEntropy; the loss is H. A class with q_c = 0 counts 0. Exponentials and g are
+// fp32, all else is fp64.
 
 template <typename T>
 static void exact_entropy(float* loss, T* grad, Rows<T>& rows, const Exp& e, const double* sum,
@@ -85,22 +85,21 @@ static void guarded_entropy(float* loss, T* grad, Rows<T>& rows, const Exp& e, c
   }
 }
 
-static void softmax_entropy(float* loss, void* grad, const void* logits, int64_t batch,
-                            int64_t classes, double temperature, double offset, DType dtype,
-                            int threads) noexcept {
-  const Exp e = exp_over(temperature);
-  const double per_t = 1 / temperature;
-  with_type(dtype, [&](auto* type) {
+static void softmax_entropy(const SoftmaxEntropy& a, int threads) noexcept {
+  const Exp e = exp_over(a.temperature);
+  const double per_t = 1 / a.temperature;
+  const int64_t n = a.classes;
+  with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(batch, classes, threads, [&](int64_t, int64_t first, int count) {
-      Rows<T> rows(static_cast<const T*>(logits) + first * classes, classes, classes, count);
-      T* out = grad ? static_cast<T*>(grad) + first * classes : nullptr;
+    for_rows(a.batch, n, threads, [&](int64_t, int64_t first, int count) {
+      Rows<T> rows(static_cast<const T*>(a.logits) + first * n, n, n, count);
+      T* out = a.grad ? static_cast<T*>(a.grad) + first * n : nullptr;
       alignas(64) double sum[W];
       rows.exponentiate(e, sum);
-      if (offset > 0) {
-        guarded_entropy(loss + first, out, rows, e, sum, per_t, offset);
+      if (a.offset > 0) {
+        guarded_entropy(a.loss + first, out, rows, e, sum, per_t, a.offset);
       } else {
-        exact_entropy(loss + first, out, rows, e, sum, per_t);
+        exact_entropy(a.loss + first, out, rows, e, sum, per_t);
       }
     });
   });

@@ -47,6 +47,8 @@ struct AugmentBody {
   }
 };
 
+inline bool augment_takes(const Augment&) { return true; }
+
 template <typename Launch>
 void augment_with(const Augment& a, const Launch& launch) {
   const int64_t size = a.channels * a.height * a.width;

@@ -69,21 +69,12 @@ const char* on(Place place, const Body& body) {
 
 }  // namespace
 
-const char* pgd_step(const PgdStep& args, Place place) noexcept {
-  return on(place, [&](const Launch& launch) { pgd_step_with(args, launch); });
-}
-
-const char* random_start(const RandomStart& args, Place place) noexcept {
-  return on(place, [&](const Launch& launch) { random_start_with(args, launch); });
-}
-
-const char* augment(const Augment& args, Place place) noexcept {
-  return on(place, [&](const Launch& launch) { augment_with(args, launch); });
-}
-
-const char* softmax_kl(const SoftmaxKL& args, Place place) noexcept {
-  return on(place, [&](const Launch& launch) { softmax_kl_with(args, launch); });
-}
+#define FASTADV_ENTRY(name, arguments)                                          \
+  const char* name(const arguments& args, Place place) noexcept {               \
+    if (!name##_takes(args)) return "no CUDA kernel takes this norm or init";   \
+    return on(place, [&](const Launch& launch) { name##_with(args, launch); }); \
+  }
+FASTADV_CUDA_KERNELS(FASTADV_ENTRY)
 
 int built_version() noexcept { return CUDART_VERSION; }
 

@@ -43,6 +43,8 @@ struct PgdStepBody {
   }
 };
 
+inline bool pgd_step_takes(const PgdStep& a) { return a.norm == Norm::linf; }
+
 template <typename Launch>
 void pgd_step_with(const PgdStep& a, const Launch& launch) {
   // Four elements are of one sample where each sample has its own eps.

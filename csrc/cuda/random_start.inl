@@ -88,6 +88,10 @@ struct RandomStartSingles {
   }
 };
 
+inline bool random_start_takes(const RandomStart& a) {
+  return a.init == Init::uniform && a.norm == Norm::linf;
+}
+
 template <typename Launch>
 void random_start_with(const RandomStart& a, const Launch& launch) {
   const bool fours = a.plane % 4 == 0 && aligned(a.out, a.x);

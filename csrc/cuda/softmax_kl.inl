@@ -2,7 +2,7 @@
 //   p = e^(s / T) / Zs, q = e^(t / T) / Zt, g = t - s, D = sum_c q_c g_c
 //   KL = D / T + log Zs - log Zt; a term with q_c = 0 counts 0
 //   loss = f w KL, d/ds = f w (p - q) / T, d/dt = f w q (g - D) / T^2, d/dw = f KL
-// Shapes: SoftmaxKL in table.h. Exponentials are fp32, from 2^x; what cancels (g, D and the sums)
+// Arguments: SoftmaxKL. Exponentials are fp32, from 2^x; what cancels (g, D and the sums)
 // is fp64. Logits are read again for each pass: of few classes they are in the cache.
 
 struct Bf16 {
@@ -141,6 +141,8 @@ void softmax_kl_of(const SoftmaxKL& k, const Launch& launch) {
     launch(SoftmaxKLRows<T>{k}, k.batch);
   }
 }
+
+inline bool softmax_kl_takes(const SoftmaxKL&) { return true; }
 
 template <typename Launch>
 void softmax_kl_with(const SoftmaxKL& k, const Launch& launch) {

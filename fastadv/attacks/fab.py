@@ -7,7 +7,7 @@ import torch
 
 from .. import ops
 from ..engine.query import ask
-from ..ops.reference import per_sample
+from ..ops._reference import per_sample
 from . import checks
 from .iterates import gradient, likeliest_others
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from ..ops.reference import per_sample
+from ..ops._reference import per_sample
 
 
 class ByValue:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import reference
+from ..ops.random_start import philox
 from . import image_ops, policies
 
 IMAGE, PARTNER, MIX = 2**32 - 1, 2**32 - 2, 2**32 - 3
@@ -94,7 +94,7 @@ class Key(NamedTuple):
         """float64 [B, count] in [0, 1)."""
         block = torch.arange(-(-count // 4))
         sample = self.index[:, None] & 0xFFFFFFFF
-        words = reference.philox(self.seed, block, sample, self.view[:, None], stream)
+        words = philox(self.seed, block, sample, self.view[:, None], stream)
         return torch.stack(words, dim=-1).flatten(1)[:, :count].double() * 2.0**-32
 
 

@@ -7,7 +7,8 @@ Activations and weights are stored in blocks, of 16 images by 32 channels and of
 import torch
 import torch.nn.functional as F
 
-from ..ops import _native, reference
+from ..ops import _blocks
+from ..ops.fold_bn import bn_affine
 from .plan import parts
 
 IMAGES, CHANNELS = 16, 32  # of a block
@@ -51,7 +52,7 @@ class PackedLayer:
         if self.weights is None or self.weights[0].dtype != dtype:
             count = outs * ins * taps * CHANNELS**2
             self.weights = tuple(torch.empty(count, dtype=dtype, device="cpu") for _ in range(2))
-        _native.fold(*self.weights, weight, scale)
+        _blocks.fold(*self.weights, weight, scale)
 
 
 def blocks_of(channels):
@@ -61,7 +62,7 @@ def blocks_of(channels):
 
 def affine(norm):
     """(scale, shift) fp32 [C] of a BatchNorm in eval mode."""
-    return reference.bn_affine(*parts(norm))
+    return bn_affine(*parts(norm))
 
 
 def padded(values):

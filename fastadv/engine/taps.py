@@ -12,7 +12,7 @@ from .plan import Unsupported
 
 
 class LayerTaps:
-    """The taps of one FusedLayer, forward and backward, as `_native.convolution` takes them.
+    """The taps of one FusedLayer, forward and backward, as `_blocks.convolution` takes them.
 
     size, output: (height, width) that the layer reads and writes. pixels: those of the output.
     mean: what an average pooling has for weights, fp32 [taps, channels]; None for a convolution.
@@ -78,7 +78,7 @@ def means(out):
 
 
 def lists(at, source, tap, count, kernel):
-    """(start, table, kernel) as `_native.convolution` takes the taps of `count` pixels: pixel p has
+    """(start, table, kernel) as `_blocks.convolution` takes the taps of `count` pixels: pixel p has
     the rows start[p] to start[p + 1] of the table, a source pixel and a tap each. at: the pixel to
     which each pair belongs. kernel: the number of taps of the kernel."""
     order = np.lexsort((tap, at))

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from ..ops import _native
+from ..ops import _blocks, _native
 from ..ops._torch import batched, transformed
 from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of
 from .plan import Ref
@@ -92,7 +92,7 @@ class Trunk:
             packed, out, active = self.packed[layer], Ref(layer, "out"), Ref(layer, "active")
             if layer.source is None:
                 blocks = workspace.blocks(groups, *workspace.offsets.shape, self.dtype)
-                _native.patches(blocks, x, workspace.offsets, self.scale, self.shift)
+                _blocks.patches(blocks, x, workspace.offsets, self.scale, self.shift)
             else:
                 blocks = results[layer.source]
             size = groups, taps.pixels, layer.channels, self.dtype
@@ -142,7 +142,7 @@ class Trunk:
         image = grad.new_empty_strided(shape, (size, *workspace.strides))
         flat = image.as_strided((batch, size), (size, 1))
         scale = self._image_scale(workspace)
-        _native.patches_backward(flat, patches, workspace.image_offsets, scale)
+        _blocks.patches_backward(flat, patches, workspace.image_offsets, scale)
         return image
 
     def _image_scale(self, workspace):
@@ -176,7 +176,7 @@ class Trunk:
         """A layer's convolution or pooling, forward (direction 0) or backward (1), and its finish:
         all that the kernel does to a sum before it writes it."""
         weights = self.packed[layer].weights
-        _native.convolution(
+        _blocks.convolution(
             blocks,
             batch,
             taps.mean if weights is None else weights[direction],

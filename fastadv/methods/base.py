@@ -12,7 +12,7 @@ from ..attacks import APGD, PGD
 from ..engine.features import forward_features
 from ..engine.frozen import Frozen, InPrecision, freeze, refresh
 from ..engine.query import ask
-from ..ops._logits import as_labels, wide
+from ..ops._logits import int64_labels, wide
 
 
 class Answering(nn.Module):
@@ -97,7 +97,7 @@ class Batch:
 
     def __post_init__(self):
         if isinstance(self.y, torch.Tensor):
-            self.y = as_labels(self.y)
+            self.y = int64_labels(self.y)
 
     def teacher_logits(self, nets, teacher="teacher", on="x"):
         """Logits of a teacher on "x" or "x_adv": computed once per batch, without gradient."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _native
-from ._torch import transformed
+from ._torch import below_autograd, transformed, version
 
 # What `auto` runs on a GPU where an op has both. Provisional, by the cost of a launch: no kernel
 # has been timed on a GPU yet. Calls that CUDA C++ does not take go to Triton in any case.
@@ -40,7 +40,7 @@ class Backends:
 
 
 ops: dict[str, Backends] = {}
-plain = {}  # {op: its check and then its decomposition into torch's own ops}
+plain = {}  # {op: its check and then, in torch's own ops, its decomposition or reference}
 
 
 @functools.cache
@@ -102,18 +102,17 @@ def expect(name, tensor, *, dtype=None, like=None, shape=None):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
 
 
-def on_gpu(name, reference, native, kernel, cuda):
-    """(what an op runs on a GPU, what `fastadv.info` says of it); arguments as for `define`."""
+def on_gpu(name, reference, native, triton, cuda, takes):
+    """(what an op runs on a GPU, what `fastadv.info` says of it); arguments as for `choose`."""
     if backend() in ("native", "reference"):
         return reference, f"reference (FASTADV_BACKEND={backend()})"
-    missing = triton_missing() if kernel else "no kernel"
+    missing = triton_missing() if triton else "no kernel"
     function, chosen = reference, f"reference ({missing})"
     if not missing:
-        triton = getattr(importlib.import_module(f"fastadv.kernels.{kernel}"), name)
-        chosen = "triton"
+        kernel, chosen = triton(), "triton"
 
         def function(*args):
-            return (reference if args[0].dtype == torch.float64 else triton)(*args)
+            return (kernel if takes(*args) else reference)(*args)
 
     wanted = backend() == "cuda" or (backend() == "auto" and ON_GPU.get(name) == "cuda")
     if not (cuda and wanted) or _native.cuda_missing():
@@ -125,17 +124,41 @@ def on_gpu(name, reference, native, kernel, cuda):
     return cuda_first, f"cuda, else {chosen}"
 
 
+def not_double(tensor, *args):
+    """Whether an op's first tensor is no float64, which all but the references leave alone."""
+    return tensor.dtype != torch.float64
+
+
+def choose(name, reference, *, native=None, triton=None, cuda=None, takes=not_double):
+    """(what an op runs on CPUs, what it runs on GPUs), entered in `ops` for `fastadv.info`.
+
+    `reference` is for any device, `native` for CPUs. `triton` imports and returns the op's launcher
+    in `fastadv.kernels`, which is for GPUs (and for CPUs under Triton's interpreter when
+    FASTADV_BACKEND is triton), for the calls that `takes` says it takes. `cuda` says of a call
+    whether there is a CUDA C++ kernel for it, which `native` then runs too.
+    """
+    gpu, name_on_gpu = on_gpu(name, reference, native, triton, cuda, takes)
+    has_gpu = torch.cuda.is_available()
+    if gpu is not reference and not has_gpu:
+        name_on_gpu = "reference (no CUDA device)"  # Triton's interpreter
+    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else "fastadv._C is missing"
+    cpu, name_on_cpu = reference, f"reference ({why if native else 'no kernel'})"
+    if native and backend() in ("auto", "native") and not _native.missing:
+        cpu, name_on_cpu = native, "native"
+    if gpu is not reference and backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        cpu, name_on_cpu = gpu, "triton (interpreted)"
+    ops[name] = Backends(name_on_cpu, name_on_gpu)
+    return cpu, gpu if has_gpu else reference
+
+
 def define(
-    schema, *, check, reference, fake, native=None, kernel=None, cuda=None, decomposition=None
+    schema, *, check, reference, fake, native=None, triton=None, cuda=None, decomposition=None
 ):
     """Registers an op and returns its overload. All callables take the schema's arguments.
 
     `check` raises on arguments outside the contract and runs before every implementation;
-    `reference` is plain torch for any device; `native` goes to the CPU; `kernel` names the module
-    of `fastadv.kernels` whose function of the op's name goes to CUDA (and to the CPU under
-    Triton's interpreter when FASTADV_BACKEND is triton), fp64 excepted. `cuda` says of a call
-    whether there is a CUDA C++ kernel for it, which is also run by `native`. `decomposition`: what
-    vmap goes through, torch's own ops; the reference where it never looks at values.
+    `reference` is plain torch; `native`, `triton` and `cuda` are as for `choose`. `decomposition`:
+    what vmap goes through, torch's own ops; the reference where it never looks at values.
     """
     name = schema.split("(")[0]
 
@@ -146,30 +169,22 @@ def define(
 
         return call
 
-    def impl(function, key):
-        _library.impl(name, checked(function), key)
-
     _library.define(schema)
-    impl(reference, "CompositeExplicitAutograd")
+    _library.impl(name, checked(reference), "CompositeExplicitAutograd")
     plain[name] = checked(decomposition or reference)
     _library.impl(name, plain[name], "FuncTorchBatchedDecomposition")
     torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
-    why = f"FASTADV_BACKEND={backend()}" if backend() != "auto" else "fastadv._C is missing"
-    gpu, name_on_gpu = on_gpu(name, reference, native, kernel, cuda)
-    if gpu is not reference and not torch.cuda.is_available():
-        name_on_gpu = "reference (no CUDA device)"  # Triton's interpreter
-    chosen = Backends(f"reference ({why if native else 'no kernel'})", name_on_gpu)
-    if native and backend() in ("auto", "native") and not _native.missing:
-        impl(native, "CPU")
-        chosen.cpu = "native"
-    if gpu is not reference:
-        if torch.cuda.is_available():
-            impl(gpu, "CUDA")
-        if backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            impl(gpu, "CPU")
-            chosen.cpu = "triton (interpreted)"
-    ops[name] = chosen
+    chosen = choose(name, reference, native=native, triton=triton, cuda=cuda)
+    for key, function in zip(("CPU", "CUDA"), chosen, strict=True):
+        if function is not reference:
+            _library.impl(name, checked(function), key)
     return getattr(torch.ops.fastadv, name).default
+
+
+def define_autograd(op, function):
+    """Makes `function` what autograd runs of the op: two thirds of the overhead that
+    torch.library.register_autograd has."""
+    _library.impl(op._schema.name.split("::")[1], function, "Autograd")
 
 
 def gradients_from_forward(op, inputs):
@@ -179,22 +194,18 @@ def gradients_from_forward(op, inputs):
     call did not ask for is an empty tensor. loss is 0-dim, or [B] for gradients [B, ...].
     Where the gradient is to be differentiated (create_graph) it is computed anew in torch's own
     ops, the op's decomposition; so is all of a call under torch.func or forward-mode derivatives.
-    Registered at the Autograd key: two thirds of torch.library.register_autograd's overhead.
     """
     name = op._schema.name.split("::")[1]
     decomposed = plain[name]
     tensors = [n for n, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
 
     def versions(constants):
-        """How often each tensor among them has been written to; NaN, which equals nothing, for one
-        of inference mode, which keeps no count."""
-        held = [constants[n] for n in tensors if constants[n] is not None]
-        return [float("nan") if t.is_inference() else t._version for t in held]
+        return [version(constants[n]) for n in tensors if constants[n] is not None]
 
     class FromForward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 loss, *gradients = op(*args)
             ctx.wanted = [n for n, i in enumerate(inputs) if ctx.needs_input_grad[i]]
             constants, saved = list(args), []
@@ -239,10 +250,10 @@ def gradients_from_forward(op, inputs):
             args[i] is not None and args[i].requires_grad for i in inputs
         ):
             return FromForward.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
-    _library.impl(name, autograd, "Autograd")
+    define_autograd(op, autograd)
 
 
 def _scaled(gradient, grad_loss):

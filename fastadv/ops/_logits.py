@@ -2,8 +2,8 @@
 
 import torch
 
-from . import _native, reference
 from ._library import FLOATS, define, expect, gradients_from_forward
+from ._native import CPU, DTYPES, contiguous, empty, run
 
 # Of labels, as data sets have them; int64 is what the kernels take.
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -23,12 +23,12 @@ def wide(tensor):
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
-def as_labels(y):
-    """Labels of any integer dtype as int64; others as they are, for `check_labels` to refuse."""
+def int64_labels(y):
+    """Labels of any integer dtype as int64; others as they are, for the op's check to refuse."""
     return y.long() if y.dtype in INTEGERS else y
 
 
-def check_labels(y, logits, name="y"):
+def check_int64_labels(y, logits, name="y"):
     """int64 [B]."""
     if y.dtype != torch.int64:
         raise TypeError(f"{name} is {y.dtype}, must be integers")
@@ -48,23 +48,32 @@ def check_range(y, classes, name="y", ignored=None):
         )
 
 
-def define_loss(name, arguments, check, check_values=None, reduced=lambda *args: False):
+kernels = {}  # {op: its native kernel, without a look at what it says of the labels}
+
+
+def define_loss(
+    name, arguments, *, check, reference, kernel, triton, check_values=None, reduced=None
+):
     """Registers and returns the op `name(Tensor logits, <arguments>, bool grad)`, which gives the
-    loss and, where grad is true, its gradient; from the functions of that name in `reference` and
-    `_native`. check: as `define` has it. check_values: the same for what only a look at the values
-    tells, which on a GPU nobody takes; the kernel says whether there is something to find.
-    reduced: of the arguments after the logits, whether the loss is one number."""
-    plain, kernel = getattr(reference, name), getattr(_native, name)
+    loss and, where grad is true, its gradient. check, reference and triton: as for `define`.
+    kernel(loss, gradient, logits, ...): writes what is not empty, contiguous; returns how many
+    labels are wrong, if it sees any. check_values: a check that looks at values, which on a GPU
+    nobody does; a kernel says whether there is something to find. reduced: of the arguments after
+    the logits, whether the loss is one number."""
+    kernels[name] = kernel
+
+    def memory(logits, *args):
+        return outputs(logits, args[-1], bool(reduced and reduced(*args)))
 
     def checked(logits, *args):
         if check_values and logits.is_cpu:
             check_values(logits, *args)
-        return plain(logits, *args)
+        return reference(logits, *args)
 
     def native(logits, *args):
         if logits.dtype == torch.float64:
             return checked(logits, *args)
-        loss, gradient = outputs(logits, args[-1], reduced(*args))
+        loss, gradient = memory(logits, *args)
         dense = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args[:-1])
         if kernel(loss, gradient, logits.contiguous(), *dense):
             check_values(logits, *args)
@@ -72,36 +81,68 @@ def define_loss(name, arguments, check, check_values=None, reduced=lambda *args:
 
     def fake(logits, *args):
         check(logits, *args)
-        return outputs(logits, args[-1], reduced(*args))
+        return memory(logits, *args)
 
     op = define(
         f"{name}(Tensor logits, {arguments}, bool grad) -> (Tensor, Tensor)",
         check=check,
         reference=checked,
         native=native,
-        kernel=name,
+        triton=triton,
         fake=fake,
-        decomposition=plain,
+        decomposition=reference,
     )
     gradients_from_forward(op, (0,))
     return op
 
 
-def define_labelled(name, least):
+def define_labelled(name, *, least, reference, triton):
     """`define_loss` for an op of logits [B, C >= least] and labels y [B]."""
 
     def check(logits, y, grad):
         check_logits(logits, least)
-        check_labels(y, logits)
+        check_int64_labels(y, logits)
 
     def check_values(logits, y, grad):
         check_range(y, logits.shape[1])
 
-    return define_loss(name, "Tensor y", check, check_values)
+    def kernel(loss, gradient, logits, y):  # Labelled in csrc/labelled.h
+        return run(
+            name,
+            CPU,
+            *addresses(loss, gradient, logits),
+            *contiguous(CPU, torch.int64, y=y),
+            *logits.shape,
+            DTYPES[logits.dtype],
+        )
+
+    return define_loss(
+        name,
+        "Tensor y",
+        check=check,
+        reference=reference,
+        kernel=kernel,
+        triton=triton,
+        check_values=check_values,
+    )
 
 
 def outputs(logits, grad, reduced=False):
     """Memory for (loss, [B] or, where it is reduced, [], gradient [B, C] or [0])."""
-    dtype = reference.loss_dtype(logits.dtype)
-    loss = _native.empty(() if reduced else logits.shape[:1], logits, dtype)
-    return loss, _native.empty(logits.shape if grad else (0,), logits)
+    dtype = loss_dtype(logits.dtype)
+    loss = empty(() if reduced else logits.shape[:1], logits, dtype)
+    return loss, empty(logits.shape if grad else (0,), logits)
+
+
+def addresses(loss, gradient, logits):
+    """The first members of a kernel's struct; an empty gradient is none."""
+    gradient = gradient if gradient.numel() else None
+    return (
+        *contiguous(CPU, torch.float32, loss=loss),
+        *contiguous(CPU, logits.dtype, gradient=gradient, logits=logits),
+    )
+
+
+def loss_dtype(dtype):
+    """The dtype that losses over logits of `dtype` are computed and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

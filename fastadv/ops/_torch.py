@@ -1,39 +1,75 @@
-"""What torch tells and does by names that are private to it, here and nowhere else in fastadv."""
+"""What fastadv uses of torch by names that are private to it, here and nowhere else. Each is looked
+up at import, so that a torch without it is refused at once and by name."""
 
 import torch
 from torch.nn.modules import module as registry
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils import _python_dispatch
 
-KINDS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def private(owner, name):
+    """owner.name; ImportError where this torch has no such thing."""
+    if not hasattr(owner, name):
+        raise ImportError(
+            f"torch {torch.__version__} has no {owner.__name__}.{name}, which fastadv needs: use a "
+            "version of torch that fastadv is tested with"
+        )
+    return getattr(owner, name)
+
+
+_functorch = private(torch._C, "_functorch")
+_transforms = private(_functorch, "peek_interpreter_stack")
+_is_batched = private(_functorch, "is_legacy_batchedtensor")
+_has_kernel = private(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+_dispatch_mode = private(_python_dispatch, "_get_current_dispatch_mode")
+_copy_all = private(torch, "_foreach_copy_")
+private(torch.autograd.forward_ad, "_current_level")
+private(torch.Tensor, "_version")
+for kind in HOOKS:
+    private(registry, "_global" + kind)
+
+# A context manager, within which a call of an op goes past autograd to its kernels.
+below_autograd = private(torch._C, "_AutoDispatchBelowAutograd")
 
 
 def hooked(module):
     """Whether a hook of its own or of all modules, or another forward, runs with this module."""
-    own = any(getattr(module, kind) for kind in KINDS)
+    own = any(getattr(module, kind) for kind in HOOKS)
     own = own or "forward" in module.__dict__  # not vars(), which torch 2.8 does not compile
-    return own or any(getattr(registry, "_global" + kind) for kind in KINDS)
+    return own or any(getattr(registry, "_global" + kind) for kind in HOOKS)
 
 
 def transformed():
     """Whether a torch.func transform or a forward-mode derivative is under way: they follow torch's
     own operators alone."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.autograd.forward_ad._current_level >= 0 or _transforms() is not None
 
 
 def batched(grad):
     """Whether a gradient stands for many, as in torch.autograd.grad with is_grads_batched."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return _is_batched(grad)
 
 
 def observed():
     """Whether a TorchDispatchMode is active, which sees torch's own operators alone."""
-    return _get_current_dispatch_mode() is not None
+    return _dispatch_mode() is not None
+
+
+def version(tensor):
+    """How often the tensor has been written to; NaN, which equals nothing, for one of inference
+    mode, which keeps no count."""
+    return float("nan") if tensor.is_inference() else tensor._version
+
+
+def has_autograd(op):
+    """Whether an overload in torch.ops has a kernel of its own for autograd."""
+    return _has_kernel(op.name(), "Autograd")
 
 
 def copy_all(targets, sources):
     """Copies each source to its target, in one call for all."""
-    torch._foreach_copy_(targets, sources)
+    _copy_all(targets, sources)
 
 
 def uncompiled(module):

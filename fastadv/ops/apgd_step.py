@@ -13,9 +13,10 @@ better_found, restart: bool [B]. eps: a number, or one per sample. Not different
 
 import torch
 
-from . import _native, reference
+from . import _native
 from ._library import define, expect
 from ._radius import radius
+from ._reference import direction, flat, per_sample, project
 from ._step import expect_apart, expect_images, expect_unrecorded
 
 _MUTATED = "x_adv", "x_old", "x_best", "grad_best", "x_found"
@@ -39,15 +40,84 @@ def _check_in_place(*args):
     expect_apart(dict(zip(_MUTATED, args[:5], strict=True)), {"grad": args[6], "x": args[7]})
 
 
+def reference(
+    x_adv,
+    x_old,
+    x_best,
+    grad_best,
+    x_found,
+    bad_gradients,
+    grad,
+    x,
+    step_size,
+    better_best,
+    better_found,
+    restart,
+    eps_per_sample,
+    eps,
+    weight,
+    norm,
+    lo,
+    hi,
+):
+    """Keeps x_adv where better_* [B], takes up x_best where restart [B], then z = P(x_adv +
+    step_size d), P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)). Shapes [B, ...].
+
+    d is sign(g) or g / ||g||, g the gradient with 0 for what is not finite. Croce & Hein 2020.
+    """
+    if eps_per_sample is not None:
+        eps = per_sample(eps_per_sample, x)
+    finite = grad.isfinite()
+    bad_gradients += (~flat(finite).all(dim=1)).sum()
+    grad = torch.where(finite, grad, 0.0)
+    better_best, better_found, restart, step_size = (
+        per_sample(values, x) for values in (better_best, better_found, restart, step_size)
+    )
+    x_found.copy_(torch.where(better_found, x_adv, x_found))
+    x_best.copy_(torch.where(better_best, x_adv, x_best))
+    grad_best.copy_(torch.where(better_best, grad, grad_best))
+    start, grad = torch.where(restart, x_best, x_adv), torch.where(restart, grad_best, grad)
+    z = project(start + step_size * direction(grad, norm), x, eps, norm, lo, hi)
+    moved = start + weight * (z - start) + (1 - weight) * (start - x_old)
+    x_old.copy_(start)
+    x_adv.copy_(project(moved, x, eps, norm, lo, hi))
+
+
 def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
     """grad and x are copied first where their layout is not x_adv's."""
-    mutated = x_adv, x_old, x_best, grad_best, x_found
-    if x_adv.dtype != torch.float32 or not _native.same_layout(*mutated):
-        return reference.apgd_step_(*mutated, bad_gradients, grad, x, *rest)
+    mutated = dict(zip(_MUTATED, (x_adv, x_old, x_best, grad_best, x_found), strict=True))
+    if x_adv.dtype != torch.float32 or not _native.same_layout(*mutated.values()):
+        return reference(*mutated.values(), bad_gradients, grad, x, *rest)
     if not _native.same_layout(x_adv, grad, x):
         grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
-    rows = (row if row is None else row.contiguous() for row in rest[:5])
-    return _native.apgd_step(*mutated, bad_gradients, grad, x, *rows, *rest[5:])
+    step_size, better_best, better_found, restart, eps_per_sample = (
+        row if row is None else row.contiguous() for row in rest[:5]
+    )
+    eps, weight, norm, lo, hi = rest[5:]
+    batch, cpu = len(step_size), _native.CPU
+    flags = {"better_best": better_best, "better_found": better_found, "restart": restart}
+    _native.run(
+        "apgd_step",
+        cpu,
+        *_native.in_one_layout(cpu, torch.float32, **mutated, grad=grad, x=x),
+        *_native.contiguous(cpu, torch.float32, step_size=step_size, eps=eps_per_sample),
+        *_native.contiguous(cpu, torch.bool, **flags),
+        *_native.addresses(cpu, torch.int64, bad_gradients=bad_gradients),
+        batch,
+        x_adv.numel() // max(batch, 1),
+        eps,
+        weight,
+        norm,
+        lo,
+        hi,
+    )
+    return _native.mutated(*mutated.values(), bad_gradients)
+
+
+def _triton():
+    from ..kernels.apgd_step import apgd_step_
+
+    return apgd_step_
 
 
 _apgd_step_ = define(
@@ -56,9 +126,9 @@ _apgd_step_ = define(
     "Tensor better_best, Tensor better_found, Tensor restart, Tensor? eps_per_sample, float eps, "
     "float weight, str norm, float lo, float hi) -> ()",
     check=_check_in_place,
-    reference=reference.apgd_step_,
+    reference=reference,
     native=_cpu,
-    kernel="apgd_step",
+    triton=_triton,
     fake=_check,
 )
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import _library, _native, reference
-from ._library import FLOATS, define, expect
-from ._torch import hooked, transformed
+from . import _library, _native
+from ._library import FLOATS, define, define_autograd, expect
+from ._native import CPU, DTYPES, contiguous
+from ._reference import at_least_fp32
+from ._torch import below_autograd, hooked, transformed
 
 HAS_KERNEL = torch.float32, torch.bfloat16
 
@@ -44,6 +46,50 @@ def _check_rows(x, **rows):
             expect(name, row, dtype=dtype, like=x, shape=x.shape[1:2])
 
 
+def moments(x):
+    """mean and biased variance [C] of x [B, C, H, W]."""
+    var, mean = torch.var_mean(at_least_fp32(x), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def reference(x, weight, bias, residual, eps, relu):
+    """f((x - mean) weight / sqrt(var + eps) + bias + residual), mean, var; f is max(z, 0) or z.
+
+    x, residual: [B, C, H, W]; the rest [C]. Ioffe and Szegedy 2015.
+    """
+    mean, var = moments(x)
+    row = x.shape[1], 1, 1
+    scale = weight * (var + eps).rsqrt()
+    y = (at_least_fp32(x) - mean.view(row)) * scale.view(row) + bias.view(row)
+    y = y if residual is None else y + residual
+    y = y.relu() if relu else y
+    return _laid_like(x, y), mean, var
+
+
+def reference_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
+    """Gradients of x, weight, bias and residual, given that of y.
+
+    f is ReLU where y, or without a residual bias, is given: its slope is 0 where y <= 0 or
+    z <= 0, and 1 elsewhere, also at NaN.
+    """
+    row, count = (x.shape[1], 1, 1), x.numel() // x.shape[1]
+    per_std = (var + eps).rsqrt()
+    centred, scale = at_least_fp32(x) - mean.view(row), (weight * per_std).view(row)
+    z = y if y is not None or bias is None else centred * scale + bias.view(row)
+    h = at_least_fp32(grad)
+    h = h if z is None else torch.where(z <= 0, 0, h)
+    normal = centred * per_std.view(row)
+    bias_grad, weight_grad = h.sum((0, 2, 3)), (h * normal).sum((0, 2, 3))
+    flat = h - (bias_grad.view(row) + normal * weight_grad.view(row)) / count
+    residual_grad = _laid_like(x, h) if residual_grad else x.new_empty(0)
+    return _laid_like(x, flat * scale), weight_grad, bias_grad, residual_grad
+
+
+def _laid_like(x, values):
+    """values in the dtype and layout of x."""
+    return torch.empty_like(x).copy_(values)
+
+
 def _native_takes(*maps):
     """Whether the kernel knows their dtype and layout; None passes."""
     return all(
@@ -52,30 +98,64 @@ def _native_takes(*maps):
     )
 
 
+def _memory(x):
+    """The factors and sums that the kernels work in."""
+    channels = x.shape[1]
+    size = _native.constant("batch_norm_chunks"), 2, (channels + 15) // 16 * 16
+    factors = _native.empty((3, channels), x, torch.float32)
+    return factors, _native.empty(size, x, torch.float64)
+
+
 def _cpu(x, weight, bias, residual, eps, relu):
     if not _native_takes(x, residual):
-        return reference.batch_norm(x, weight, bias, residual, eps, relu)
+        return reference(x, weight, bias, residual, eps, relu)
     y, mean, var = _outputs(x, weight)
     weight, bias = weight.contiguous(), bias.contiguous()
-    _native.batch_norm(y, mean, var, x, weight, bias, residual, eps, relu)
+    factors, sums = _memory(x)
+    rows = {"mean": mean, "var": var, "factors": factors, "weight": weight, "bias": bias}
+    _native.run(
+        "batch_norm",
+        CPU,
+        *contiguous(CPU, x.dtype, torch.channels_last, y=y, x=x, residual=residual),
+        *contiguous(CPU, torch.float32, **rows),
+        *contiguous(CPU, torch.float64, sums=sums),
+        x.numel() // len(mean),
+        len(mean),
+        eps,
+        relu,
+        DTYPES[x.dtype],
+    )
     return y, mean, var
 
 
 def _cpu_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
     if not _native_takes(x, y):
         args = grad, y, x, weight, bias, mean, var, eps, residual_grad
-        return reference.batch_norm_backward(*args)
-    outputs = _outputs(x, weight)
+        return reference_backward(*args)
+    x_grad, weight_grad, bias_grad = _outputs(x, weight)
     over = _native.empty_like(x) if residual_grad else None
     grad = grad.contiguous(memory_format=torch.channels_last)
     weight, mean, var = (row.contiguous() for row in (weight, mean, var))
     bias = None if bias is None else bias.contiguous()
-    _native.batch_norm_backward(outputs, over, grad, y, x, weight, bias, mean, var, eps)
-    return *outputs, _native.empty((0,), x) if over is None else over
+    factors, sums = _memory(x)
+    maps = {"x_grad": x_grad, "residual_grad": over, "grad": grad, "y": y, "x": x}
+    written = {"weight_grad": weight_grad, "bias_grad": bias_grad, "factors": factors}
+    _native.run(
+        "batch_norm_backward",
+        CPU,
+        *contiguous(CPU, x.dtype, torch.channels_last, **maps),
+        *contiguous(CPU, torch.float32, **written, weight=weight, bias=bias, mean=mean, var=var),
+        *contiguous(CPU, torch.float64, sums=sums),
+        x.numel() // len(mean),
+        len(mean),
+        eps,
+        DTYPES[x.dtype],
+    )
+    return x_grad, weight_grad, bias_grad, _native.empty((0,), x) if over is None else over
 
 
 def _outputs(x, weight):
-    """What a map, and two rows of channels, is written to."""
+    """Memory for a map like x and for two rows of channels."""
     rows = (_native.empty(weight.shape, weight) for _ in range(2))
     return _native.empty_like(x), *rows
 
@@ -95,7 +175,7 @@ _batch_norm = define(
     "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
     "-> (Tensor, Tensor, Tensor)",
     check=_check,
-    reference=reference.batch_norm,
+    reference=reference,
     native=_cpu,
     fake=_fake,
 )
@@ -103,7 +183,7 @@ _backward = define(
     "batch_norm_backward(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? bias, "
     "Tensor mean, Tensor var, float eps, bool residual_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
-    reference=reference.batch_norm_backward,
+    reference=reference_backward,
     native=_cpu_backward,
     fake=_fake_backward,
 )
@@ -112,9 +192,10 @@ _backward = define(
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, relu):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y, mean, var = _batch_norm(x, weight, bias, residual, eps, relu)
-        added = residual is not None  # what is read of ReLU's slope is its output, or z anew
+        # ReLU's slope is read off its output after a residual, else computed again from x and bias.
+        added = residual is not None
         ctx.save_for_backward(
             y if relu and added else None,
             x,
@@ -135,7 +216,7 @@ class _Differentiable(torch.autograd.Function):
         *saved, mean, var = ctx.saved_tensors
         backward = _backward
         if torch.is_grad_enabled():  # create_graph: mean and var depend on x
-            backward, (mean, var) = reference.batch_norm_backward, reference.moments(saved[1])
+            backward, (mean, var) = reference_backward, moments(saved[1])
         wanted = ctx.needs_input_grad[3]
         *grads, residual_grad = backward(grad, *saved, mean, var, ctx.eps, wanted)
         return *grads, residual_grad if wanted else None, None, None
@@ -146,11 +227,11 @@ def _autograd(*args):
         return _library.plain["batch_norm"](*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         return _Differentiable.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _batch_norm(*args)
 
 
-_library._library.impl("batch_norm", _autograd, "Autograd")
+define_autograd(_batch_norm, _autograd)
 
 
 def batch_norm(norm, x, activation=None, residual=None):

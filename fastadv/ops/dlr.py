@@ -5,12 +5,44 @@
 logits z: [B, C], C >= 3; y: int64 [B]; loss: [B], float32 for halves. Differentiable in logits.
 """
 
+import math
+
 import torch
 
 from ._library import expect_tensors
-from ._logits import as_labels, define_labelled
+from ._logits import define_labelled, int64_labels
+from ._reference import at_least_fp32, valid_label
 
-_dlr = define_labelled("dlr", least=3)
+
+def reference(logits, y, grad):
+    """-n / d [B], n = z_y - max_{c != y} z_c, d = z_pi1 - z_pi3 + 1e-12 with z_pi1 >= z_pi2 >= ...,
+    and its gradient [B, C]: -1 / d at y, 1 / d at the maximum, n / d^2 at pi1, -n / d^2 at pi3.
+
+    logits [B, C >= 3], y int64 [B]. Of equal logits the first comes first; NaN is the largest. y
+    outside [0, C): NaN, gradient 0. Croce & Hein 2020, equation 6.
+    """
+    valid, label = valid_label(y, logits)
+    wide = at_least_fp32(logits)
+    top, order = (v[:, :3] for v in wide.sort(dim=1, descending=True, stable=True))
+    other = (order[:, :1] == label).long()
+    n = (wide.gather(1, label) - top.gather(1, other))[:, 0]
+    d = top[:, 0] - top[:, 2] + 1e-12
+    loss = torch.where(valid, -n / d, math.nan)
+    if not grad:
+        return loss, logits.new_empty(0)
+    at = torch.cat([label, order.gather(1, other), order[:, :1], order[:, 2:]], dim=1)
+    slope = torch.stack([-1 / d, 1 / d, n / d / d, -n / d / d], dim=1)
+    slope = torch.where(valid[:, None], slope, 0)
+    return loss, torch.zeros_like(wide).scatter_add(1, at, slope).to(logits.dtype)
+
+
+def _triton():
+    from ..kernels.dlr import dlr
+
+    return dlr
+
+
+_dlr = define_labelled("dlr", least=3, reference=reference, triton=_triton)
 
 
 def dlr(logits, y):
@@ -25,4 +57,4 @@ def dlr(logits, y):
     Raises TypeError or ValueError that names the argument at fault.
     """
     expect_tensors(logits=logits, y=y)
-    return _dlr(logits, as_labels(y), logits.requires_grad and torch.is_grad_enabled())[0]
+    return _dlr(logits, int64_labels(y), logits.requires_grad and torch.is_grad_enabled())[0]

@@ -6,10 +6,13 @@ student s, teacher t: [B, ...] of one shape; loss: [B], float32 where they are h
 Differentiable in both.
 """
 
+import math
+
 import torch
 
-from . import _native, reference
+from . import _native
 from ._library import FLOATS, define, expect, expect_tensors, gradients_from_forward
+from ._reference import at_least_fp32, flat, l2_norm, per_sample
 
 
 def _check(student, teacher, distance, student_grad, teacher_grad):
@@ -18,23 +21,73 @@ def _check(student, teacher, distance, student_grad, teacher_grad):
     if student.dtype not in FLOATS:
         raise TypeError(f"student is {student.dtype}, must be one of {FLOATS}")
     expect("teacher", teacher, dtype=student.dtype, like=student, shape=student.shape)
-    if distance not in _native.DISTANCES:
+    if distance not in ("mse", "l2", "cosine"):
         raise ValueError(f"distance is {distance!r}, must be 'mse', 'l2' or 'cosine'")
+
+
+def reference(student, teacher, distance, student_grad, teacher_grad):
+    """mse: mean (s - t)^2; l2: ||s - t||; cosine: 1 - <s, t> / (||s|| ||t||) [B], and gradients.
+
+    student, teacher: [B, ...]. cosine is 1 with gradient 0 where a norm is at most 1e-12; l2 has
+    gradient 0 up to a distance of 1e-30.
+    """
+    s, t = at_least_fp32(student), at_least_fp32(teacher)
+    if distance == "mse":
+        scale = 2 / max(math.prod(s.shape[1:]), 1)
+        loss, grads = flat((s - t).square()).mean(dim=1), ((s - t) * scale, (t - s) * scale)
+    elif distance == "l2":
+        loss = l2_norm(s - t).to(s.dtype)
+        norm = per_sample(torch.where(loss <= 1e-30, math.inf, loss), s)
+        grads = (s - t) / norm, (t - s) / norm
+    else:
+        loss, grads = _cosine_distance(s, t)
+    student_grad, teacher_grad = (
+        gradient.to(tensor.dtype) if wanted else tensor.new_empty(0)
+        for gradient, tensor, wanted in zip(
+            grads, (student, teacher), (student_grad, teacher_grad), strict=True
+        )
+    )
+    return loss, student_grad, teacher_grad
+
+
+def _cosine_distance(s, t):
+    """(loss, gradients) over unit vectors u, v; a vector without direction has norm infinity."""
+    norms = (l2_norm(v).to(v.dtype) for v in (s, t))
+    s_norm, t_norm = (per_sample(torch.where(n <= 1e-12, math.inf, n), s) for n in norms)
+    u, v = s / s_norm, t / t_norm
+    similarity = flat(u * v).sum(dim=1)
+    c = per_sample(similarity, s)
+    return 1 - similarity, ((u * c - v) / s_norm, (v * c - u) / t_norm)
 
 
 def _cpu(student, teacher, distance, student_grad, teacher_grad):
     mixed = not _native.same_layout(student, teacher)
     if student.dtype == torch.float64 or not _native.is_dense(student) or (mixed and teacher_grad):
-        return reference.feature_distance(student, teacher, distance, student_grad, teacher_grad)
+        return reference(student, teacher, distance, student_grad, teacher_grad)
     if mixed:
         teacher = torch.empty_like(student).copy_(teacher)
-    loss = _native.empty(student.shape[:1], student, torch.float32)
-    grads = [
-        _native.empty_like(tensor) if wanted else _native.empty((0,), tensor)
-        for tensor, wanted in ((student, student_grad), (teacher, teacher_grad))
-    ]
-    _native.feature_distance(loss, *grads, student, teacher, distance)
-    return loss, *grads
+    (batch, *_), dtype, cpu = student.shape, student.dtype, _native.CPU
+    loss = _native.empty((batch,), student, torch.float32)
+    wanted = (student, student_grad), (teacher, teacher_grad)
+    grads = [_native.empty_like(tensor) if asked else None for tensor, asked in wanted]
+    _native.run(
+        "feature_distance",
+        cpu,
+        *_native.contiguous(cpu, torch.float32, loss=loss),
+        *_native.addresses(cpu, dtype, student_grad=grads[0], teacher_grad=grads[1]),
+        *_native.in_one_layout(cpu, dtype, student=student, teacher=teacher),
+        batch,
+        student.numel() // max(batch, 1),
+        distance,
+        _native.DTYPES[dtype],
+    )
+    return loss, *(_native.empty((0,), student) if grad is None else grad for grad in grads)
+
+
+def _triton():
+    from ..kernels.feature_distance import feature_distance
+
+    return feature_distance
 
 
 def _fake(student, teacher, distance, student_grad, teacher_grad):
@@ -51,9 +104,9 @@ _feature_distance = define(
     "feature_distance(Tensor student, Tensor teacher, str distance, bool student_grad, "
     "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
     check=_check,
-    reference=reference.feature_distance,
+    reference=reference,
     native=_cpu,
-    kernel="feature_distance",
+    triton=_triton,
     fake=_fake,
 )
 gradients_from_forward(_feature_distance, inputs=(0, 1))

@@ -5,32 +5,18 @@ convolutions at once.
     weight_out[o, ...] = weight[o, ...] scale[o];  bias_out = bias scale + beta - mean scale
 
 weight: float32 [O, I, ...]; bias, mean, var, gamma, beta: float32 [O]; weight_out: shape of weight,
-bias_out:
-[O]; both float32 or bfloat16. Computed in float32. Not differentiable.
+bias_out: [O]; both float32 or bfloat16. Computed in float32. Not differentiable.
 
 A function, no op of torch.library: nothing traces or differentiates it, and a schema of mutated
 lists, some of whose tensors are None, would cost more than the kernel.
 """
 
-import importlib
-import os
-
 import torch
 
-from . import _library, reference
-from ._library import expect
+from ._library import choose, expect
+from ._reference import per_sample
 
 PARTS = ("mean", "var", "gamma", "beta")  # of a norm, before eps
-_chosen = _library.backend()
-_by_choice = f"FASTADV_BACKEND={_chosen}" if _chosen in ("native", "reference") else None
-_missing = _by_choice or _library.triton_missing()
-_interpreted = not _missing and os.environ.get("TRITON_INTERPRET") == "1"
-_on_cpu = _interpreted and _chosen == "triton"
-_kernel = None if _missing else importlib.import_module("fastadv.kernels.fold_bn").fold_bn_
-_library.ops["fold_bn_"] = _library.Backends(
-    "triton (interpreted)" if _on_cpu else "reference (no kernel)",
-    f"reference ({_missing})" if _missing else "triton",
-)
 
 
 def _check(i, fold, low, like):
@@ -52,6 +38,44 @@ def _check(i, fold, low, like):
             expect(f"{name}[{i}]", tensor, dtype=like.dtype, like=like, shape=row)
 
 
+def bn_affine(mean, var, gamma, beta, eps):
+    """(scale, shift) [C] of a BatchNorm in eval mode: gamma / sqrt(var + eps), beta - mean scale;
+    gamma and beta may be None for 1 and 0."""
+    scale = (var + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def reference(weights_out, biases_out, weights, biases, norms):
+    """weight_out [O, ...] = weight scale, bias_out = bias scale + shift, of each convolution; scale
+    and shift of its BatchNorm `norm`, the arguments of `bn_affine`, or 1 and 0 for None."""
+    for weight_out, bias_out, weight, bias, norm in zip(
+        weights_out, biases_out, weights, biases, norms, strict=True
+    ):
+        if norm is not None:
+            scale, shift = bn_affine(*norm)
+            weight = weight * per_sample(scale, weight)
+            bias = shift if bias is None else bias * scale + shift
+        weight_out.copy_(weight)
+        if bias_out is not None:
+            bias_out.copy_(bias)
+
+
+def _triton():
+    from ..kernels.fold_bn import fold_bn_
+
+    return fold_bn_
+
+
+def _takes(weights_out, biases_out, weights, biases, norms):
+    return weights[0].dtype == torch.float32
+
+
+_on_cpu, _on_gpu = choose("fold_bn_", reference, triton=_triton, takes=_takes)
+
+
 def fold_bn_(weights_out, biases_out, weights, biases, norms):
     """Writes weights_out and biases_out as this file's formula has it; sequences of one length.
 
@@ -63,7 +87,5 @@ def fold_bn_(weights_out, biases_out, weights, biases, norms):
     sequences = weights_out, biases_out, weights, biases, norms
     for i, fold in enumerate(zip(*sequences, strict=True)):
         _check(i, fold, weights_out[0].dtype, weights[0])
-    on_kernel = _kernel and weights and weights[0].dtype == torch.float32
-    on_kernel = on_kernel and (weights[0].is_cuda or (_on_cpu and weights[0].is_cpu))
-    run = _kernel if on_kernel else reference.fold_bn_
-    run(weights_out, biases_out, weights, biases, norms)
+    if weights:
+        (_on_gpu if weights[0].is_cuda else _on_cpu)(*sequences)

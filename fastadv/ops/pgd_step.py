@@ -8,9 +8,10 @@ x_adv, grad, x: [B, ...] of one shape; result: the same. Not differentiable.
 
 import torch
 
-from . import _native, reference
+from . import _native
 from ._library import define, expect
 from ._radius import radius
+from ._reference import direction, per_sample, project
 from ._step import expect_apart, expect_images, expect_unrecorded
 
 _ARGS = (
@@ -30,13 +31,42 @@ def _check_in_place(x_adv, grad, x, *rest):
     expect_apart({"x_adv": x_adv}, {"grad": grad, "x": x})
 
 
-def _into(out, x_adv, grad, x, eps_per_sample, *rest):
+def reference(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
+    """linf: clip(clamp(x_adv + step_size sign(g), x - eps, x + eps));
+    l2: d = x_adv + step_size g / ||g|| - x, clip(x + d min(1, eps / ||d||)). Shapes [B, ...].
+
+    sign is (g > 0) - (g < 0): 0 at 0 and at NaN. Madry et al. 2018, section 2.1.
+    """
+    if eps_per_sample is not None:
+        eps = per_sample(eps_per_sample, x)
+    return project(x_adv + step_size * direction(grad, norm), x, eps, norm, lo, hi)
+
+
+def reference_(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
+    """`reference` written into x_adv."""
+    x_adv.copy_(reference(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi))
+
+
+def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     """The native step; grad and x are copied first where their layout is not x_adv's."""
     if not _native.same_layout(x_adv, grad, x):
         grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
     if eps_per_sample is not None:
         eps_per_sample = eps_per_sample.contiguous()
-    _native.pgd_step(out, x_adv, grad, x, eps_per_sample, *rest)
+    batch, device = x_adv.shape[0] if x_adv.dim() else 1, x_adv.get_device()
+    _native.run(
+        "pgd_step",
+        device,
+        *_native.in_one_layout(device, torch.float32, out=out, x_adv=x_adv, grad=grad, x=x),
+        *_native.contiguous(device, torch.float32, eps=eps_per_sample),
+        batch,
+        x_adv.numel() // max(batch, 1),
+        eps,
+        step_size,
+        norm,
+        lo,
+        hi,
+    )
 
 
 def _native_ok(x_adv):
@@ -45,7 +75,7 @@ def _native_ok(x_adv):
 
 def _compiled(x_adv, *args):
     if not _native_ok(x_adv):
-        return reference.pgd_step(x_adv, *args)
+        return reference(x_adv, *args)
     out = _native.empty_like(x_adv)
     _into(out, x_adv, *args)
     return out
@@ -53,12 +83,25 @@ def _compiled(x_adv, *args):
 
 def _compiled_(x_adv, *args):
     if not _native_ok(x_adv):
-        return reference.pgd_step_(x_adv, *args)
-    return _into(x_adv, x_adv, *args)
+        return reference_(x_adv, *args)
+    _into(x_adv, x_adv, *args)
+    return _native.mutated(x_adv)
 
 
 def _cuda(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
     return norm == "linf" and _native_ok(x_adv)
+
+
+def _triton():
+    from ..kernels.pgd_step import pgd_step
+
+    return pgd_step
+
+
+def _triton_():
+    from ..kernels.pgd_step import pgd_step_
+
+    return pgd_step_
 
 
 def _fake(x_adv, *args):
@@ -69,18 +112,18 @@ def _fake(x_adv, *args):
 _pgd_step = define(
     f"pgd_step(Tensor x_adv, {_ARGS}) -> Tensor",
     check=_check,
-    reference=reference.pgd_step,
+    reference=reference,
     native=_compiled,
-    kernel="pgd_step",
+    triton=_triton,
     cuda=_cuda,
     fake=_fake,
 )
 _pgd_step_ = define(
     f"pgd_step_(Tensor(a!) x_adv, {_ARGS}) -> ()",
     check=_check_in_place,
-    reference=reference.pgd_step_,
+    reference=reference_,
     native=_compiled_,
-    kernel="pgd_step",
+    triton=_triton_,
     cuda=_cuda,
     fake=_check,
 )

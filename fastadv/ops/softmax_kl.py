@@ -7,10 +7,17 @@
 student, teacher: [B, C]; weight: [B] or None; gradients: contiguous, each in its input's dtype.
 """
 
-import torch
+import math
 
-from . import _native, reference
+import torch
+import torch.nn.functional as F
+
+from . import _native
 from ._library import FLOATS, define, expect, gradients_from_forward
+from ._logits import loss_dtype
+from ._reference import at_least_fp32
+
+REDUCTIONS = "none", "sum", "batchmean", "mean"
 
 
 def _check(student, teacher, weight, temperature, reduction, *wanted):
@@ -21,16 +28,43 @@ def _check(student, teacher, weight, temperature, reduction, *wanted):
         raise TypeError(f"student is {dtype}, must be a floating point type")
     expect("teacher", teacher, dtype=dtype, like=student, shape=shape)
     if weight is not None:
-        expect("weight", weight, dtype=reference.loss_dtype(dtype), like=student, shape=shape[:1])
+        expect("weight", weight, dtype=loss_dtype(dtype), like=student, shape=shape[:1])
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, must be positive and finite")
-    if reduction not in reference.REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, must be in {reference.REDUCTIONS}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, must be in {REDUCTIONS}")
+
+
+def reference(
+    student, teacher, weight, temperature, reduction, student_grad, teacher_grad, weight_grad
+):
+    """KL_i = sum_c q_c (log q_c - log p_c) with p, q = softmax(student / T), softmax(teacher / T);
+    d/ds = w (p - q) / T, d/dt = w q (log q - log p - KL_i) / T, d/dw = KL_i, each times the
+    reduction's factor. student, teacher [B, C]; weight [B]. A class with q_c = 0 counts 0.
+    """
+    log_p, log_q = (
+        F.log_softmax(at_least_fp32(v) / temperature, dim=1) for v in (student, teacher)
+    )
+    p, q = log_p.exp(), log_q.exp()
+    difference = (log_q - log_p).masked_fill(q == 0, 0)
+    kl = (q * difference).sum(dim=1)
+    parts = {"none": 1, "sum": 1, "batchmean": len(kl), "mean": math.prod(student.shape)}[reduction]
+    factor = 1 / max(parts, 1)
+    weighted = kl if weight is None else weight * kl
+    loss = weighted if reduction == "none" else (weighted * factor).sum()
+    scale = torch.full_like(kl, factor / temperature) * (1 if weight is None else weight)
+    slope = (q * (difference - kl[:, None])).masked_fill(q == 0, 0)
+    gradients = (
+        (student_grad, ((p - q) * scale[:, None]).to(student.dtype)),
+        (teacher_grad, (slope * scale[:, None]).to(student.dtype)),
+        (weight_grad, kl * factor),
+    )
+    return loss, *(g.contiguous() if wanted else g.new_empty(0) for wanted, g in gradients)
 
 
 def _outputs(student, teacher, weight, temperature, reduction, *wanted):
     """Memory for (loss, grad_student, grad_teacher, grad_weight); [0] for what is not wanted."""
-    shape, dtype = student.shape, reference.loss_dtype(student.dtype)
+    shape, dtype = student.shape, loss_dtype(student.dtype)
     shapes = (shape, student.dtype), (shape, student.dtype), (shape[:1], dtype)
     loss = _native.empty(shape[:1] if reduction == "none" else (), student, dtype)
     return loss, *[
@@ -49,18 +83,42 @@ def _rows(logits):
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
+def _factor(reduction, shape):
+    """What the sum over rows is multiplied by. 1 for an empty batch, whose losses are then 0."""
+    batch, classes = shape
+    count = {"batchmean": batch, "mean": batch * classes}.get(reduction, 1)
+    return 1 / max(count, 1)
+
+
 def _compiled(student, teacher, weight, temperature, reduction, *wanted):
     if student.dtype == torch.float64:
-        return reference.softmax_kl(student, teacher, weight, temperature, reduction, *wanted)
-    outputs = _outputs(student, teacher, weight, temperature, reduction, *wanted)
-    _native.softmax_kl(
-        *outputs,
-        _rows(student),
-        _rows(teacher),
-        None if weight is None else weight.contiguous(),
+        return reference(student, teacher, weight, temperature, reduction, *wanted)
+    args = student, teacher, weight, temperature, reduction
+    loss, grad_student, grad_teacher, grad_weight = outputs = _outputs(*args, *wanted)
+    student, teacher = _rows(student), _rows(teacher)
+    weight = weight if weight is None else weight.contiguous()
+    dtype, device = student.dtype, student.get_device()
+    _native.run(
+        "softmax_kl",
+        device,
+        *_native.contiguous(
+            device, torch.float32, loss=loss, grad_weight=grad_weight, weight=weight
+        ),
+        *_native.addresses(
+            device,
+            dtype,
+            grad_student=grad_student,
+            grad_teacher=grad_teacher,
+            student=student,
+            teacher=teacher,
+        ),
+        *student.shape,
+        student.stride(0),
+        teacher.stride(0),
         temperature,
-        reference.reduction_factor(reduction, student.shape),
+        _factor(reduction, student.shape),
         reduction != "none",
+        _native.DTYPES[dtype],
     )
     return outputs
 
@@ -71,13 +129,19 @@ def _cuda(student, teacher, weight, temperature, reduction, *wanted):
     return few and student.dtype in _native.DTYPES
 
 
+def _triton():
+    from ..kernels.softmax_kl import softmax_kl
+
+    return softmax_kl
+
+
 _softmax_kl = define(
     "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, str reduction, "
     "bool student_grad, bool teacher_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
-    reference=reference.softmax_kl,
+    reference=reference,
     native=_compiled,
-    kernel="softmax_kl",
+    triton=_triton,
     cuda=_cuda,
     fake=_fake,
 )

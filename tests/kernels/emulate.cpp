@@ -41,39 +41,12 @@ int64_t blocks(int64_t work, int block, int multiprocessors) {
   return blocks_for(work, block, multiprocessors);
 }
 
-// The arguments that fastadv/_native.py gives to csrc/bind.cpp, and the emulation's two.
-void pgd_step(float* out, const float* x_adv, const float* grad, const float* x,
-              const float* eps_per_sample, int64_t batch, int64_t size, float eps, float step_size,
-              int, float lo, float hi, int64_t threads, int64_t* work) {
-  pgd_step_with({out, x_adv, grad, x, eps_per_sample, batch, size, eps, step_size, lo, hi},
-                Loop{threads, work});
-}
-
-void random_start(float* out, const float* x, const uint64_t* seed, const int64_t* index,
-                  const float* eps_per_sample, int64_t batch, int64_t channels, int64_t plane,
-                  float eps, int, int, float, uint32_t step, uint32_t restart, float lo, float hi,
-                  int64_t threads, int64_t* work) {
-  random_start_with(
-      {out, x, *seed, index, eps_per_sample, batch, channels, plane, eps, step, restart, lo, hi},
-      Loop{threads, work});
-}
-
-void augment(float* out, const uint8_t* images, const int64_t* dy, const int64_t* dx,
-             const bool* flip, int64_t batch, int64_t channels, int64_t height, int64_t width,
-             int64_t padding, bool channels_last, int64_t threads, int64_t* work) {
-  augment_with({out, images, dy, dx, flip, batch, channels, height, width, padding, channels_last},
-               Loop{threads, work});
-}
-
-void softmax_kl(float* loss, void* grad_student, void* grad_teacher, float* grad_weight,
-                const void* student, const void* teacher, const float* weight, int64_t batch,
-                int64_t classes, int64_t student_stride, int64_t teacher_stride, double temperature,
-                double factor, bool reduced, int dtype, int64_t threads, int64_t* work) {
-  softmax_kl_with(
-      {loss, grad_student, grad_teacher, grad_weight, student, teacher, weight, batch, classes,
-       student_stride, teacher_stride, temperature, factor, reduced, static_cast<DType>(dtype)},
-      Loop{threads, work});
-}
+// Each kernel with the struct that it is launched with, and the emulation's two arguments.
+#define EMULATED(name, arguments)                                     \
+  void name(const arguments* args, int64_t threads, int64_t* work) {  \
+    if (name##_takes(*args)) name##_with(*args, Loop{threads, work}); \
+  }
+FASTADV_CUDA_KERNELS(EMULATED)
 
 float widened(uint16_t raw, bool half) { return half ? widen(F16{raw}) : widen(Bf16{raw}); }
 

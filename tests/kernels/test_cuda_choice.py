@@ -60,14 +60,13 @@ def choose(monkeypatch):
         monkeypatch.setattr(_library, "backend", lambda: backend)
         monkeypatch.setattr(_native, "cuda_missing", lambda: no_cuda)
         monkeypatch.setattr(_library, "triton_missing", lambda: no_triton)
-        module = SimpleNamespace(**{name: lambda x: "triton"})
-        monkeypatch.setattr(_library.importlib, "import_module", lambda _: module)
         function, text = _library.on_gpu(
             name,
             lambda x: "reference",
             lambda x: "cuda",
-            name,
+            lambda: lambda x: "triton",
             (lambda x: bool(x % 2 == 0)) if takes else None,
+            _library.not_double,
         )
         odd, even, double = torch.tensor(1), torch.tensor(2), torch.tensor(1.0).double()
         return text, [function(x) for x in (even, odd, double)]
@@ -146,7 +145,7 @@ def test_which_calls_cuda_takes():
 
 @pytest.fixture
 def launch(monkeypatch):
-    """_native._run for a call on cuda:1, its stream 77, with a kernel that returns `error`."""
+    """_native.run for a call on cuda:1, its stream 77, with a kernel that returns `error`."""
     seen = []
 
     def run(error):
@@ -154,7 +153,7 @@ def launch(monkeypatch):
         monkeypatch.setattr(_native, "_C", kernels)
         stream = SimpleNamespace(cuda_stream=77)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda i: stream if i == 1 else None)
-        _native._run("pgd_step", 1, "a", "b")
+        _native.run("pgd_step", 1, "a", "b")
         return seen
 
     return run
@@ -172,11 +171,11 @@ def test_a_failed_launch_raises(launch):
 def test_addresses_are_of_one_device():
     x = torch.ones(2)
     with pytest.raises(TypeError, match="x is torch.float32 on cpu, must be torch.float32 on cuda"):
-        _native._address("x", x, device=0)
+        _native.addresses(0, torch.float32, x=x)
     with pytest.raises(TypeError, match="on meta, must be torch.float32 on cpu"):
-        _native._address("x", x.to("meta"))
+        _native.addresses(_native.CPU, torch.float32, x=x.to("meta"))
     with pytest.raises(TypeError, match="on meta, must be torch.float32 on cuda:0"):
-        _native._address("x", x.to("meta"), device=0)
+        _native.addresses(0, torch.float32, x=x.to("meta"))
 
 
 compiled = pytest.mark.skipif(
@@ -187,9 +186,8 @@ compiled = pytest.mark.skipif(
 @compiled
 def test_what_has_no_kernel_is_refused_before_any_launch():
     kernels, no = _native._C, "no CUDA kernel takes this norm or init"
-    l2, gaussian = _native.NORMS["l2"], _native.INITS["gaussian"]
-    assert kernels.cuda_pgd_step(*[0] * 5, 1, 1, 0.1, 0.1, l2, 0.0, 1.0, 0, 0) == no
-    for init, norm in ((0, l2), (gaussian, 0)):
+    assert kernels.cuda_pgd_step(*[0] * 5, 1, 1, 0.1, 0.1, "l2", 0.0, 1.0, 0, 0) == no
+    for init, norm in (("uniform", "l2"), ("gaussian", "linf")):
         args = *[0] * 5, 1, 1, 1, 0.1, init, norm, 0.1, 0, 0, 0.0, 1.0, 0, 0
         assert kernels.cuda_random_start(*args) == no
 
@@ -197,6 +195,6 @@ def test_what_has_no_kernel_is_refused_before_any_launch():
 @compiled
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_without_a_driver_a_launch_says_so():
-    step = [0] * 5 + [1, 1, 0.1, 0.1, 0, 0.0, 1.0, 0, 0]
+    step = [0] * 5 + [1, 1, 0.1, 0.1, "linf", 0.0, 1.0, 0, 0]
     assert "driver" in _native._C.cuda_pgd_step(*step)
     assert _native._C.cuda_driver() == 0

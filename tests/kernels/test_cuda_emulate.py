@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from fastadv import ops, testing
-from fastadv.ops import _library, _native, reference
+from fastadv.ops import _library, _native
+from fastadv.ops.softmax_kl import reference
 from fastadv.testing import OpCase, check_values
 
 pytestmark = [
@@ -37,12 +38,13 @@ CODES = {
     "b": ctypes.c_bool,
     "H": ctypes.c_uint16,
 }
-SIGNATURES = {
+MEMBERS = {  # of the structs in csrc/
     "pgd_step": "pppppllffiff",
-    "random_start": "ppppplllfiifIIff",
+    "random_start": "ppppllllfiifIIff",
     "augment": "ppppplllllb",
     "softmax_kl": "pppppppllllddbi",
 }
+CHOICES = {"linf": 0, "uniform": 0, "f32": 0, "bf16": 1, "f16": 2}
 EPS, STEP = 8 / 255, 2 / 255
 ALL = True, True, True
 
@@ -54,10 +56,14 @@ def library(tmp_path_factory):
     if "asan" in os.environ.get("LD_PRELOAD", ""):  # make sanitize
         command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(out)
-    for name, signature in SIGNATURES.items():
-        getattr(loaded, name).argtypes = [CODES[c] for c in signature + "lp"]
-    return loaded
+    return ctypes.CDLL(out)
+
+
+def struct(kernel, values):
+    """The kernel's struct of these values."""
+    fields = [(str(i), CODES[code]) for i, code in enumerate(MEMBERS[kernel])]
+    made = type(kernel, (ctypes.Structure,), {"_fields_": fields})
+    return made(*(CHOICES.get(value, value) for value in values))
 
 
 @pytest.fixture
@@ -72,11 +78,12 @@ def emulating(library, monkeypatch):
 
         def run(kernel, device, *args):
             work = ctypes.c_int64(-1)
-            getattr(library, kernel)(*args, threads, ctypes.byref(work))
+            launched = ctypes.byref(struct(kernel, args))
+            getattr(library, kernel)(launched, ctypes.c_int64(threads), ctypes.byref(work))
             launches.append((kernel, work.value))
 
         with monkeypatch.context() as patch:
-            patch.setattr(_native, "_run", run)
+            patch.setattr(_native, "run", run)
             yield launches
 
     return on_grid
@@ -279,8 +286,8 @@ def test_softmax_kl_extremes(emulating):
     teacher[4] = -math.inf
     teacher[4, 9] = 0
     student[6, 0], teacher[7, 9] = math.nan, math.nan
-    exact = reference.softmax_kl(student.double(), teacher.double(), *rest)
-    same = reference.softmax_kl(student, teacher, *rest)
+    exact = reference(student.double(), teacher.double(), *rest)
+    same = reference(student, teacher, *rest)
     with emulating(37):
         got = ops.softmax_kl(student, teacher, None, 1.0, "none", *ALL)
         undisturbed = ops.softmax_kl(*clean, None, 1.0, "none", *ALL)

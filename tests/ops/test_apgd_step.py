@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastadv import ops
-from fastadv.ops import _library, _native, reference
+from fastadv.ops import _library, _native
+from fastadv.ops.apgd_step import reference
 from fastadv.testing import OpCase, check_op, check_values, run
 
 NAMES = "x_adv x_old x_best grad_best x_found bad_gradients grad x step_size better_best "
@@ -99,7 +100,7 @@ def test_a_box_without_zero(norm, box):
 def test_bits_are_those_of_plain_torch():
     """linf in fp32 is exactly the sequence of torch ops, on every instruction set."""
     case = make((16, 3, 32, 32))
-    expected = run(reference.apgd_step_, case)
+    expected = run(reference, case)
     for isa in _native.isas():
         _native.use_isa(isa)
         assert all(map(torch.equal, run(case.overload, case), expected))
@@ -177,8 +178,8 @@ def test_mixed_layouts_do_not_mix_pixels():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_native_kernel_runs(norm, monkeypatch):
     """Also on channels_last images with another layout of the gradient; fp64 goes without it."""
-    calls, kernel = [], _native.apgd_step
-    monkeypatch.setattr(_native, "apgd_step", lambda *args: calls.append(1) or kernel(*args))
+    calls, run = [], _native.run
+    monkeypatch.setattr(_native, "run", lambda *args: calls.append(1) or run(*args))
     case = make((3, 3, 5, 4), norm)
     stepped(case)
     nhwc = [a.contiguous(memory_format=torch.channels_last) for a in case.args[:5]]

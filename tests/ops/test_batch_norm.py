@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import models, ops
 from fastadv.engine.trace import Tracer
-from fastadv.ops import _library, reference
+from fastadv.ops import _library
+from fastadv.ops.batch_norm import reference
 from fastadv.testing import OpCase, check_op, check_values, laid_out
 
 op = torch.ops.fastadv.batch_norm.default
@@ -68,7 +69,7 @@ def make(shape, relu=True, added=True, dtype=torch.float32):
 
 def make_backward(shape, relu=True, added=True, dtype=torch.float32):
     x, weight, bias, residual = nhwc(*tensors(shape, dtype))
-    y, mean, var = reference.batch_norm(x, weight, bias, residual, EPS, relu)
+    y, mean, var = reference(x, weight, bias, residual, EPS, relu)
     (grad,) = nhwc(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
     y, bias = (y if relu and added else None), (bias if relu and not added else None)
     args = (grad, y, x, weight, bias, mean, var, EPS, added)
@@ -109,7 +110,7 @@ def test_other_dtypes_run_as_plain_torch(dtype):
     x, weight, bias, residual = nhwc(*tensors((4, 40, 5, 5)))
     wide = torch.promote_types(dtype, torch.float32)
     args = x.to(dtype), weight.to(wide), bias.to(wide), residual.to(dtype), EPS, True
-    for got, want in zip(op(*args), reference.batch_norm(*args), strict=True):
+    for got, want in zip(op(*args), reference(*args), strict=True):
         assert torch.equal(got, want)
 
 

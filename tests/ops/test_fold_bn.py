@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from fastadv import ops
-from fastadv.ops import _library, reference
+from fastadv.ops import _library
+from fastadv.ops.fold_bn import reference
 from fastadv.testing import assert_close
 
 SHAPES = [(5, 3, 3, 3), (33, 1, 3, 3), (7, 130, 3, 3), (1, 1, 1, 1), (64, 32, 1, 1), (9, 1, 1)]
@@ -54,8 +55,8 @@ def double(arguments):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_values(layout, dtype):
     arguments = make(layout=layout)
-    exact = folded(reference.fold_bn_, double(arguments), torch.float64)
-    same = folded(reference.fold_bn_, arguments, dtype)
+    exact = folded(reference, double(arguments), torch.float64)
+    same = folded(reference, arguments, dtype)
     got = folded(ops.fold_bn_, arguments, dtype)
     for i, parts in enumerate(zip(got, exact, same, strict=True)):
         assert_close(f"fold_bn_[{i}]", *parts)
@@ -92,7 +93,7 @@ def test_follows_new_values_and_new_tensors():
         norms = [n and (change(n[0]), *n[1:]) for n in norms]
         versions = [w._version for w in written[0]]
         ops.fold_bn_(*written, weights, biases, norms)
-        expected = folded(reference.fold_bn_, (weights, biases, norms), torch.float32)
+        expected = folded(reference, (weights, biases, norms), torch.float32)
         got = [t for tensors in written for t in tensors if t is not None]
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -147,8 +148,8 @@ def test_bad_arguments_name_themselves():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_on_a_gpu(dtype):
     arguments = make()
-    exact = folded(reference.fold_bn_, double(arguments), torch.float64)
-    same = folded(reference.fold_bn_, arguments, dtype)
+    exact = folded(reference, double(arguments), torch.float64)
+    same = folded(reference, arguments, dtype)
     there = on_gpu(arguments)
     for _ in range(2):  # the second time by tables that are there
         got = folded(ops.fold_bn_, there, dtype)

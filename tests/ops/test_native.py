@@ -84,7 +84,7 @@ def test_unknown_isa_raises():
 
 
 def test_reference_backend_leaves_the_native_code_alone():
-    trap = "from fastadv.ops import _native; _native.pgd_step = None; "
+    trap = "from fastadv.ops import _native; _native.run = None; "
     status, out, err = python(trap + STEP + "print(info.report())", FASTADV_BACKEND="reference")
     assert status == 0, err
     assert stepped(out)

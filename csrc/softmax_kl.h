@@ -1,0 +1,20 @@
+#pragma once
+#include "types.h"
+
+namespace fastadv {
+
+// Logits: `dtype` [batch, classes], unit stride along classes. Gradients: contiguous, of the shape
+// and dtype of their input, null where not wanted.
+struct SoftmaxKL {
+  float* loss;          // [batch], or one number where `reduced`
+  float* grad_weight;   // [batch]
+  const float* weight;  // [batch] or null
+  void *grad_student, *grad_teacher;
+  const void *student, *teacher;
+  int64_t batch, classes, student_stride, teacher_stride;
+  double temperature, factor;  // loss = factor * weight * KL
+  bool reduced;
+  DType dtype;
+};
+
+}  // namespace fastadv
