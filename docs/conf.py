@@ -16,6 +16,16 @@ html_title = f"fastadv {version}"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 add_module_names = False
+smartquotes = False
+
+
+def escaped(match):
+    """Code as Sphinx writes it, with an escaped space, which takes no room, where it touches text;
+    a backslash before any other character."""
+    before, code, after, character = match.groups()
+    if character:
+        return f"\\{character}"
+    return before + r"\ " * bool(before) + f"``{code}``" + r"\ " * bool(after)
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
@@ -28,13 +38,7 @@ def as_restructured_text(app, what, name, obj, options, lines):
         if paragraph.startswith("    "):
             lines += ["::", "", *paragraph.splitlines(), ""]
         else:
-            parts = re.split(r"`([^`]+)`", paragraph)
-            parts[::2] = [re.sub(r"([\\*|_:<>])", r"\\\1", text) for text in parts[::2]]
-            parts[1::2] = [f"``{code}``" for code in parts[1::2]]
-            # Code that touches a letter, as in `x`s, is told from it by an escaped space.
-            text = "".join(parts)
-            text = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)
-            text = re.sub(r"(?<=\w)(``[^`]+``)", r"\\ \1", text)
+            text = re.sub(r"([(\w]?)`([^`]+)`(?=(\w?))|([\\*|_:<>])", escaped, paragraph)
             lines += [line.strip() for line in text.splitlines()]
         lines.append("")
 
