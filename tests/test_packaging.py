@@ -44,22 +44,22 @@ def run(*command, **environment):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the sources, as a fresh clone has them."""
+def copied(to):
+    """The sources as a fresh clone has them, in a new folder."""
 
     def ignored(folder, names):
         of_root = {name for name in names if name.startswith(".") or name in ("build", "runs")}
         return {*BUILT(folder, names), *(of_root if Path(folder) == ROOT else ())}
 
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "fastadv", ignore=ignored)
+    return shutil.copytree(ROOT, to, ignore=ignored)
 
 
 @pytest.fixture(scope="module")
-def sdist(tree, tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, tree)
-    return next(out.glob("fastadv-*.tar.gz"))
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    tree = copied(folder / "fastadv")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, tree)
+    return next(folder.glob("fastadv-*.tar.gz"))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_an_sdist_has_all_that_a_build_needs(sdist):
 def test_it_installs_and_runs(kind, compiler, request, python, tmp_path):
     environment = {} if compiler else {"CC": "/bin/false", "CXX": "/bin/false"}
     if kind == "wheel":
-        tree = request.getfixturevalue("tree")
+        tree = copied(tmp_path / "fastadv")
         run(*PIP, "wheel", "--no-deps", "-w", tmp_path, tree, **environment)
         package = next(tmp_path.glob("fastadv-*.whl"))
     else:
