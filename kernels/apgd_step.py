@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from .ball import l2_delta, l2_scale, l2_shrink, linf_point, linf_project, square
-from .rows import clamp, is_dense
+from .host import is_dense, mutated
+from .rows import clamp
 
 # Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
 LINF = {"BLOCK": 1024, "num_warps": 4}
@@ -210,11 +211,11 @@ def apgd_step_(
 ):
     """The step, in place. What is not laid out as x_adv, or x_adv where it is not dense, is copied
     and written back."""
-    mutated = x_adv, x_old, x_best, grad_best, x_found
+    images = x_adv, x_old, x_best, grad_best, x_found
     like = x_adv if is_dense(x_adv) else x_adv.contiguous()
     laid = [
         t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
-        for t in (*mutated, grad, x)
+        for t in (*images, grad, x)
     ]
     rows = step_size, better_best, better_found, restart, eps_per_sample
     rows = [row if row is None else row.contiguous() for row in rows]
@@ -248,9 +249,7 @@ def apgd_step_(
                 **L2,
                 enable_fp_fusion=False,
             )
-    for tensor, written in zip(mutated, laid, strict=False):
+    for tensor, written in zip(images, laid, strict=False):
         if written is not tensor:
             tensor.copy_(written)
-    for tensor in (*mutated, bad_gradients):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    mutated(*images, bad_gradients)

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import is_dense, rows_of, tile, tiling
+from .host import is_dense
+from .rows import rows_of, tile, tiling
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .host import mutated
+
 # Provisional: chosen from the compiled code, not yet timed on a GPU.
 CONFIG = {"BLOCK": 1024, "num_warps": 4}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -94,6 +96,4 @@ def fold_bn_(weights_out, biases_out, weights, biases, norms):
         fold_bn_kernel[(sum(channels),)](
             *tables, DTYPES[weights_out[0].dtype], **CONFIG, enable_fp_fusion=False
         )
-    for tensor in (*weights_out, *biases_out):
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    mutated(*weights_out, *biases_out)

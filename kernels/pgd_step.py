@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from .ball import l2_delta, l2_scale, l2_shrink, linf_point, square
-from .rows import clamp, is_dense
+from .host import is_dense, mutated
+from .rows import clamp
 
 # Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
 LINF = {"BLOCK": 1024, "num_warps": 4}
@@ -108,8 +109,7 @@ def pgd_step(x_adv, *args):
 def pgd_step_(x_adv, *args):
     """The step written into x_adv."""
     _into(x_adv, x_adv, *args)
-    if not x_adv.is_inference():
-        torch.autograd.graph.increment_version(x_adv)
+    mutated(x_adv)
 
 
 def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import clamp, is_dense
+from .host import is_dense
+from .rows import clamp
 
 # Provisional: chosen from the compiled code (128-bit accesses, no spills), not yet timed on a GPU.
 SHIFT = {"BLOCK": 1024, "num_warps": 4}

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of rows, labels and an order of the classes, layouts.
+"""What the kernels over rows share: tiles of rows, labels, and an order of the classes.
 
 A program has ROWS rows and goes over them in tiles [ROWS, BLOCK], once for each pass. Where one
 tile holds the rows the compiler drops the loops, and all loads but one up to the first store.
@@ -51,13 +51,6 @@ def launch(kernel, logits, grad, *args):
             enable_fp_fusion=False,
         )
     return loss, gradient
-
-
-def is_dense(tensor):
-    """Whether the elements fill one block of memory, one sample after another."""
-    return tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .host import reduction_factor
 from .rows import LOG2_E, product, reciprocal, tiling
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
@@ -179,12 +180,7 @@ def softmax_kl(
     """
     batch, classes = student.shape
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
-    factor = {
-        "none": 1.0,
-        "sum": 1.0,
-        "batchmean": 1 / max(batch, 1),
-        "mean": 1 / max(batch * classes, 1),
-    }[reduction]
+    factor = reduction_factor(reduction, student.shape)
     rows = torch.empty(batch, dtype=torch.float32, device=student.device)
     inputs = (student, student_grad), (teacher, teacher_grad), (rows, weight_grad)
     grads = [

@@ -62,12 +62,26 @@ def test_kl_errors_name_the_argument(logits):
         with pytest.raises(error, match=match):
             losses.kl(*(args or (student, teacher)), **options)
 
-    fails(ValueError, r"teacher has shape \(4, 9\), must be \(4, 10\)", student, teacher[:, :9])
-    fails(ValueError, r"student has shape \(10,\), must be \[B, C\]", student[0], teacher[0])
-    fails(ValueError, r"student has shape \(4, 0\), .* C > 0", student[:, :0], teacher[:, :0])
-    fails(TypeError, "teacher is torch.float64, must be torch.float32", student, teacher.double())
-    fails(TypeError, "student is torch.int64, must be a floating", student.long(), teacher.long())
-    fails(ValueError, "teacher is on meta, must be on cpu", student, teacher.to("meta"))
+    fails(
+        ValueError, r"teacher_logits has shape \(4, 9\), must be \(4, 10\)", student, teacher[:, :9]
+    )
+    fails(ValueError, r"student_logits has shape \(10,\), must be \[B, C\]", student[0], teacher[0])
+    fails(
+        ValueError, r"student_logits has shape \(4, 0\), .* C > 0", student[:, :0], teacher[:, :0]
+    )
+    fails(
+        TypeError,
+        "teacher_logits is torch.float64, must be torch.float32",
+        student,
+        teacher.double(),
+    )
+    fails(
+        TypeError,
+        "student_logits is torch.int64, must be a floating",
+        student.long(),
+        teacher.long(),
+    )
+    fails(ValueError, "teacher_logits is on meta, must be on cpu", student, teacher.to("meta"))
     fails(ValueError, "reduction is 'avg', must be in", reduction="avg")
     for temperature in (0.0, -1.0, float("nan"), float("inf")):
         fails(ValueError, f"temperature is {temperature}, must be", temperature=temperature)

@@ -1,10 +1,9 @@
 """The only file that touches the compiled module.
 
 Raw pointers carry no safety of their own. An op's `check` has seen to shapes and devices; what is
-here makes sure of dtype and strides (naming the argument at fault), makes no temporaries, passes
-torch's thread count or stream, and bumps the version counter of what a kernel overwrites. Which
-arguments a kernel takes is written in its op's own file. The interpreter lock is released in
-`csrc/bind.cpp`.
+here makes sure of dtype and strides (naming the argument at fault), makes no temporaries, and
+passes torch's thread count or stream. Which arguments a kernel takes is written in its op's own
+file. The interpreter lock is released in `csrc/bind.cpp`.
 
 CUDA kernels go to torch's current stream of their GPU, nothing waits for them, and a CUDA graph can
 capture them after a first call outside, as with torch's own ops.
@@ -14,6 +13,8 @@ import functools
 import os
 
 import torch
+
+from ..kernels.host import is_dense
 
 try:
     from .. import _C
@@ -67,13 +68,6 @@ def cuda_missing():
             found = "{}.{}".format(*capability)
             return f"cuda:{device} has compute capability {found}, must be 8.0 or higher"
     return None
-
-
-def is_dense(tensor):
-    """Whether the elements fill one block of memory, one sample after another."""
-    return tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def same_layout(tensor, *others):
@@ -145,10 +139,3 @@ def run(kernel, device, *args):
     if error:
         raise RuntimeError(f"{kernel} on cuda:{device}: {error}")
     return None
-
-
-def mutated(*tensors):
-    """Tells autograd that these were overwritten, which it cannot see behind a pointer."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)

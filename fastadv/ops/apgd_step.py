@@ -13,6 +13,7 @@ better_found, restart: bool [B]. eps: a number, or one per sample. Not different
 
 import torch
 
+from ..kernels.host import mutated
 from . import _native
 from ._library import define, expect
 from ._radius import radius
@@ -85,9 +86,9 @@ def reference(
 
 def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
     """grad and x are copied first where their layout is not x_adv's."""
-    mutated = dict(zip(_MUTATED, (x_adv, x_old, x_best, grad_best, x_found), strict=True))
-    if x_adv.dtype != torch.float32 or not _native.same_layout(*mutated.values()):
-        return reference(*mutated.values(), bad_gradients, grad, x, *rest)
+    images = dict(zip(_MUTATED, (x_adv, x_old, x_best, grad_best, x_found), strict=True))
+    if x_adv.dtype != torch.float32 or not _native.same_layout(*images.values()):
+        return reference(*images.values(), bad_gradients, grad, x, *rest)
     if not _native.same_layout(x_adv, grad, x):
         grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
     step_size, better_best, better_found, restart, eps_per_sample = (
@@ -99,7 +100,7 @@ def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest
     _native.run(
         "apgd_step",
         cpu,
-        *_native.in_one_layout(cpu, torch.float32, **mutated, grad=grad, x=x),
+        *_native.in_one_layout(cpu, torch.float32, **images, grad=grad, x=x),
         *_native.contiguous(cpu, torch.float32, step_size=step_size, eps=eps_per_sample),
         *_native.contiguous(cpu, torch.bool, **flags),
         *_native.addresses(cpu, torch.int64, bad_gradients=bad_gradients),
@@ -111,7 +112,7 @@ def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest
         lo,
         hi,
     )
-    return _native.mutated(*mutated.values(), bad_gradients)
+    return mutated(*images.values(), bad_gradients)
 
 
 def _triton():
@@ -165,9 +166,9 @@ def apgd_step_(
     Raises TypeError or ValueError that names the argument at fault, ValueError when two of the
     mutated overlap or one overlaps grad or x, RuntimeError when autograd records a mutated one.
     """
-    mutated = x_adv, x_old, x_best, grad_best, x_found
-    expect_unrecorded("apgd_step_", **dict(zip(_MUTATED, mutated, strict=True)))
+    images = x_adv, x_old, x_best, grad_best, x_found
+    expect_unrecorded("apgd_step_", **dict(zip(_MUTATED, images, strict=True)))
     flags = better_best, better_found, restart
     numbers = *radius(eps, x, norm, lo, hi), weight, norm, lo, hi
-    _apgd_step_(*mutated, bad_gradients, grad, x, step_size, *flags, *numbers)
+    _apgd_step_(*images, bad_gradients, grad, x, step_size, *flags, *numbers)
     return x_adv

@@ -17,10 +17,10 @@ from ._reference import at_least_fp32, flat, l2_norm, per_sample
 
 def _check(student, teacher, distance, student_grad, teacher_grad):
     if student.dim() == 0:
-        raise ValueError("student has no batch dimension, must be [B, ...]")
+        raise ValueError("student_features has no batch dimension, must be [B, ...]")
     if student.dtype not in FLOATS:
-        raise TypeError(f"student is {student.dtype}, must be one of {FLOATS}")
-    expect("teacher", teacher, dtype=student.dtype, like=student, shape=student.shape)
+        raise TypeError(f"student_features is {student.dtype}, must be one of {FLOATS}")
+    expect("teacher_features", teacher, dtype=student.dtype, like=student, shape=student.shape)
     if distance not in ("mse", "l2", "cosine"):
         raise ValueError(f"distance is {distance!r}, must be 'mse', 'l2' or 'cosine'")
 
@@ -101,8 +101,8 @@ def _fake(student, teacher, distance, student_grad, teacher_grad):
 
 
 _feature_distance = define(
-    "feature_distance(Tensor student, Tensor teacher, str distance, bool student_grad, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
+    "feature_distance(Tensor student_features, Tensor teacher_features, str distance, "
+    "bool student_grad, bool teacher_grad) -> (Tensor, Tensor, Tensor)",
     check=_check,
     reference=reference,
     native=_cpu,
@@ -112,15 +112,17 @@ _feature_distance = define(
 gradients_from_forward(_feature_distance, inputs=(0, 1))
 
 
-def feature_distance(student, teacher, distance="mse"):
+def feature_distance(student_features, teacher_features, distance="mse"):
     """The distance of each sample's features as [B], over all its elements.
 
-    student, teacher: float32, bfloat16 or float16 [B, ...] of one shape and dtype; strides may
-    differ (float64 runs as plain torch). distance: "mse", "l2" or "cosine". The result is float32
-    for halves. The gradient goes to whichever requires it; it is 0 for cosine where a vector's
-    norm is at most 1e-12 (its distance is then 1), and for l2 up to a distance of 1e-30. A NaN
-    stays in its sample. Raises TypeError or ValueError that names the argument at fault.
+    student_features, teacher_features: float32, bfloat16 or float16 [B, ...] of one shape and
+    dtype; strides may differ (float64 runs as plain torch). distance: "mse", "l2" or "cosine". The
+    result is float32 for halves. The gradient goes to whichever requires it; it is 0 for cosine
+    where a vector's norm is at most 1e-12 (its distance is then 1), and for l2 up to a distance of
+    1e-30. A NaN stays in its sample.
+    Raises TypeError or ValueError that names the argument at fault.
     """
-    expect_tensors(student=student, teacher=teacher)
-    wanted = [t.requires_grad and torch.is_grad_enabled() for t in (student, teacher)]
-    return _feature_distance(student, teacher, distance, *wanted)[0]
+    expect_tensors(student_features=student_features, teacher_features=teacher_features)
+    features = student_features, teacher_features
+    wanted = [t.requires_grad and torch.is_grad_enabled() for t in features]
+    return _feature_distance(*features, distance, *wanted)[0]

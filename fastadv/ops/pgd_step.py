@@ -8,6 +8,7 @@ x_adv, grad, x: [B, ...] of one shape; result: the same. Not differentiable.
 
 import torch
 
+from ..kernels.host import mutated
 from . import _native
 from ._library import define, expect
 from ._radius import radius
@@ -85,7 +86,7 @@ def _compiled_(x_adv, *args):
     if not _native_ok(x_adv):
         return reference_(x_adv, *args)
     _into(x_adv, x_adv, *args)
-    return _native.mutated(x_adv)
+    return mutated(x_adv)
 
 
 def _cuda(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):

@@ -4,7 +4,8 @@
     loss = w_i KL_i ("none"), the sum ("sum"), sum / B ("batchmean") or sum / (B C) ("mean")
     d/ds = w (p - q) / T,  d/dt = w q (log q - log p - KL_i) / T,  d/dw = KL_i,  all / B or / (B C)
 
-student, teacher: [B, C]; weight: [B] or None; gradients: contiguous, each in its input's dtype.
+student_logits, teacher_logits: [B, C]; weight: [B] or None; gradients: contiguous, each in its
+input's dtype.
 """
 
 import math
@@ -12,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..kernels.host import reduction_factor
 from . import _native
 from ._library import FLOATS, define, expect, gradients_from_forward
 from ._logits import loss_dtype
@@ -23,10 +25,10 @@ REDUCTIONS = "none", "sum", "batchmean", "mean"
 def _check(student, teacher, weight, temperature, reduction, *wanted):
     shape, dtype = student.shape, student.dtype
     if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"student has shape {tuple(shape)}, must be [B, C] with C > 0")
+        raise ValueError(f"student_logits has shape {tuple(shape)}, must be [B, C] with C > 0")
     if dtype not in FLOATS:
-        raise TypeError(f"student is {dtype}, must be a floating point type")
-    expect("teacher", teacher, dtype=dtype, like=student, shape=shape)
+        raise TypeError(f"student_logits is {dtype}, must be a floating point type")
+    expect("teacher_logits", teacher, dtype=dtype, like=student, shape=shape)
     if weight is not None:
         expect("weight", weight, dtype=loss_dtype(dtype), like=student, shape=shape[:1])
     if not 0 < temperature < float("inf"):
@@ -83,13 +85,6 @@ def _rows(logits):
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _factor(reduction, shape):
-    """What the sum over rows is multiplied by. 1 for an empty batch, whose losses are then 0."""
-    batch, classes = shape
-    count = {"batchmean": batch, "mean": batch * classes}.get(reduction, 1)
-    return 1 / max(count, 1)
-
-
 def _compiled(student, teacher, weight, temperature, reduction, *wanted):
     if student.dtype == torch.float64:
         return reference(student, teacher, weight, temperature, reduction, *wanted)
@@ -116,7 +111,7 @@ def _compiled(student, teacher, weight, temperature, reduction, *wanted):
         student.stride(0),
         teacher.stride(0),
         temperature,
-        _factor(reduction, student.shape),
+        reduction_factor(reduction, student.shape),
         reduction != "none",
         _native.DTYPES[dtype],
     )
@@ -136,8 +131,9 @@ def _triton():
 
 
 _softmax_kl = define(
-    "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, str reduction, "
-    "bool student_grad, bool teacher_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? weight, float temperature, "
+    "str reduction, bool student_grad, bool teacher_grad, bool weight_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     reference=reference,
     native=_compiled,
@@ -149,8 +145,8 @@ gradients_from_forward(_softmax_kl, inputs=(0, 1, 2))
 
 
 def softmax_kl(
-    student,
-    teacher,
+    student_logits,
+    teacher_logits,
     weight=None,
     temperature=1.0,
     reduction="batchmean",
@@ -163,6 +159,5 @@ def softmax_kl(
     The op under `losses.kl`, which has the arguments, errors and edge cases; of use alone where
     the gradient of the logits is wanted without autograd. A gradient not asked for is empty, [0].
     """
-    return _softmax_kl(
-        student, teacher, weight, temperature, reduction, student_grad, teacher_grad, weight_grad
-    )
+    logits, wanted = (student_logits, teacher_logits), (student_grad, teacher_grad, weight_grad)
+    return _softmax_kl(*logits, weight, temperature, reduction, *wanted)

@@ -187,7 +187,7 @@ def test_mixed_devices_raise():
     with pytest.raises(ValueError, match="x is on cuda:0, must be on cpu"):
         ops.pgd_step(x, x, x.cuda(), EPS, STEP)
     z = random(2, 10)
-    with pytest.raises(ValueError, match="teacher is on cpu, must be on cuda:0"):
+    with pytest.raises(ValueError, match="teacher_logits is on cpu, must be on cuda:0"):
         ops.softmax_kl(z.cuda(), z)
     with pytest.raises(ValueError, match="index is on cpu, must be on cuda:0"):
         ops.random_start(x.cuda(), EPS, index=torch.arange(2))

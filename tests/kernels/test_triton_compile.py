@@ -14,27 +14,9 @@ import sys
 import tempfile
 
 import pytest
+from kernel_tests import MODULES
 
 ARCHS = (80, 90, 100)
-REGISTERS = {  # at most, of 255; 64 keep half of an SM's threads resident
-    "linf_kernel": 40,
-    "l2_kernel": 64,
-    "linf_ascent_kernel": 72,
-    "l2_ascent_kernel": 64,
-    "shift_kernel": 48,
-    "ball_kernel": 80,
-    "augment_kernel": 40,
-    "fold_bn_kernel": 48,
-    "difference_kernel": 64,
-    "cosine_kernel": 96,
-    "tile_kernel": 64,
-    "loop_kernel": 96,
-    "cross_entropy_kernel": 80,
-    "margin_kernel": 64,
-    "dlr_kernel": 88,
-    "softmax_entropy_kernel": 80,
-    "mart_bce_kernel": 80,
-}
 TYPES = {
     "torch.float32": "*fp32",
     "torch.bfloat16": "*bf16",
@@ -61,16 +43,20 @@ def report(tmp_path_factory):
 
 
 def pairs(report, arch):
-    assert len(report) == len(list(calls()))  # names are unique
+    assert len(report) == len(variants())  # names are unique
     return [(name, facts[str(arch)]) for name, facts in report.items() if str(arch) in facts]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_suffice(report, arch):
+    limits = {}
+    for tests in MODULES.values():
+        limits |= tests.REGISTERS
     for name, code in pairs(report, arch):
         assert code["local"] == 0, f"{name} spills {code['local']} bytes"
         assert not re.search(r"\b(STL|LDL)\b", code["sass"]), f"{name} touches local memory"
-        assert code["registers"] <= REGISTERS[name.split()[0]], f"{name}: {code['registers']}"
+        # Of 255; 64 keep half of an SM's threads resident.
+        assert code["registers"] <= limits[name.split()[0]], f"{name}: {code['registers']}"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -104,88 +90,11 @@ def test_what_must_have_cpus_bits_has_no_fused_multiply_add(report, arch):
             assert "FADD" in code["sass"], name
 
 
-def calls():
-    """(name, op, arguments of its launcher, narrow loads or None where rows are not aligned) of
+def variants():
+    """(op, name, arguments of its launcher, narrow loads or None where rows are not aligned) of
     every variant. A name begins with the kernel's, whose first variant is compiled for all ARCHS,
     the others for sm_90."""
-    yield from images()
-    yield from features()
-    yield from rows()
-
-
-def images():
-    import torch
-
-    x = torch.empty(64, 3, 32, 32)
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    each, ids = torch.empty(64), torch.empty(64, dtype=torch.int64)
-    for norm in ("linf", "l2"):
-        for eps in (None, each):
-            name = f"{norm}_kernel{'' if eps is None else ' per sample'}"
-            narrow = 0 if eps is None else 1
-            yield name, "pgd_step", (x, x, x, eps, 0.1, 0.1, norm, 0.0, 1.0), narrow
-    flags, count = [torch.empty(64, dtype=torch.bool)] * 3, torch.tensor(0)
-    for norm in ("linf", "l2"):
-        for eps in (None, each):
-            name = f"{norm}_ascent_kernel{'' if eps is None else ' per sample'}"
-            args = *[x] * 5, count, x, x, each, *flags, eps, 0.1, 0.75, norm, 0.0, 1.0
-            yield name, "apgd_step_", args, 4 if eps is None else 5
-    for name, laid, init, norm, narrow in (
-        ("shift_kernel uniform", x, "uniform", "linf", 2),
-        ("shift_kernel gaussian", x, "gaussian", "linf", 1),
-        ("ball_kernel", x, "uniform", "l2", 2),
-        ("ball_kernel channels_last", nhwc, "uniform", "l2", None),
-    ):
-        seed = torch.tensor(2**40)
-        box = 0.1, 3, 2**32 - 1, 0.0, 1.0
-        yield name, "random_start", (laid, seed, ids, each, 0.1, init, norm, *box), narrow
-    weight, bias = torch.empty(64, 32, 3, 3), torch.empty(64)
-    for dtype in (torch.bfloat16, torch.float32):
-        norm = bias, bias, bias, bias, 1e-5
-        args = [weight.to(dtype)], [bias.to(dtype)], [weight], [bias], [norm]
-        yield f"fold_bn_kernel {dtype}", "fold_bn_", args, None
-    for last in (False, True):
-        args = x.to(torch.uint8), ids, ids, ids.bool(), 4, last
-        yield f"augment_kernel channels_last={last}", "augment", args, 3 + 8
-
-
-def features():
-    import torch
-
-    for size, dtype, distance in (
-        (512, "float32", "mse"),
-        (1024, "bfloat16", "cosine"),
-        (65536, "bfloat16", "l2"),
-        (65536, "float32", "cosine"),
-    ):
-        kernel = "cosine_kernel" if distance == "cosine" else "difference_kernel"
-        v = torch.empty(64, size, dtype=getattr(torch, dtype))
-        name = f"{kernel} size={size} {dtype} {distance}"
-        yield name, "feature_distance", (v, v, distance, True, True), 0
-
-
-def rows():
-    import torch
-
-    y, weight = torch.empty(64, dtype=torch.int64), torch.empty(64)
-    asked = True, True, True
-    for classes, dtype in ((1000, torch.bfloat16), (32768, torch.float32)):
-        z = torch.empty(64, classes, dtype=dtype)
-        kind = f"C={classes} {dtype}".replace("torch.", "")
-        kernel = "tile_kernel" if classes <= 4096 else "loop_kernel"
-        yield f"{kernel} {kind}", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), 1
-        # Of a label's op: the label, and its logit.
-        yield f"margin_kernel {kind}", "margin", (z, y, True), 2
-        yield f"dlr_kernel {kind}", "dlr", (z, y, True), 2
-        yield f"mart_bce_kernel {kind}", "mart_bce", (z, y, True), 2
-        yield f"cross_entropy_kernel {kind}", "cross_entropy", (z, y, 0.1, -100, "none", True), 2
-        offset = 0.0 if classes == 32768 else 1e-5
-        yield f"softmax_entropy_kernel {kind}", "softmax_entropy", (z, 2.0, offset, True), 0
-    name = "cross_entropy_kernel C=32768 probabilities"
-    yield name, "cross_entropy", (z, torch.empty_like(z), 0.1, -100, "none", True), 0
-    z = torch.empty(64, 10)
-    yield "tile_kernel C=10", "softmax_kl", (z, z, weight, 1.0, "mean", *asked), None
-    yield "cross_entropy_kernel C=10", "cross_entropy", (z, y, 0.1, -100, "none", True), None
+    return [(op, *variant) for op, tests in MODULES.items() for variant in tests.COMPILED]
 
 
 class Recorder:
@@ -248,12 +157,13 @@ def main():
     import importlib
 
     report, seen = {}, set()
-    for name, op, args, narrow in calls():
-        launcher = importlib.import_module(f"fastadv.kernels.{op.rstrip('_')}")
+    for op, name, args, narrow in variants():
+        launcher = importlib.import_module(f"fastadv.kernels.{op}")
+        launch = getattr(launcher, op, None) or getattr(launcher, f"{op}_")
         for kernel in [n for n in vars(launcher) if n.endswith("_kernel")]:
             if not isinstance(getattr(launcher, kernel), Recorder):
                 setattr(launcher, kernel, Recorder(getattr(launcher, kernel)))
-        getattr(launcher, op)(*args)
+        launch(*args)
         kernel, values = Recorder.last
         assert name.startswith(kernel.__name__), (name, kernel.__name__)
         assert values["enable_fp_fusion"] is False, name

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_tests import MODULES
 
 pytest.importorskip("triton")
 TESTS = Path(__file__).parents[1]
@@ -23,40 +24,11 @@ def run(arguments, cwd, **env):
     )
 
 
-# What runs by default, the interpreter being slow; the whole files are among the slow tests.
-SELECTED = {
-    "pgd_step": "test_sizes[33-linf] test_sizes[33-l2] test_bits_are_those_of_plain_torch "
-    "test_mixed_layouts_do_not_mix_pixels test_nan_and_zero_gradients_do_not_move",
-    "apgd_step": "test_sizes[33-linf] test_sizes[33-l2] test_a_box_without_zero[box0-l2] "
-    "test_bits_are_those_of_plain_torch test_what_is_kept_and_where_it_goes_on[linf] "
-    "test_what_is_kept_and_where_it_goes_on[l2] test_mixed_layouts_do_not_mix_pixels "
-    "test_a_sample_with_many_holes_counts_once test_everything_written_counts_as_mutated",
-    "softmax_kl": "test_half[10-dtype0] test_nan_stays_in_its_wide_row TestExtremes",
-    "cross_entropy": "test_op[0.1-False] test_sizes[16-dtype1] TestExtremes "
-    "test_rows_wider_than_the_stash[4097]",
-    "margin": "test_sizes[16-dtype1] test_sizes[17-dtype0] test_a_large_row[dtype0] "
-    "test_labels_far_out_of_range_read_nothing",
-    "random_start": "test_op[True-uniform-linf] test_known_answers test_edges "
-    "test_uniform_bits_are_those_of_the_reference test_bits_are_those_of_the_cpu_kernels",
-    "feature_distance": "test_op[cosine] test_sizes[17-mse-dtype1] test_shapes[shape0-l2] "
-    "test_shapes[shape1-mse] test_every_half_is_read_and_written_as_torch_does[0.0-dtype0] "
-    "test_mixed_layouts_do_not_mix_pixels test_nan_and_infinity_stay_in_their_sample "
-    "test_zero_vectors_and_zero_distance_have_gradient_zero",
-    "augment": "test_op[shape1-True] test_shapes[shape0-False] test_shapes[shape5-False] "
-    "test_identity_is_torchs_division test_offsets_outside_read_zeros[True-12]",
-    "fold_bn": "test_values[layout0-dtype1] test_values[layout1-dtype0] test_tables_are_made_once "
-    "test_a_weight_that_no_three_strides_describe test_follows_new_values_and_new_tensors",
-    "dlr": "test_sizes[16-dtype1] test_sizes[17-dtype0] test_a_large_row[dtype0] "
-    "test_leaders_a_block_apart_in_a_wide_row test_labels_far_out_of_range_read_nothing",
-    "softmax_entropy": "test_sizes[16-0.0-dtype1] test_sizes[17-0.1-dtype0] TestExtremes "
-    "test_rows_wider_than_the_stash[dtype1-1e-05-4097] test_small_entropies_are_accurate",
-    "mart_bce": "test_sizes[16-dtype1] test_sizes[17-dtype0] TestExtremes "
-    "test_rows_wider_than_the_stash[dtype0-4097]",
-}
 INTERPRETED = {"TRITON_INTERPRET": "1", "FASTADV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
 
 
-CHOSEN = [f"{TESTS}/ops/test_{op}.py::{name}" for op in SELECTED for name in SELECTED[op].split()]
+# What runs by default, the interpreter being slow; the whole files are among the slow tests.
+CHOSEN = [f"{m.__file__}::{name}" for m in MODULES.values() for name in m.INTERPRETED]
 
 
 def test_interpreted(tmp_path):
@@ -75,7 +47,7 @@ def test_on_a_gpu(backend, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", SELECTED)
+@pytest.mark.parametrize("op", MODULES)
 def test_interpreted_in_full(op, tmp_path):
     done = run(["-m", "pytest", TESTS / f"ops/test_{op}.py"], tmp_path, **INTERPRETED)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -87,7 +59,7 @@ def test_an_interpreted_run_is_on_the_kernels(tmp_path):
     backends = ast.literal_eval(done.stdout)
     others = {name for name, backend in backends.items() if backend != "triton (interpreted)"}
     assert others == {"batch_norm", "batch_norm_backward"}  # which GPUs leave to torch
-    assert set(SELECTED) <= {name.rstrip("_") for name in backends}
+    assert set(MODULES) == {name.rstrip("_") for name in backends} - others
 
 
 def test_triton_without_a_device_is_refused(tmp_path):
@@ -99,5 +71,5 @@ def test_triton_without_a_device_is_refused(tmp_path):
 
 def test_kernels_import_without_a_device(tmp_path):
     alone = {"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "-1", "FASTADV_BACKEND": ""}
-    done = run(["-c", f"from fastadv.kernels import {', '.join(SELECTED)}"], tmp_path, **alone)
+    done = run(["-c", f"from fastadv.kernels import {', '.join(MODULES)}"], tmp_path, **alone)
     assert done.returncode == 0, done.stderr

@@ -268,3 +268,28 @@ def test_bad_arguments_name_themselves():
     for name in NAMES[:5]:
         fails(RuntimeError, f"{name} requires grad", **{name: good[name].clone().requires_grad_()})
     assert all(map(torch.equal, make((4, 3, 2, 2)).args[:6], case.args[:6]))
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_sizes[33-linf]",
+    "test_sizes[33-l2]",
+    "test_a_box_without_zero[box0-l2]",
+    "test_bits_are_those_of_plain_torch",
+    "test_what_is_kept_and_where_it_goes_on[linf]",
+    "test_what_is_kept_and_where_it_goes_on[l2]",
+    "test_mixed_layouts_do_not_mix_pixels",
+    "test_a_sample_with_many_holes_counts_once",
+    "test_everything_written_counts_as_mutated",
+)
+REGISTERS = {"linf_ascent_kernel": 72, "l2_ascent_kernel": 64}
+IMAGES, RADII = torch.empty(64, 3, 32, 32), torch.empty(64)
+WRITTEN, BOOLS = ([IMAGES] * 5 + [torch.tensor(0)]), [torch.empty(64, dtype=torch.bool)] * 3
+ROWS = IMAGES, IMAGES, RADII, *BOOLS  # grad, x, step_size and the flags
+COMPILED = [
+    (f"{norm}_ascent_kernel{name}", (*WRITTEN, *ROWS, eps, 0.1, 0.75, norm, 0.0, 1.0), narrow)
+    for norm in ("linf", "l2")
+    for name, eps, narrow in (("", None, 4), (" per sample", RADII, 5))
+]

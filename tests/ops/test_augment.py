@@ -125,3 +125,25 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"dx has shape \(3,\), must be \(4,\)", dx=dx[:3])
     fails(TypeError, "flip is torch.uint8, must be torch.bool", flip=flip.byte())
     fails(ValueError, "padding is -1, must be at least 0", padding=-1)
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_op[shape1-True]",
+    "test_shapes[shape0-False]",
+    "test_shapes[shape5-False]",
+    "test_identity_is_torchs_division",
+    "test_offsets_outside_read_zeros[True-12]",
+)
+REGISTERS = {"augment_kernel": 40}
+PIXELS, OFFSETS = torch.empty(64, 3, 32, 32, dtype=torch.uint8), torch.empty(64, dtype=torch.int64)
+COMPILED = [
+    (
+        f"augment_kernel channels_last={last}",
+        (PIXELS, OFFSETS, OFFSETS, OFFSETS.bool(), 4, last),
+        3 + 8,  # the parameters, and bytes
+    )
+    for last in (False, True)
+]

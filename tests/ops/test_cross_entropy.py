@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wide_rows import LABELS, WIDE
 
 from fastadv import ops
 from fastadv.ops import _library
@@ -269,3 +270,22 @@ def test_bad_arguments_name_themselves():
     fails(ValueError, r"target requires grad, .* losses.kl", target=soft.requires_grad_())
     for smoothing in (-0.1, 1.1, math.nan):
         fails(ValueError, r"label_smoothing is .*, must be in \[0, 1\]", smoothing=smoothing)
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_op[0.1-False]",
+    "test_sizes[16-dtype1]",
+    "TestExtremes",
+    "test_rows_wider_than_the_stash[4097]",
+)
+REGISTERS = {"cross_entropy_kernel": 80}
+TAIL = 0.1, -100, "none", True
+COMPILED = [(f"cross_entropy_kernel {kind}", (z, LABELS, *TAIL), 2) for kind, z in WIDE.items()] + [
+    (f"cross_entropy_kernel probabilities {kind}", (z, torch.empty_like(z), *TAIL), 0)
+    for kind, z in WIDE.items()
+    if z.dtype == torch.float32
+]
+COMPILED.append(("cross_entropy_kernel C=10", (torch.empty(64, 10), LABELS, *TAIL), None))

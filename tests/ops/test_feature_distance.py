@@ -192,9 +192,41 @@ def test_bad_arguments_name_themselves():
         with pytest.raises(error, match=match):
             ops.feature_distance(s, t, distance)
 
-    fails(ValueError, r"teacher has shape \(3, 6\), must be \(4, 6\)", t=teacher[:3])
-    fails(TypeError, "teacher is torch.bfloat16, must be torch.float32", t=teacher.bfloat16())
-    fails(TypeError, "student is torch.int64", s=student.long())
-    fails(ValueError, "student has no batch dimension", s=student.sum(), t=teacher.sum())
-    fails(ValueError, "teacher is on meta, must be on cpu", t=teacher.to("meta"))
+    fails(ValueError, r"teacher_features has shape \(3, 6\), must be \(4, 6\)", t=teacher[:3])
+    fails(
+        TypeError, "teacher_features is torch.bfloat16, must be torch.float32", t=teacher.bfloat16()
+    )
+    fails(TypeError, "student_features is torch.int64", s=student.long())
+    fails(ValueError, "student_features has no batch dimension", s=student.sum(), t=teacher.sum())
+    fails(ValueError, "teacher_features is on meta, must be on cpu", t=teacher.to("meta"))
     fails(ValueError, "distance is 'l1', must be 'mse', 'l2' or 'cosine'", distance="l1")
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_op[cosine]",
+    "test_sizes[17-mse-dtype1]",
+    "test_shapes[shape0-l2]",
+    "test_shapes[shape1-mse]",
+    "test_every_half_is_read_and_written_as_torch_does[0.0-dtype0]",
+    "test_mixed_layouts_do_not_mix_pixels",
+    "test_nan_and_infinity_stay_in_their_sample",
+    "test_zero_vectors_and_zero_distance_have_gradient_zero",
+)
+REGISTERS = {"difference_kernel": 64, "cosine_kernel": 96}
+SHAPES = (
+    (512, torch.float32, "mse"),
+    (1024, torch.bfloat16, "cosine"),
+    (65536, torch.bfloat16, "l2"),
+    (65536, torch.float32, "cosine"),
+)
+COMPILED = [
+    (
+        f"{'cosine' if distance == 'cosine' else 'difference'}_kernel {size} {dtype} {distance}",
+        (*torch.empty(2, 64, size, dtype=dtype), distance, True, True),
+        0,
+    )
+    for size, dtype, distance in SHAPES
+]

@@ -161,3 +161,25 @@ def on_gpu(arguments):
     if isinstance(arguments, torch.Tensor):
         return arguments.cuda()
     return [on_gpu(a) for a in arguments] if isinstance(arguments, (list, tuple)) else arguments
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_values[layout0-dtype1]",
+    "test_values[layout1-dtype0]",
+    "test_tables_are_made_once",
+    "test_a_weight_that_no_three_strides_describe",
+    "test_follows_new_values_and_new_tensors",
+)
+REGISTERS = {"fold_bn_kernel": 48}
+WEIGHT, ROW = torch.empty(64, 32, 3, 3), torch.empty(64)
+COMPILED = [
+    (
+        f"fold_bn_kernel {dtype}",
+        ([WEIGHT.to(dtype)], [ROW.to(dtype)], [WEIGHT], [ROW], [(ROW, ROW, ROW, ROW, 1e-5)]),
+        None,
+    )
+    for dtype in (torch.bfloat16, torch.float32)
+]

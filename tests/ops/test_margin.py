@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wide_rows import labelled
 
 from fastadv import ops
 from fastadv.ops import _library
@@ -170,3 +171,16 @@ def test_bad_arguments_name_themselves():
     fails(TypeError, r"logits is a tuple, must be a tensor", logits=(logits,))
     fails(ValueError, r"y has shape \(3,\), must be \(4,\)", y=y[:3])
     fails(ValueError, r"y is on meta, must be on cpu", y=y.to("meta"))
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_sizes[16-dtype1]",
+    "test_sizes[17-dtype0]",
+    "test_a_large_row[dtype0]",
+    "test_labels_far_out_of_range_read_nothing",
+)
+REGISTERS = {"margin_kernel": 64}
+COMPILED = labelled("margin_kernel")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wide_rows import labelled
 
 from fastadv import ops
 from fastadv.ops import _library
@@ -178,3 +179,16 @@ def test_bad_arguments_name_themselves():
     fails(TypeError, r"logits is torch.int64", logits=logits.long())
     fails(TypeError, r"y is torch.float32, must be integers", y=y.float())
     fails(ValueError, r"y has shape \(3,\), must be \(4,\)", y=y[:3])
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_sizes[16-dtype1]",
+    "test_sizes[17-dtype0]",
+    "TestExtremes",
+    "test_rows_wider_than_the_stash[dtype0-4097]",
+)
+REGISTERS = {"mart_bce_kernel": 80}
+COMPILED = labelled("mart_bce_kernel")

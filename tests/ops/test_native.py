@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.engine import packed
 from fastadv.ops import _native
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,22 @@ def test_objects_share_no_symbol(isa, tmp_path):
     assert [name for kind, name in symbols if kind in "WwVvu"] == []
     table = f"fastadv::{isa}::table"
     assert [name for kind, name in symbols if kind.isupper() and kind != "U"] == [table]
+
+
+@pytest.mark.skipif(bool(_native.missing), reason="no compiled module")
+def test_blocks_are_as_large_as_the_kernels_have_them():
+    sizes = packed.IMAGES, packed.CHANNELS
+    assert sizes == (_native.constant("images_per_block"), _native.constant("channels_per_block"))
+
+
+@pytest.mark.skipif(bool(_native.missing), reason="no compiled module")
+def test_a_call_that_a_kernel_does_not_know_is_refused():
+    args = [0] * 5 + [1, 1, 0.1, 0.1, "linf", 0.0, 1.0]
+    with pytest.raises(TypeError, match="pgd_step takes 13 arguments, not 12"):
+        _native.run("pgd_step", _native.CPU, *args[1:])
+    args[9] = "l3"
+    with pytest.raises(ValueError, match="no kernel knows the choice l3"):
+        _native.run("pgd_step", _native.CPU, *args)
 
 
 def test_only_bind_knows_python_or_torch():

@@ -157,3 +157,22 @@ def test_bad_arguments_name_themselves():
     leaf = x_adv.clone().requires_grad_()
     fails(RuntimeError, "x_adv requires grad", x_adv=leaf)
     assert torch.equal(leaf, x_adv)
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_sizes[33-linf]",
+    "test_sizes[33-l2]",
+    "test_bits_are_those_of_plain_torch",
+    "test_mixed_layouts_do_not_mix_pixels",
+    "test_nan_and_zero_gradients_do_not_move",
+)
+REGISTERS = {"linf_kernel": 40, "l2_kernel": 64}
+IMAGES, RADII = torch.empty(64, 3, 32, 32), torch.empty(64)
+COMPILED = [
+    (f"{norm}_kernel{name}", (IMAGES, IMAGES, IMAGES, eps, 0.1, 0.1, norm, 0.0, 1.0), narrow)
+    for norm in ("linf", "l2")
+    for name, eps, narrow in (("", None, 0), (" per sample", RADII, 1))
+]

@@ -251,3 +251,29 @@ def test_the_result_is_laid_out_as_x():
         start = ops.random_start(x, 0.1, init, seed=1)
         assert start.stride() == x.stride()
         assert torch.equal(start, ops.random_start(x.contiguous(), 0.1, init, seed=1))
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_op[True-uniform-linf]",
+    "test_known_answers",
+    "test_edges",
+    "test_uniform_bits_are_those_of_the_reference",
+    "test_bits_are_those_of_the_cpu_kernels",
+)
+REGISTERS = {"shift_kernel": 48, "ball_kernel": 80}
+IMAGES, RADII = torch.empty(64, 3, 32, 32), torch.empty(64)
+SEEDED = torch.tensor(2**40), torch.empty(64, dtype=torch.int64), RADII, 0.1
+BOX = 0.1, 3, 2**32 - 1, 0.0, 1.0
+COMPILED = [
+    ("shift_kernel uniform", (IMAGES, *SEEDED, "uniform", "linf", *BOX), 2),
+    ("shift_kernel gaussian", (IMAGES, *SEEDED, "gaussian", "linf", *BOX), 1),
+    ("ball_kernel", (IMAGES, *SEEDED, "uniform", "l2", *BOX), 2),
+    (
+        "ball_kernel channels_last",
+        (IMAGES.contiguous(**NHWC), *SEEDED, "uniform", "l2", *BOX),
+        None,
+    ),
+]

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from wide_rows import WIDE
 
 from fastadv import ops
 from fastadv.ops import _native
@@ -144,3 +145,20 @@ def test_bad_arguments_name_themselves():
         fails(ValueError, f"temperature is {bad}, must be positive", logits, bad)
     for bad in (-1e-5, math.nan, math.inf):
         fails(ValueError, f"offset is {bad}, must be at least 0", logits, 1.0, bad)
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_sizes[16-0.0-dtype1]",
+    "test_sizes[17-0.1-dtype0]",
+    "TestExtremes",
+    "test_rows_wider_than_the_stash[dtype1-1e-05-4097]",
+    "test_small_entropies_are_accurate",
+)
+REGISTERS = {"softmax_entropy_kernel": 80}
+COMPILED = [
+    (f"softmax_entropy_kernel {kind}", (z, 2.0, 0.0 if z.shape[1] > 4096 else 1e-5, True), 0)
+    for kind, z in WIDE.items()
+]

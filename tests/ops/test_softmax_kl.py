@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from wide_rows import WIDE
 
 from fastadv import losses, ops
 from fastadv.ops import _library, _native
@@ -303,3 +304,19 @@ def test_inductor_compiles_forward_and_backward():
     pairs = (torch.autograd.grad(loss, inputs) for loss in (got, expected))
     for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
+# default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
+# where rows are not aligned) of the variants to compile.
+INTERPRETED = (
+    "test_half[10-dtype0]",
+    "test_nan_stays_in_its_wide_row",
+    "TestExtremes",
+)
+REGISTERS = {"tile_kernel": 64, "loop_kernel": 96}
+SMALL, REST = torch.empty(64, 10), (torch.empty(64), 1.0, "mean", True, True, True)
+COMPILED = [
+    (f"{'tile' if z.shape[1] <= 4096 else 'loop'}_kernel {kind}", (z, z, *REST), 1)
+    for kind, z in WIDE.items()
+] + [("tile_kernel C=10", (SMALL, SMALL, *REST), None)]
