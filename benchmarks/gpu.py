@@ -25,7 +25,8 @@ import bench_random_start
 import bench_softmax_kl
 import bench_train_step
 import torch
-from run import line, markdown, measure
+from run import line, measure
+from tables import markdown
 from timing import RESULTS, Case, interleave, machine, summary
 
 from fastadv.ops import _library
