@@ -20,8 +20,8 @@ struct BatchNorm {
   DType dtype;
 };
 
-// The slope of a ReLU comes from its output y where a residual was added, else from bias; what the
-// slope does not come from is null, and both are without a ReLU.
+// A ReLU's slope is found from its output y where a residual was added, else from x and bias. The
+// one of y and bias that is not needed is null; without a ReLU both are.
 struct BatchNormBackward {
   void *x_grad, *residual_grad;  // residual_grad may be null
   const void *grad, *y, *x;

@@ -1,7 +1,7 @@
 // The only file that knows Python. Every kernel of the tables becomes a function of the module: its
 // arguments are the members of the kernel's struct in their order, addresses as integers and
-// choices by name, and then the number of threads. fastadv/ops/_native.py has checked what lies
-// behind the addresses. Every call releases the interpreter lock.
+// choices by name, and then the number of threads. fastadv/ops/_native.py has checked the
+// tensors behind the addresses. Every call releases the interpreter lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -118,7 +118,7 @@ void bind(py::module_& module, const char* name,
 }
 
 // The same of a kernel for GPUs, whose last two arguments are the device and its stream in place of
-// the threads. Returns what went wrong, or None.
+// the threads. Returns an error message, or None.
 template <typename Struct>
 [[maybe_unused]] void bind(py::module_& module, const char* name,
                            const char* (*launch)(const Struct&, cuda::Place) noexcept) {

@@ -10,7 +10,7 @@ namespace fastadv {
 // pixel needs by a list of taps, so that maps have no padding.
 constexpr int images_per_block = 16, channels_per_block = 32, block_size = 512;
 
-// What becomes of a convolution's sums; what is null is left out.
+// The operations that finish a convolution's sums; those whose pointer is null are left out.
 //   forward:   v = sums + bias + before -> out; z = scale v + shift; f(z) -> active; f'(z) -> slope
 //   backward:  (sums + before) slope scale + after -> out
 // f: none, min(max(z, 0), cap) or z sigmoid(z). out, active, before, after: blocks like the sums;

@@ -110,7 +110,7 @@ def guarded_memory():
 
 
 def run(function, case):
-    """The outputs of one call as a list: what it returns, or the arguments that it mutates."""
+    """The outputs of one call as a list: its results, or the arguments that it mutates."""
     args = case.args
     writes = [
         a.alias_info is not None and a.alias_info.is_write for a in case.overload._schema.arguments
@@ -258,8 +258,8 @@ def using_isa(isa):
 
 
 def check_op(case):
-    """`check_values`, and what torch expects of an op: opcheck, fullgraph compile, gradients of
-    both orders, torch.func."""
+    """`check_values`, and torch's demands on an op: opcheck, fullgraph compile, gradients of both
+    orders, torch.func."""
     check_values(case)
     torch.library.opcheck(case.overload, case.args)
     if torch.cuda.is_available():
@@ -339,8 +339,8 @@ def _assert_all_close(name, got, exact, same_dtype):
 
 
 def _assert_near(name, got, exact):
-    """That what runs in torch's own ops has the values of the fp64 oracle to rounding: its order of
-    operations is not the oracle's, so that the 2x rule says nothing of it."""
+    """Fails unless values that torch's own ops compute are those of the fp64 oracle to rounding.
+    The order of operations differs from the oracle's, so that the 2x rule does not apply."""
     for i, (values, wanted) in enumerate(zip(got, exact, strict=True)):
         error, scale = (values - wanted).abs().max(), wanted.abs().max()
         bound = (1e-12 if values.dtype == torch.float64 else 2e-5) * max(scale.item(), 1.0)

@@ -1,4 +1,4 @@
-"""apgd_step_ in Triton: what APGD does after each gradient, linf or l2; fp32, in place.
+"""apgd_step_ in Triton: the step of APGD and its bookkeeping, linf or l2; fp32, in place.
 
     g = grad, 0 where it is not finite; bad_gradients += number of samples with such an element
     better_found: x_found = x_adv;  better_best: x_best, grad_best = x_adv, g
@@ -139,7 +139,7 @@ def l2_ascent_kernel(
     BLOCK: tl.constexpr,
 ):
     """One sample of SIZE elements: ||g||, how far z is from x, how far the move is, the result;
-    arguments as for linf. What a pass has not loaded itself it computes anew."""
+    arguments as for linf. Each pass computes again what an earlier one has computed."""
     sample = tl.program_id(0)
     begin = sample.to(tl.int64) * SIZE
     x_adv, x_old, x_found = x_adv + begin, x_old + begin, x_found + begin
@@ -209,8 +209,8 @@ def apgd_step_(
     lo,
     hi,
 ):
-    """The step, in place. What is not laid out as x_adv, or x_adv where it is not dense, is copied
-    and written back."""
+    """The step, in place. Tensors of another layout than x_adv, and x_adv where it is not dense,
+    are copied and written back."""
     images = x_adv, x_old, x_best, grad_best, x_found
     like = x_adv if is_dense(x_adv) else x_adv.contiguous()
     laid = [

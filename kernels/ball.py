@@ -1,5 +1,5 @@
 """Steps and projections into the ball around x and the box, for the ops over images: pgd_step and
-apgd_step. Norms, and what is divided by them, are fp64; the rest is fp32."""
+apgd_step. Norms and quotients by them are fp64; the rest is fp32."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def square(v):
 
 @triton.jit
 def l2_scale(step_size, norm):
-    """What makes a step of this length of a gradient of this norm: 0 where it has no direction."""
+    """The factor that scales a gradient of this norm to step_size; 0 where it has no direction."""
     return tl.where(norm > 0, step_size.to(tl.float64) / norm, 0.0)
 
 
@@ -42,5 +42,5 @@ def l2_delta(x_adv, grad, x, scale):
 
 @triton.jit
 def l2_shrink(norm, eps):
-    """What brings a displacement of this norm into the ball."""
+    """The factor that brings a displacement of this norm into the ball."""
     return tl.where(norm > eps, eps.to(tl.float64) / norm, 1.0).to(tl.float32)

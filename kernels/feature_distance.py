@@ -4,7 +4,7 @@
     cosine: 1 - <s, t> / (||s|| ||t||);  d loss / d s = (<s, t> s - ||s||^2 t) / (||s||^3 ||t||)
 
 A vector of norm <= 1e-12 has no direction: cosine 1, gradient 0. l2 has gradient 0 up to a distance
-of 1e-30. Sums, and what cancels in the cosine's gradient, are fp64.
+of 1e-30. Sums, and the cosine's gradient, whose terms cancel, are fp64.
 """
 
 import math

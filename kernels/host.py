@@ -21,7 +21,7 @@ def mutated(*tensors):
 
 
 def reduction_factor(reduction, shape):
-    """What a sum over rows of this shape [B, C] is multiplied by; "mean" is over B C elements. 1
-    for an empty batch, whose loss is then 0."""
+    """The factor of a sum over rows of this shape [B, C]; "mean" is over B C elements. It is 1 for
+    an empty batch, whose loss is then 0."""
     count = {"batchmean": shape[0], "mean": math.prod(shape)}.get(reduction, 1)
     return 1 / max(count, 1)

@@ -1,4 +1,4 @@
-"""What the kernels over rows share: tiles of rows, labels, and an order of the classes.
+"""Shared by the kernels over rows: tiles of rows, labels, and an order of the classes.
 
 A program has ROWS rows and goes over them in tiles [ROWS, BLOCK], once for each pass. Where one
 tile holds the rows the compiler drops the loops, and all loads but one up to the first store.
@@ -67,7 +67,8 @@ def rows_of(ROWS: tl.constexpr):
 
 @triton.jit
 def tile(row, first, batch, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns [1, BLOCK] from `first` on, the elements of those in `row`, and which of them are."""
+    """(columns [1, BLOCK] from `first` on, the offsets [ROWS, BLOCK] of these elements of the rows,
+    which of them exist)."""
     column = first + tl.arange(0, BLOCK)[None, :]
     return column, row[:, None] * C + column, (row[:, None] < batch) & (column < C)
 

@@ -1,4 +1,4 @@
-// What APGD does after each gradient, for every sample:
+// The bookkeeping and the step of APGD after each gradient, for every sample:
 //   g = grad, 0 where it is not finite; bad_gradients += 1 where there is such an element
 //   better_found: x_found = x_adv;  better_best: x_best, grad_best = x_adv, g
 //   restart: x_adv, g = x_best, grad_best
@@ -16,7 +16,7 @@ struct Ascent {  // one sample
 
 static inline F finite(F v) { return v - v == F{} ? v : F{}; }
 
-// Keeps n lanes as the best and found; marks in `bad` what of the gradient is not finite.
+// Keeps n lanes as the best and found; marks in `bad` the lanes whose gradient is not finite.
 static inline void keep(const Ascent& a, int64_t i, int64_t n, I* bad) {
   const F x_adv = load_head(a.x_adv + i, n), raw = load_head(a.grad + i, n), g = finite(raw);
   *bad |= g != raw;

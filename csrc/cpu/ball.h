@@ -38,7 +38,7 @@ static double l2_norm(int64_t n, const Load& at) {
   return __builtin_sqrt(total);
 }
 
-// What makes a step of length `step` of a gradient of this norm: 0 where it has no direction.
+// The factor that scales a gradient of this norm to length `step`; 0 where it has no direction.
 static inline double l2_scale(double step, double norm) { return norm > 0 ? step / norm : 0.0; }
 
 // x_adv + scale * grad - x, the product in fp64: step / ||grad|| may overflow fp32 while
@@ -47,7 +47,7 @@ static inline F l2_moved(F x_adv, F grad, F x, double scale) {
   return x_adv + (scale > 0 ? narrow(widen(grad) * scale) : F{}) - x;
 }
 
-// What brings a displacement of this norm into the ball.
+// The factor that brings a displacement of this norm into the ball.
 static inline F l2_shrink(double norm, float eps) {
   return splat(norm > eps ? static_cast<float>(eps / norm) : 1.0f);
 }

@@ -1,4 +1,4 @@
-// BatchNorm over the batch, with what follows it: the sum with a residual, and ReLU.
+// BatchNorm over the batch, and the sum with a residual and the ReLU that follow it.
 //   forward:  y = f((x - mean) scale + bias + residual), scale = weight / sqrt(var + eps)
 //   backward: h = f'(z) grad -> residual_grad;  bias_grad = sum h;
 //             weight_grad = sum h (x - mean) / sqrt(var + eps);
@@ -47,7 +47,7 @@ static inline void strips(int64_t pixels, int64_t channels, int threads, const B
   });
 }
 
-// What sums of maps of T are made in.
+// The sums of bf16 maps: fp32 over one strip, then added in fp64.
 struct QuickSum {
   F sum = {};
 
@@ -62,11 +62,12 @@ struct QuickSum {
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, float>, Sum, QuickSum>;
 
-// A chunk's sums lie one after the other, each of whole vectors.
+// The two sums of a chunk lie one after the other, each filled up to whole vectors.
 static inline int64_t padded(int64_t channels) { return (channels + W - 1) / W * W; }
 
-// Sums over the pixels of what pair(Lanes, index, c, S& one, S& two) adds to them; index is
-// that of a vector in its map, c its first channel. finish(c, one, two) gets those of a channel.
+// Makes two sums over the pixels for each channel. pair(Lanes, index, c, S& one, S& two) adds to
+// them the terms of one vector, `index` its place in the map and c its first channel. finish(c,
+// one, two) is then called with the sums of each channel.
 template <typename S, typename Pair, typename Finish>
 static inline void sum_pairs(double* sums, int64_t pixels, int64_t channels, int threads,
                              const Pair& pair, const Finish& finish) {

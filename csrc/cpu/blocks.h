@@ -1,4 +1,4 @@
-// What the engine's kernels share: elements of a block, bits of a mask, and the finish of the sums.
+// Shared by the engine's kernels: elements of a block, bits of a mask, and the finish of the sums.
 #pragma once
 #include "vec_math.h"
 

@@ -4,7 +4,7 @@
 //   grad = Q e^(z - max z) / Z - q
 // Arguments: CrossEntropy. A mean is over the rows that are not ignored, and grad has its factor. A
 // label that is `ignored`: loss and gradient 0; any other outside [0, classes): loss NaN, gradient
-// 0. Exponentials are fp32, sums and what cancels fp64.
+// 0. Exponentials are fp32; sums, and terms that cancel, are fp64.
 
 // Per row: Z, log Z, sum_c t_c, sum_c t_c (max z - z_c) and sum_c (max z - z_c).
 struct CrossEntropySums {

@@ -2,9 +2,9 @@
 //   n = z_y - max_{c != y} z_c, d = z_pi1 - z_pi3 + 1e-12, loss = -n / d
 //   grad: -1 / d at y, 1 / d at the strongest other class, n / d^2 at pi1, -n / d^2 at pi3, summed
 //   where these coincide; else 0
-// logits: [batch, classes >= 3] fp32, bf16 or fp16; y: int64 [batch]; loss: fp32 [batch]; grad:
-// like logits, or null. Computed in fp64. Of equal logits the first comes first. NaN is the largest
-// logit, so the loss of its row is NaN. A label outside [0, classes): loss NaN, gradient 0.
+// Arguments: Labelled, with classes >= 3. Computed in fp64. Of equal logits the first comes first.
+// NaN is the largest logit, so the loss of its row is NaN. A label outside [0, classes): loss NaN,
+// gradient 0.
 
 // The K largest logits of a row in their order, and where they are; index -1: there is none.
 template <int K>

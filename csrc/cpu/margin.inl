@@ -1,8 +1,7 @@
 // The margin by which the strongest other class beats the label, and its gradient:
 //   loss_i = max_{c != y_i} z_c - z_{y_i};  grad_i = +1 at the first maximum, -1 at y_i, else 0
-// logits: [batch, classes] fp32, bf16 or fp16; y: int64 [batch]; loss: fp32 [batch]; grad: like
-// logits, or null. NaN is the largest logit. A label outside [0, classes): loss NaN, gradient 0.
-// No other logit above -inf (classes = 1 among them): loss -inf, gradient 0.
+// Arguments: Labelled. NaN is the largest logit. A label outside [0, classes): loss NaN, gradient
+// 0. No other logit above -inf, as with one class: loss -inf, gradient 0.
 
 static inline void signs(float* row, int64_t up, int64_t down) { row[up] = 1, row[down] = -1; }
 static inline void signs(BF16* row, int64_t up, int64_t down) {

@@ -1,9 +1,9 @@
 // MART's boosted cross-entropy and its gradient, q = softmax(z), y' the likeliest class but y:
 //   loss = -log q_y - log u, u = 1.0001 - q_y' + 1e-12
 //   grad_c = q_c (1 - k) - [c = y] + k [c = y'], k = q_y' / u
-// logits z: [batch, classes >= 2] fp32, bf16 or fp16; y: int64 [batch]; loss: fp32 [batch]; grad:
-// like logits, or null. A label outside [0, classes): loss NaN, gradient 0. Exponentials are fp32;
-// what cancels (1 - q_y', and the gradient at y and y') is fp64. y' comes from margin.inl.
+// Arguments: Labelled, with classes >= 2. A label outside [0, classes): loss NaN, gradient 0.
+// Exponentials are fp32; the terms that cancel, 1 - q_y' and the gradient at y and y', are fp64. y'
+// comes from margin.inl.
 
 template <typename T>
 static void mart_bce_grad(T* grad, const Row<T>& z, const Exp& e, double sum, int64_t y,

@@ -1,13 +1,14 @@
-// What the ops over rows of logits share: how rows go to the threads, and for softmaxes the passes
-// over up to W rows at a time, with one tree that reduces the sums of all of them and exponentials
-// kept from one pass for the next.
+// Shared by the ops over rows of logits. `for_rows` divides the rows among the threads. `Rows`
+// makes the passes of a softmax over up to W rows together: one tree of additions then reduces the
+// sums of all of them, and the exponentials of one pass are kept for the next.
 #pragma once
 #include "vec_math.h"
 
 namespace fastadv::FASTADV_ISA {
 namespace {
 
-// Exponentials kept from the second pass for the third, where the rows' fit.
+// How many exponentials are kept from one pass for the next; the rows of a larger group compute
+// them again.
 constexpr int64_t stash = 4096;
 
 // Calls body(c, lanes left) for each vector of a row.
@@ -22,17 +23,19 @@ static inline F load_logits(const T* p, int64_t n) {
   return load_head(p, n, -__builtin_inff());
 }
 
-// q g, 0 where q is 0.
+// q g, but 0 where q is 0, even if g is infinite or NaN.
 static inline E product(E q, E g) { return q == 0 ? E{} : q * g; }
 
-// A row's logits, the exponentials kept of it (null: none), and where they start from.
+// One row: its logits z, the memory that keeps its exponentials e^((z - max) / T), null where they
+// do not fit, and its maximum, prepared for `exp`.
 template <typename T>
 struct Row {
   const T* logits;
   float* kept;
   Top from;
 
-  // e^((z - max) / T), by the row's first pass over them and by a later one.
+  // The exponentials of the classes from c on. The first pass over the row calls `first`, which
+  // keeps them; later passes call `again`.
   F first(const Exp& e, int64_t c, int64_t left) const {
     const F v = exp(load_logits(logits + c, left), e, from);
     if (kept) store(kept + c, v);
@@ -87,7 +90,7 @@ struct Rows {
             {splat(base[r]), splat(top[r]), splat(shift[r]), splat(rest[r])}};
   }
 
-  // out[r] = the sum over row r of what make(r), a function of (c, lanes left), returns.
+  // make(r) returns a function of (c, lanes left); out[r] is its sum over the vectors of row r.
   template <typename Make>
   void sum(double* out, const Make& make) {
     E sums[W] = {};
@@ -133,7 +136,7 @@ static void for_rows(int64_t batch, int64_t classes, int threads, const Body& bo
   });
 }
 
-// The sum of what the chunks of `for_rows` give, in their order.
+// Adds up one number per chunk of `for_rows`, in the order of the chunks whatever the threads.
 struct Partial {
   double chunk[64] = {};
 

@@ -2,10 +2,10 @@
 //   p = e^(s / T) / Zs, q = e^(t / T) / Zt, g = t - s, D = sum_c q_c g_c
 //   KL = sum_c q_c (log q_c - log p_c) = D / T + log Zs - log Zt; a term with q_c = 0 counts 0
 //   loss = f w KL, d/ds = f w (p - q) / T, d/dt = f w q (g - D) / T^2, d/dw = f KL
-// Arguments: SoftmaxKL. Exponentials are fp32; what cancels (g, D and the sums) is fp64. W
+// Arguments: SoftmaxKL. Exponentials are fp32, the terms that cancel (g, D, sums) fp64. W
 // rows go together: one tree reduces the sums of all, and the rest per row has a row per lane.
 
-// What is left of a row after its sums, a row per lane: KL, D, Zt / Zs and f / (T Zt).
+// The quantities that the sums of a row give, a row per lane: KL, D, Zt / Zs and f / (T Zt).
 struct PerRow {
   alignas(64) double kl[W], mean[W], ratio[W], scale[W];
 };

@@ -1,6 +1,6 @@
 // Crop, flip and scale, as in csrc/cpu/augment.inl; N neighbours of the result to a store.
 
-// k / 255 for k in 0 to 255, correctly rounded: a product, and what it is off by.
+// k / 255 for k in 0 to 255, correctly rounded: the product with 1 / 255, corrected by its error.
 FASTADV_BODY float unit(uint8_t k) {
   constexpr float reciprocal = 1 / 255.0f;
   const float q = k * reciprocal;

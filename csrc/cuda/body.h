@@ -1,9 +1,9 @@
-// What the bodies of the CUDA kernels share.
+// Loads, stores and arithmetic that the bodies of the CUDA kernels share.
 //
-// A body is a function object of (thread, threads): what one of `threads` threads does, whatever
-// their number. Bodies know nothing of each other or of CUDA, so that tests compile the same lines
-// for the CPU (tests/kernels/emulate.cpp) and compare bits. Each op ends in a function that picks
-// its body and hands it to `launch`, which is a kernel launch here and a loop there.
+// A body is a function object of (thread, threads) that does the part of one of `threads` threads,
+// whatever their number. Bodies know nothing of each other or of CUDA, so that tests compile the
+// same lines for the CPU (tests/kernels/emulate.cpp) and compare bits. Each op ends in a function
+// that picks its body and hands it to `launch`, which is a kernel launch here and a loop there.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -55,7 +55,8 @@ FASTADV_BODY To bits(From from) {
   return to;
 }
 
-// Blocks of a grid that has a thread per item of work, up to what the device holds at once.
+// How many blocks make a thread per item of work, but no more threads than the device holds at
+// once.
 inline int64_t blocks_for(int64_t work, int block, int multiprocessors) {
   constexpr int64_t threads_per_multiprocessor = 2048;
   const int64_t wanted = (work + block - 1) / block;

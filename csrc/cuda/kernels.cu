@@ -13,13 +13,15 @@ namespace {
 
 constexpr int sum_block = 1024;
 
-// At most 64 registers, so that half of a multiprocessor's threads are there at once.
+// The bounds limit a thread to 64 registers, so that 1024 threads, half of what a multiprocessor
+// can hold, are resident at once.
 template <typename Body>
 __global__ void __launch_bounds__(Body::block, 1024 / Body::block) grid_kernel(const Body body) {
   body(int64_t{blockIdx.x} * Body::block + threadIdx.x, int64_t{gridDim.x} * Body::block);
 }
 
-// total = the threads' sums, added pairwise in an order that depends on nothing.
+// Writes the sum over all threads to total. They are added pairwise, always in the same order, so
+// that two runs agree bit for bit.
 template <typename Body>
 __global__ void __launch_bounds__(sum_block) sum_kernel(const Body body, float* total) {
   __shared__ double part[sum_block];
@@ -50,7 +52,7 @@ struct Launch {
   }
 };
 
-// Calls body(Launch) with the device current; returns what went wrong.
+// Calls body(Launch) with the device current; returns CUDA's error message, or null.
 template <typename Body>
 const char* on(Place place, const Body& body) {
   int before = place.device, multiprocessors = 0;

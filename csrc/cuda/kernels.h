@@ -1,7 +1,7 @@
 // The CUDA kernels, launched on a stream over raw device memory: those of the ops whose time on a
 // GPU is mostly the launch. Results have the CPU kernels' bits, those of softmax_kl excepted.
 //
-// Every entry returns null, or why nothing was launched. It allocates nothing and waits for
+// Every function returns null, or why nothing was launched. It allocates nothing and waits for
 // nothing, so that a CUDA graph can capture it, and leaves the thread's current device as it was.
 #pragma once
 #include <cstdint>

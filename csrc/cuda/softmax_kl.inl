@@ -2,8 +2,8 @@
 //   p = e^(s / T) / Zs, q = e^(t / T) / Zt, g = t - s, D = sum_c q_c g_c
 //   KL = D / T + log Zs - log Zt; a term with q_c = 0 counts 0
 //   loss = f w KL, d/ds = f w (p - q) / T, d/dt = f w q (g - D) / T^2, d/dw = f KL
-// Arguments: SoftmaxKL. Exponentials are fp32, from 2^x; what cancels (g, D and the sums)
-// is fp64. Logits are read again for each pass: of few classes they are in the cache.
+// Arguments: SoftmaxKL. Exponentials are fp32, from 2^x. The terms that cancel (g, D and
+// the sums) are fp64. Each pass reads the logits again: of few classes they are in the cache.
 
 struct Bf16 {
   uint16_t raw;

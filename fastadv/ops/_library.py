@@ -1,8 +1,8 @@
 """One call per op over `torch.library`, and the choice of the backend behind it.
 
 `FASTADV_BACKEND` = auto | native | triton | cuda | reference. An explicit choice that cannot be
-honoured raises at import; auto takes the fastest there is, logs once what it goes without, and
-`python -m fastadv.info` says why.
+honoured raises at import; auto takes the fastest backend that works here and logs once which it
+misses. `python -m fastadv.info` says why.
 """
 
 import functools
@@ -16,8 +16,9 @@ import torch
 from . import _native
 from ._torch import below_autograd, transformed, version
 
-# What `auto` runs on a GPU where an op has both. Provisional, by the cost of a launch: no kernel
-# has been timed on a GPU yet. Calls that CUDA C++ does not take go to Triton in any case.
+# The backend that `auto` prefers on a GPU for an op that has both; an op not named prefers Triton.
+# Provisional, by the cost of a launch: no kernel has been timed on a GPU yet. Calls that CUDA C++
+# does not take go to Triton in any case.
 ON_GPU = {
     "pgd_step": "cuda",
     "pgd_step_": "cuda",
@@ -26,14 +27,14 @@ ON_GPU = {
     "softmax_kl": "cuda",
 }
 BACKENDS = ("auto", "native", "triton", "cuda", "reference")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what losses take
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that losses take
 _library = torch.library.Library("fastadv", "DEF")
 _log = logging.getLogger("fastadv")
 
 
 @dataclass
 class Backends:
-    """Which implementation an op runs on each device, and why: what `fastadv.info` prints."""
+    """Which implementation an op runs on each device, and why, as `fastadv.info` prints it."""
 
     cpu: str
     cuda: str
@@ -103,7 +104,7 @@ def expect(name, tensor, *, dtype=None, like=None, shape=None):
 
 
 def on_gpu(name, reference, native, triton, cuda, takes):
-    """(what an op runs on a GPU, what `fastadv.info` says of it); arguments as for `choose`."""
+    """(the function that an op runs on a GPU, its name for `fastadv.info`); see `choose`."""
     if backend() in ("native", "reference"):
         return reference, f"reference (FASTADV_BACKEND={backend()})"
     missing = triton_missing() if triton else "no kernel"
@@ -125,17 +126,17 @@ def on_gpu(name, reference, native, triton, cuda, takes):
 
 
 def not_double(tensor, *args):
-    """Whether an op's first tensor is no float64, which all but the references leave alone."""
+    """Whether an op's first tensor is not float64, for which there is the reference alone."""
     return tensor.dtype != torch.float64
 
 
 def choose(name, reference, *, native=None, triton=None, cuda=None, takes=not_double):
-    """(what an op runs on CPUs, what it runs on GPUs), entered in `ops` for `fastadv.info`.
+    """(the function that an op runs on CPUs, the one for GPUs); enters both in `ops`.
 
-    `reference` is for any device, `native` for CPUs. `triton` imports and returns the op's launcher
-    in `fastadv.kernels`, which is for GPUs (and for CPUs under Triton's interpreter when
-    FASTADV_BACKEND is triton), for the calls that `takes` says it takes. `cuda` says of a call
-    whether there is a CUDA C++ kernel for it, which `native` then runs too.
+    `reference` runs anywhere, `native` on CPUs. `triton` imports and returns the op's launcher in
+    `fastadv.kernels`, which is for GPUs, and for CPUs under Triton's interpreter when
+    FASTADV_BACKEND is triton. `takes` says which calls it takes; the others run the reference.
+    `cuda` says which calls CUDA C++ takes, which `native` then runs too.
     """
     gpu, name_on_gpu = on_gpu(name, reference, native, triton, cuda, takes)
     has_gpu = torch.cuda.is_available()
@@ -157,8 +158,8 @@ def define(
     """Registers an op and returns its overload. All callables take the schema's arguments.
 
     `check` raises on arguments outside the contract and runs before every implementation;
-    `reference` is plain torch; `native`, `triton` and `cuda` are as for `choose`. `decomposition`:
-    what vmap goes through, torch's own ops; the reference where it never looks at values.
+    `reference` is plain torch; `native`, `triton` and `cuda` are as for `choose`. vmap runs
+    `decomposition`, in torch's own ops: the reference, unless that looks at values.
     """
     name = schema.split("(")[0]
 
@@ -182,8 +183,8 @@ def define(
 
 
 def define_autograd(op, function):
-    """Makes `function` what autograd runs of the op: two thirds of the overhead that
-    torch.library.register_autograd has."""
+    """Registers `function` as the op's implementation under autograd, at two thirds of the cost of
+    torch.library.register_autograd."""
     _library.impl(op._schema.name.split("::")[1], function, "Autograd")
 
 

@@ -1,11 +1,11 @@
-"""What the ops of logits [B, C] with a loss [B] share: checks, memory and registration."""
+"""Shared by the ops that make a loss [B] of logits [B, C]: checks, memory and registration."""
 
 import torch
 
 from ._library import FLOATS, define, expect, gradients_from_forward
 from ._native import CPU, DTYPES, contiguous, empty, run
 
-# Of labels, as data sets have them; int64 is what the kernels take.
+# The dtypes of labels in data sets; kernels take int64.
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
@@ -48,22 +48,27 @@ def check_range(y, classes, name="y", ignored=None):
         )
 
 
-kernels = {}  # {op: its native kernel, without a look at what it says of the labels}
+kernels = {}  # {op: the call of its native kernel, which counts wrong labels but raises nothing}
+
+
+def _never(*args):
+    return False
 
 
 def define_loss(
-    name, arguments, *, check, reference, kernel, triton, check_values=None, reduced=None
+    name, arguments, *, check, reference, kernel, triton, check_values=None, reduced=_never
 ):
     """Registers and returns the op `name(Tensor logits, <arguments>, bool grad)`, which gives the
-    loss and, where grad is true, its gradient. check, reference and triton: as for `define`.
-    kernel(loss, gradient, logits, ...): writes what is not empty, contiguous; returns how many
-    labels are wrong, if it sees any. check_values: a check that looks at values, which on a GPU
-    nobody does; a kernel says whether there is something to find. reduced: of the arguments after
-    the logits, whether the loss is one number."""
-    kernels[name] = kernel
+    loss and, where grad is true, its gradient.
 
-    def memory(logits, *args):
-        return outputs(logits, args[-1], bool(reduced and reduced(*args)))
+    check, reference and triton: as for `define`. kernel(loss, gradient, logits, ...): the native
+    kernel, given contiguous tensors and the memory of `outputs`; it returns how many labels are
+    wrong, if any. check_values: raises on wrong values, such as labels out of range. It runs on
+    CPUs alone, since on a GPU it would wait for the device, and after a native kernel only where
+    that has found wrong labels. reduced: says of the arguments after the logits whether the loss is
+    one number.
+    """
+    kernels[name] = kernel
 
     def checked(logits, *args):
         if check_values and logits.is_cpu:
@@ -73,7 +78,7 @@ def define_loss(
     def native(logits, *args):
         if logits.dtype == torch.float64:
             return checked(logits, *args)
-        loss, gradient = memory(logits, *args)
+        loss, gradient = outputs(logits, args[-1], reduced(*args))
         dense = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args[:-1])
         if kernel(loss, gradient, logits.contiguous(), *dense):
             check_values(logits, *args)
@@ -81,7 +86,7 @@ def define_loss(
 
     def fake(logits, *args):
         check(logits, *args)
-        return memory(logits, *args)
+        return outputs(logits, args[-1], reduced(*args))
 
     op = define(
         f"{name}(Tensor logits, {arguments}, bool grad) -> (Tensor, Tensor)",
@@ -135,12 +140,8 @@ def outputs(logits, grad, reduced=False):
 
 
 def addresses(loss, gradient, logits):
-    """The first members of a kernel's struct; an empty gradient is none."""
-    gradient = gradient if gradient.numel() else None
-    return (
-        *contiguous(CPU, torch.float32, loss=loss),
-        *contiguous(CPU, logits.dtype, gradient=gradient, logits=logits),
-    )
+    """The first members of a kernel's struct, given logits and its `outputs`."""
+    return loss.data_ptr(), gradient.data_ptr(), *contiguous(CPU, logits.dtype, logits=logits)
 
 
 def loss_dtype(dtype):

@@ -1,5 +1,5 @@
-"""What the reference implementations share. No native or Triton path uses any of it, so that a
-mistake here cannot agree with itself."""
+"""Helpers of the reference implementations. No native or Triton path uses them, so that a mistake
+here shows as a difference between the two."""
 
 import math
 

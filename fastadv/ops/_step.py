@@ -1,4 +1,4 @@
-"""What the steps of attacks demand of their arguments."""
+"""Checks of arguments that the steps of attacks share."""
 
 import torch
 
@@ -21,7 +21,7 @@ def expect_images(x_adv, norm, **others):
 
 
 def expect_unrecorded(op, **mutated):
-    """Raises RuntimeError where autograd records what the op would overwrite."""
+    """Raises RuntimeError where autograd records a tensor that the op would overwrite."""
     for name, tensor in mutated.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

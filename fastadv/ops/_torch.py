@@ -1,5 +1,5 @@
-"""What fastadv uses of torch by names that are private to it, here and nowhere else. Each is looked
-up at import, so that a torch without it is refused at once and by name."""
+"""The only file that uses names private to torch. Each is looked up at import, so that a version of
+torch without it is refused at once and by name."""
 
 import torch
 from torch.nn.modules import module as registry
@@ -29,7 +29,7 @@ private(torch.Tensor, "_version")
 for kind in HOOKS:
     private(registry, "_global" + kind)
 
-# A context manager, within which a call of an op goes past autograd to its kernels.
+# A context manager within which a call of an op skips autograd.
 below_autograd = private(torch._C, "_AutoDispatchBelowAutograd")
 
 

@@ -1,4 +1,4 @@
-"""apgd_step_: what APGD does after each gradient, in place (Croce & Hein 2020, algorithm 1).
+"""apgd_step_: the step of APGD and its bookkeeping, in place (Croce & Hein 2020, algorithm 1).
 
     g = grad, 0 where it is not finite; bad_gradients += number of samples with such an element
     better_found: x_found = x_adv;  better_best: x_best, grad_best = x_adv, g
@@ -64,7 +64,8 @@ def reference(
     """Keeps x_adv where better_* [B], takes up x_best where restart [B], then z = P(x_adv +
     step_size d), P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)). Shapes [B, ...].
 
-    d is sign(g) or g / ||g||, g the gradient with 0 for what is not finite. Croce & Hein 2020.
+    d is sign(g) or g / ||g||, g the gradient with 0 for elements that are not finite. Croce
+    & Hein 2020.
     """
     if eps_per_sample is not None:
         eps = per_sample(eps_per_sample, x)
@@ -85,12 +86,11 @@ def reference(
 
 
 def _cpu(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
-    """grad and x are copied first where their layout is not x_adv's."""
+    """grad or x is copied first where its layout is not x_adv's."""
     images = dict(zip(_MUTATED, (x_adv, x_old, x_best, grad_best, x_found), strict=True))
     if x_adv.dtype != torch.float32 or not _native.same_layout(*images.values()):
         return reference(*images.values(), bad_gradients, grad, x, *rest)
-    if not _native.same_layout(x_adv, grad, x):
-        grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
+    grad, x = _native.laid_like(x_adv, grad), _native.laid_like(x_adv, x)
     step_size, better_best, better_found, restart, eps_per_sample = (
         row if row is None else row.contiguous() for row in rest[:5]
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import _library, _native
 from ._library import FLOATS, define, define_autograd, expect
-from ._native import CPU, DTYPES, contiguous
+from ._native import CPU, DTYPES, channels_last, contiguous
 from ._reference import at_least_fp32
 from ._torch import below_autograd, hooked, transformed
 
@@ -116,7 +116,7 @@ def _cpu(x, weight, bias, residual, eps, relu):
     _native.run(
         "batch_norm",
         CPU,
-        *contiguous(CPU, x.dtype, torch.channels_last, y=y, x=x, residual=residual),
+        *channels_last(CPU, x.dtype, y=y, x=x, residual=residual),
         *contiguous(CPU, torch.float32, **rows),
         *contiguous(CPU, torch.float64, sums=sums),
         x.numel() // len(mean),
@@ -143,7 +143,7 @@ def _cpu_backward(grad, y, x, weight, bias, mean, var, eps, residual_grad):
     _native.run(
         "batch_norm_backward",
         CPU,
-        *contiguous(CPU, x.dtype, torch.channels_last, **maps),
+        *channels_last(CPU, x.dtype, **maps),
         *contiguous(CPU, torch.float32, **written, weight=weight, bias=bias, mean=mean, var=var),
         *contiguous(CPU, torch.float64, sums=sums),
         x.numel() // len(mean),
@@ -235,17 +235,21 @@ define_autograd(_batch_norm, _autograd)
 
 
 def batch_norm(norm, x, activation=None, residual=None):
-    """activation(norm(x) + residual), each of the two where given.
+    """activation(norm(x) + residual), without the sum or the activation where that is None.
 
-    norm: a module, x: its input [B, C, H, W]; residual: what is added; activation: a function or
-    module. In train mode the norm's running statistics move as ever.
+    norm: a module. x: its input [B, C, H, W]. residual: a tensor like x. activation: a function or
+    module. In train mode the norm's running statistics are updated as torch updates them.
 
-    It is one kernel forward and one backward, the sum not rounded in between, on a CPU where norm
-    is an nn.BatchNorm2d in train mode with all its parameters and statistics, float32, and a
-    momentum, x and residual are float32 or bfloat16 of one shape and dtype in channels_last, and no
-    hook, replaced forward, torch.compile, torch.func or forward-mode derivative has to see the
-    parts. ReLU is within the kernel, another activation follows it. Any other call runs the
-    modules.
+    One kernel computes all of it forward and one backward, without rounding the sum in between,
+    where all of these hold; any other call runs the modules.
+
+    - norm is an nn.BatchNorm2d in train mode that has a momentum, and its parameters and statistics
+      are float32;
+    - x and residual are float32 or bfloat16, of one shape and dtype, in channels_last on a CPU;
+    - no hook, replaced forward, torch.compile, torch.func or forward-mode derivative needs to see
+      the modules run one by one.
+
+    The kernel includes a ReLU; another activation runs after it.
     """
     if not _fused(norm, x, residual):
         out = norm(x)

@@ -59,7 +59,7 @@ def reference(logits, target, label_smoothing, ignore_index, reduction, grad):
         valid, label = valid_label(target, logits)
         ignored = target == ignore_index
         valid = valid & ~ignored
-        wide = wide.masked_fill(ignored[:, None], 0)  # what is NaN there must not reach a gradient
+        wide = wide.masked_fill(ignored[:, None], 0)  # a NaN there must not reach a gradient
         target = torch.zeros_like(wide).scatter(1, label, 1)
     q = (1 - label_smoothing) * target + label_smoothing / classes
     log_p = wide.log_softmax(dim=1)
@@ -77,13 +77,15 @@ def reference(logits, target, label_smoothing, ignore_index, reduction, grad):
 
 
 def _kernel(loss, gradient, logits, target, label_smoothing, ignore_index, reduction):
-    labels, probabilities = (target, None) if target.dtype == torch.int64 else (None, target)
+    if target.dtype == torch.int64:
+        targets = *contiguous(CPU, torch.int64, target=target), 0
+    else:
+        targets = 0, *contiguous(CPU, torch.float32, target=target)
     return run(
         "cross_entropy",
         CPU,
         *addresses(loss, gradient, logits),
-        *contiguous(CPU, torch.int64, target=labels),
-        *contiguous(CPU, torch.float32, target=probabilities),
+        *targets,
         *logits.shape,
         label_smoothing,
         ignore_index,

@@ -49,9 +49,8 @@ def reference_(x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
 
 
 def _into(out, x_adv, grad, x, eps_per_sample, eps, step_size, norm, lo, hi):
-    """The native step; grad and x are copied first where their layout is not x_adv's."""
-    if not _native.same_layout(x_adv, grad, x):
-        grad, x = (torch.empty_like(x_adv).copy_(tensor) for tensor in (grad, x))
+    """The native step; grad or x is copied first where its layout is not x_adv's."""
+    grad, x = _native.laid_like(x_adv, grad), _native.laid_like(x_adv, x)
     if eps_per_sample is not None:
         eps_per_sample = eps_per_sample.contiguous()
     batch, device = x_adv.shape[0] if x_adv.dim() else 1, x_adv.get_device()

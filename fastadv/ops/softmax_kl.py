@@ -65,7 +65,7 @@ def reference(
 
 
 def _outputs(student, teacher, weight, temperature, reduction, *wanted):
-    """Memory for (loss, grad_student, grad_teacher, grad_weight); [0] for what is not wanted."""
+    """Memory for (loss, grad_student, grad_teacher, grad_weight); [0] for one not wanted."""
     shape, dtype = student.shape, loss_dtype(student.dtype)
     shapes = (shape, student.dtype), (shape, student.dtype), (shape[:1], dtype)
     loss = _native.empty(shape[:1] if reduction == "none" else (), student, dtype)
@@ -88,25 +88,16 @@ def _rows(logits):
 def _compiled(student, teacher, weight, temperature, reduction, *wanted):
     if student.dtype == torch.float64:
         return reference(student, teacher, weight, temperature, reduction, *wanted)
-    args = student, teacher, weight, temperature, reduction
-    loss, grad_student, grad_teacher, grad_weight = outputs = _outputs(*args, *wanted)
+    outputs = _outputs(student, teacher, weight, temperature, reduction, *wanted)
     student, teacher = _rows(student), _rows(teacher)
     weight = weight if weight is None else weight.contiguous()
     dtype, device = student.dtype, student.get_device()
     _native.run(
         "softmax_kl",
         device,
-        *_native.contiguous(
-            device, torch.float32, loss=loss, grad_weight=grad_weight, weight=weight
-        ),
-        *_native.addresses(
-            device,
-            dtype,
-            grad_student=grad_student,
-            grad_teacher=grad_teacher,
-            student=student,
-            teacher=teacher,
-        ),
+        *(output.data_ptr() for output in outputs),
+        *_native.addresses(device, dtype, student_logits=student, teacher_logits=teacher),
+        *_native.contiguous(device, torch.float32, weight=weight),
         *student.shape,
         student.stride(0),
         teacher.stride(0),
