@@ -240,16 +240,12 @@ def batch_norm(norm, x, activation=None, residual=None):
     norm: a module. x: its input [B, C, H, W]. residual: a tensor like x. activation: a function or
     module. In train mode the norm's running statistics are updated as torch updates them.
 
-    One kernel computes all of it forward and one backward, without rounding the sum in between,
-    where all of these hold; any other call runs the modules.
-
-    - norm is an nn.BatchNorm2d in train mode that has a momentum, and its parameters and statistics
-      are float32;
-    - x and residual are float32 or bfloat16, of one shape and dtype, in channels_last on a CPU;
-    - no hook, replaced forward, torch.compile, torch.func or forward-mode derivative needs to see
-      the modules run one by one.
-
-    The kernel includes a ReLU; another activation runs after it.
+    One kernel computes all of it forward and one backward, without rounding the sum in between. It
+    takes the call where norm is an nn.BatchNorm2d in train mode that has a momentum and float32
+    parameters and statistics, where x and residual are float32 or bfloat16, of one shape and dtype,
+    in channels_last on a CPU, and where no hook, replaced forward, torch.compile, torch.func or
+    forward-mode derivative needs to see the modules run one by one. Any other call runs the
+    modules. The kernel includes a ReLU; another activation runs after it.
     """
     if not _fused(norm, x, residual):
         out = norm(x)
