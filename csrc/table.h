@@ -50,6 +50,6 @@ struct Table {
 
 // The tables compiled in that this machine can run, fastest first; returns how many.
 int tables(const Table** out) noexcept;
-constexpr int max_tables = 4;
+constexpr int max_tables = 5;
 
 }  // namespace fastadv

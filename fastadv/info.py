@@ -19,9 +19,9 @@ def engine():
     """What the twins of `freeze` compute with on this CPU."""
     if _native.missing or _library.backend() not in ("auto", "native"):
         return "none, twins run as plain torch"
-    return (
-        "bfloat16 by AMX, or float32" if _native.isa() == "amx" else "float32 only: no AMX in use"
-    )
+    if _native.isa() in _native.WITH_BF16:
+        return f"bfloat16 by {_native.isa()}, or float32"
+    return f"float32 only: {_native.isa()} has no bfloat16"
 
 
 def report():

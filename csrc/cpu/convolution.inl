@@ -73,6 +73,23 @@ static inline void multiply_add(F (&sum)[N][2], const float* a, const float* w) 
   }
 }
 
+#if defined(__AVX512BF16__)
+template <int N>
+static inline void multiply_add(F (&sum)[N][2], const BF16* a, const BF16* w) {
+  for (int k = 0; k < columns_of_block; k += 2, w += 2 * columns_of_block) {
+    __m512bh w0, w1;
+    std::memcpy(&w0, w, sizeof w0);
+    std::memcpy(&w1, w + 2 * W, sizeof w1);
+    for (int r = 0; r < N; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * columns_of_block + k, sizeof pair);
+      const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
+    }
+  }
+}
+#else
 static inline F low_halves(U pairs) { return reinterpret_cast<F>(pairs << 16); }
 static inline F high_halves(U pairs) { return reinterpret_cast<F>(pairs & 0xffff0000); }
 
@@ -91,6 +108,7 @@ static inline void multiply_add(F (&sum)[N][2], const BF16* a, const BF16* w) {
     }
   }
 }
+#endif
 
 // The sums of one output block in vector registers, R rows and 2 W columns at a time, for the
 // first `images` of the group.

@@ -18,6 +18,11 @@ namespace avx512 {
 extern const Table table;
 }
 #endif
+#ifdef FASTADV_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const Table table;
+}
+#endif
 #ifdef FASTADV_HAS_AMX
 namespace amx {
 extern const Table table;
@@ -41,10 +46,12 @@ int tables(const Table** out) noexcept {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    [[maybe_unused]] const bool bf16 = __builtin_cpu_supports("avx512bf16");
 #ifdef FASTADV_HAS_AMX
-    if (__builtin_cpu_supports("avx512bf16") && tiles()) {
-      out[count++] = &amx::table;
-    }
+    if (bf16 && tiles()) out[count++] = &amx::table;
+#endif
+#ifdef FASTADV_HAS_AVX512_BF16
+    if (bf16) out[count++] = &avx512_bf16::table;
 #endif
     out[count++] = &avx512::table;
   }

@@ -74,8 +74,8 @@ class Frozen(InPrecision):
         if self.dtype == torch.float64:
             return
         low = self.dtype == torch.bfloat16
-        if on_cpu and _native.isa() != "amx":
-            low = False  # without tiles bfloat16 would gain nothing
+        if on_cpu and _native.isa() not in _native.WITH_BF16:
+            low = False  # bfloat16 would be computed in float32, and gain nothing
         try:
             trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32)
             vars(self)["trunk"] = trunk  # so that it is no submodule either
@@ -267,7 +267,8 @@ def freeze(model, dtype=None):
 
     BatchNorm is folded into further copies of the convolutions' weights. On a CPU the convolutions
     run in kernels of our own (`fastadv.engine`), which are differentiable once; they compute in
-    float32 or, if that is the dtype and the processor has AMX, in bfloat16. On other devices they
+    float32 or, if that is the dtype and the processor multiplies it (AMX or AVX512-BF16), in
+    bfloat16. On other devices they
     run in torch's convolutions, in `dtype` and channels_last, with weights that keep their
     addresses. In float32, the logits agree with the model's to rounding.
 

@@ -31,6 +31,7 @@ else:
             )
         _C.use_isa(os.environ["FASTADV_CPU_ISA"])
 
+WITH_BF16 = ("amx", "avx512_bf16")  # instruction sets whose products are of bfloat16
 CPU = -1  # as `Tensor.get_device` has it
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 

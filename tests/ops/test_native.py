@@ -16,7 +16,7 @@ from fastadv.ops import _native
 ROOT = Path(__file__).parents[2]
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = ("scalar", "avx2", "avx512", "amx") if X86 else ("scalar",)
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx") if X86 else ("scalar",)
 COMPILER = shutil.which("g++")
 STEP = "import torch; from fastadv import info, ops; x = torch.full((2, 3), 0.5); "
 STEP += "print(ops.pgd_step(x, -torch.ones(2, 3), x, 8 / 255, 2 / 255)[1, 2].item()); "
