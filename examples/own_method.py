@@ -1,7 +1,7 @@
 """A method of one's own, trained by the command line without a change of fastadv:
 
-    cd examples
-    python -m fastadv.train --method-from own_method:Detached --data digits --set beta=3
+cd examples
+python -m fastadv.train --method-from own_method:Detached --data digits --set beta=3
 """
 
 import torch

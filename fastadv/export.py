@@ -5,11 +5,11 @@ python -m fastadv.export --checkpoint runs/at-cifar10/best.safetensors --out mod
 
 import argparse
 import re
-import sys
 
 from torch import nn
 
 from . import models
+from .errors import as_command
 from .evaluate import from_run
 
 # What RobustBench calls these networks, at their published width and for colour images.
@@ -46,7 +46,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with as_command("nothing was written"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

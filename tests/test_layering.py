@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"kernels"},
+    {"errors", "kernels"},
     {"ops"},
     {"losses", "runs"},
     {"engine", "models", "data"},

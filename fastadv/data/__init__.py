@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..errors import UsageError
 from . import cifar, digits, npz, svhn
 from .augmentation import Augmentation
 from .dataset import Dataset, ImageSet, check_classes
@@ -40,7 +41,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     if name == "digits":
         return digits.load(seed)
     if name not in READERS:
-        raise ValueError(f"unknown data set {name!r}; known: {KNOWN}")
+        raise UsageError(f"unknown data set {name!r}; known: {KNOWN}")
     if data_dir is None:
-        raise ValueError(f"data set {name!r} needs data_dir, the place of its files")
+        raise UsageError(f"data set {name!r} needs data_dir, the place of its files")
     return check_classes(READERS[name](data_dir, seed))

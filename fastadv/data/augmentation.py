@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..ops.random_start import philox
 from . import image_ops, policies
 
@@ -64,7 +65,7 @@ class Augmentation:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {rule}")
+                raise UsageError(f"{name} is {getattr(self, name)!r}, must be {rule}")
 
     @property
     def plain(self) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from .dataset import Dataset, cut, image_set
 
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
@@ -85,16 +86,16 @@ def read_batch(
         raise FileNotFoundError(f"{path}: no such CIFAR file") from None
     except Exception as error:  # hostile or cut input surfaces as nearly any exception type
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a readable CIFAR file ({reason})") from error
+        raise UsageError(f"{path}: not a readable CIFAR file ({reason})") from error
     if images.dtype != np.uint8 or images.shape != (rows, 3072):
         found = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"{path}: data is {found}, not uint8 [{rows}, 3072]")
+        raise UsageError(f"{path}: data is {found}, not uint8 [{rows}, 3072]")
     if labels.dtype.kind not in "iu" or labels.shape != (rows,):
         found = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"{path}: {entry} are {found}, not {rows} integers")
+        raise UsageError(f"{path}: {entry} are {found}, not {rows} integers")
     if labels.min() < 0 or labels.max() >= num_classes:
         found = f"{labels.min()}..{labels.max()}"
-        raise ValueError(f"{path}: {entry} lie in {found}, not 0..{num_classes - 1}")
+        raise UsageError(f"{path}: {entry} lie in {found}, not 0..{num_classes - 1}")
     return images.reshape(rows, 3, 32, 32), labels.astype(np.int64)
 
 

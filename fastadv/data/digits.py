@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..errors import MissingPackage
 from .dataset import Dataset, cut, image_set
 
 
@@ -9,12 +10,12 @@ def load(seed: int) -> Dataset:
     """1000 train, 297 val and 500 test images, uint8 [N, 1, 8, 8]; levels 0..16 become 0..255.
 
     The original has no test set, so all three are cut from one list and share its indices.
-    Raises ImportError, saying what to install, without scikit-learn.
+    Raises MissingPackage, an ImportError that says what to install, without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install fastadv[demo]") from error
+        raise MissingPackage("the digits need scikit-learn: pip install fastadv[demo]") from error
     levels, labels = load_digits(return_X_y=True)
     images = np.round(levels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     train, val, test = cut(image_set(images, labels), 1000, 297, seed=seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import UsageError
 from .augmentation import IMAGE, PARTNER, Augmentation, Key, augment_images, draw_mix
 from .dataset import ImageSet
 
@@ -63,7 +64,7 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, must be in [0, {world - 1}], of world {world}")
         if batch_size % world:
-            raise ValueError(
+            raise UsageError(
                 f"batch_size is {batch_size}, must be divisible by the number of processes, {world}"
             )
         self.augmentation, self.num_classes = augmentation or Augmentation(), num_classes

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from .dataset import Dataset, cut, image_set
 
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -25,11 +26,11 @@ def load(path: str | Path, seed: int) -> Dataset:
     )
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = [list(part.images.shape[1:]) for part in (train, test)]
-        raise ValueError(f"{path}: train_images are {shapes[0]} each but test_images {shapes[1]}")
+        raise UsageError(f"{path}: train_images are {shapes[0]} each but test_images {shapes[1]}")
     if len(train) < 10 or len(test) < 1:
-        raise ValueError(f"{path}: train_images needs 10 images or more, test_images 1 or more")
+        raise UsageError(f"{path}: train_images needs 10 images or more, test_images 1 or more")
     if len(train.labels.unique()) < 2:
-        raise ValueError(f"{path}: train_labels are all {train.labels[0]}, must be of two classes")
+        raise UsageError(f"{path}: train_labels are all {train.labels[0]}, must be of two classes")
     channels, _, width = train.images.shape[1:]
     padding, flips = (4, 2) if channels == 3 and width >= 16 else (1, 1)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -46,12 +47,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         # numpy takes whatever is no archive for a pickle, and says how to run it.
         reason = "no archive, or pickled objects" if "pickle" in str(error) else error
-        raise ValueError(f"{path}: not a readable .npz of plain arrays ({reason})") from error
+        raise UsageError(f"{path}: not a readable .npz of plain arrays ({reason})") from error
 
 
 def _get(path: str | Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     if name not in arrays:
-        raise ValueError(f"{path}: no array {name!r}; needed are {', '.join(NAMES)}")
+        raise UsageError(f"{path}: no array {name!r}; needed are {', '.join(NAMES)}")
     return arrays[name]
 
 
@@ -66,7 +67,7 @@ def _images(path: str | Path, arrays: dict[str, np.ndarray], part: str) -> np.nd
         if images.shape[3] in (1, 3):
             return images.transpose(0, 3, 1, 2)
     found = f"{images.dtype} {list(images.shape)}"
-    raise ValueError(f"{path}: {name} is {found}, not uint8 [N, H, W(, C)] or [N, C, H, W]")
+    raise UsageError(f"{path}: {name} is {found}, not uint8 [N, H, W(, C)] or [N, C, H, W]")
 
 
 def _labels(path: str | Path, arrays: dict[str, np.ndarray], part: str) -> np.ndarray:
@@ -74,8 +75,8 @@ def _labels(path: str | Path, arrays: dict[str, np.ndarray], part: str) -> np.nd
     labels = _get(path, arrays, name)
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         found = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"{path}: {name} is {found}, not {count} integers")
+        raise UsageError(f"{path}: {name} is {found}, not {count} integers")
     if count and not (labels.min() >= 0 and labels.max() < MAX_CLASSES):
         found = f"{labels.min()} to {labels.max()}"
-        raise ValueError(f"{path}: {name} holds {found}; labels are 0 to {MAX_CLASSES - 1}")
+        raise UsageError(f"{path}: {name} holds {found}; labels are 0 to {MAX_CLASSES - 1}")
     return labels

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from .dataset import Dataset, cut, image_set
 
 HELD_OUT = 1_000
@@ -33,7 +34,7 @@ def load(data_dir: str | Path, seed: int) -> Dataset:
     path = Path(data_dir) / "train_32x32.mat"
     full = image_set(*_read(path))
     if len(full) <= HELD_OUT:
-        raise ValueError(f"{path}: {len(full)} images, but {HELD_OUT} are held out")
+        raise UsageError(f"{path}: {len(full)} images, but {HELD_OUT} are held out")
     val, train = cut(full, HELD_OUT, seed=seed)
     test = image_set(*_read(path.with_name("test_32x32.mat")))
     return Dataset("svhn", 10, 4, 1, train, val, test)
@@ -48,17 +49,17 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"{path}: no such SVHN file") from None
     except (ValueError, KeyError, struct.error, zlib.error) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a readable SVHN file ({reason})") from error
+        raise UsageError(f"{path}: not a readable SVHN file ({reason})") from error
     if images.dtype != np.uint8 or images.shape[:-1] != (32, 32, 3) or not images.size:
         found = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"{path}: X is {found}, not uint8 [32, 32, 3, N]")
+        raise UsageError(f"{path}: X is {found}, not uint8 [32, 32, 3, N]")
     count = images.shape[-1]
     if labels.dtype.kind not in "iu" or labels.size != count:
         found = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"{path}: y is {found}, not {count} integers")
+        raise UsageError(f"{path}: y is {found}, not {count} integers")
     if labels.min() < 1 or labels.max() > 10:
         found = f"{labels.min()}..{labels.max()}"
-        raise ValueError(f"{path}: y lies in {found}, not 1..10, of which 10 is the digit 0")
+        raise UsageError(f"{path}: y lies in {found}, not 1..10, of which 10 is the digit 0")
     return images.transpose(3, 2, 0, 1), labels.ravel().astype(np.int64) % 10
 
 

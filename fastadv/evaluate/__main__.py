@@ -15,7 +15,6 @@ command again goes on where it was stopped.
 import argparse
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 
 from .. import data, models
 from ..attacks import suite
+from ..errors import UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.config import PRECISIONS, Config, device, number, versions
 from . import networks, report, search, validity
@@ -74,24 +74,27 @@ def arguments(argv):
 def check(args):
     """Refuses what no evaluation could serve, before any work."""
     if not (args.checkpoint or args.model_from):
-        raise ValueError("checkpoint is missing: name a run's, or a network by --model-from")
+        raise UsageError("checkpoint is missing: name a run's, or a network by --model-from")
     if len({*(args.checkpoint or ())}) < len(args.checkpoint or ()):
-        raise ValueError(f"checkpoint has one twice: {', '.join(args.checkpoint)}")
+        raise UsageError(f"checkpoint has one twice: {', '.join(args.checkpoint)}")
     if args.model and args.model_from:
-        raise ValueError("model and model-from are both given, must be one of them")
+        raise UsageError("model and model-from are both given, must be one of them")
     if (args.model or args.model_from) and not args.data:
-        raise ValueError("data is missing: a network that is no run's does not name its own")
+        raise UsageError("data is missing: a network that is no run's does not name its own")
     if args.norm == "l2" and args.eps is None:
-        raise ValueError("eps is missing, which norm l2 needs, such as 0.5")
+        raise UsageError("eps is missing, which norm l2 needs, such as 0.5")
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}, must be at least 1")
+            raise UsageError(f"{name} is {getattr(args, name)}, must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"seed is {args.seed}, must be in [0, 2^63)")
     if args.save_adversarial and not args.out:
-        raise ValueError("save-adversarial needs --out, the folder to save in")
+        raise UsageError("save-adversarial needs --out, the folder to save in")
     eps = 8 / 255 if args.eps is None else args.eps
-    stages = suite.stages(args.attacks, eps, args.norm)
+    with values_from_user():
+        stages = suite.stages(args.attacks, eps, args.norm)
     if any(stage.transferred for stage in stages) and not args.source:
-        raise ValueError("source is missing, which transfer attacks need: a run's checkpoint")
+        raise UsageError("source is missing, which transfer attacks need: a run's checkpoint")
     device(args.device)
 
 
@@ -109,7 +112,7 @@ def subjects(args):
         for c in [s.config for s in found] or [config]
     }
     if len(sets) > 1:
-        raise ValueError(f"data is missing: the runs were trained on {sorted(map(str, sets))}")
+        raise UsageError(f"data is missing: the runs were trained on {sorted(map(str, sets))}")
     dataset = data.load(*sets.pop())
     for path in paths if not found else ():
         if args.model_from:
@@ -122,7 +125,7 @@ def subjects(args):
         networks.check_fits(subject.model, dataset, subject.label)
     radii = {subject.config.eps for subject in found}
     if args.eps is None and len(radii) > 1:
-        raise ValueError(f"eps is missing: the runs were trained with {sorted(radii)}")
+        raise UsageError(f"eps is missing: the runs were trained with {sorted(radii)}")
     return found, dataset
 
 
@@ -225,9 +228,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with as_command("nothing is reported; with --out the same command goes on from here"):
         main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing is reported; with --out the same command goes on from here")

@@ -10,6 +10,7 @@ from torch import nn
 from .. import models
 from ..attacks.checks import described
 from ..engine.query import cast_to, evaluating, logits_of
+from ..errors import UsageError
 from ..runs import checkpoint
 from ..runs.config import Config
 
@@ -26,7 +27,7 @@ def from_run(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
     if Path(path).suffix != ".safetensors":
-        raise ValueError(
+        raise UsageError(
             f"{path} is not a run's .safetensors: name its architecture as well (--model, or in "
             "training --teacher)"
         )
@@ -35,7 +36,7 @@ def from_run(path):
         config = Config.from_json(json.dumps(metadata["config"]))
         classes, channels = metadata["num_classes"], metadata["in_channels"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its header is not that of a run ({error})") from error
+        raise UsageError(f"{path}: its header is not that of a run ({error})") from error
     model = models.load(config.student, path, classes, channels, config.student_width)
     return model, config
 
@@ -49,17 +50,17 @@ def from_code(name, path=None):
     """
     module, _, function = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not (module and function):
-        raise ValueError(f"model-from is {name!r}, must be module:function")
+        raise UsageError(f"model-from is {name!r}, must be module:function")
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"model-from is {name!r}: {error}") from error
+        raise UsageError(f"model-from is {name!r}: {error}") from error
     try:
         model = build()
     except Exception as error:
-        raise ValueError(f"{name}() raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
+        raise UsageError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
     if path is not None:
         models.load_weights(model, path)
     return model.eval()
@@ -73,14 +74,14 @@ def check_fits(model, dataset, path):
         with evaluating(model), torch.no_grad():
             output = model(cast_to(model, x))
     except Exception as error:  # whatever a foreign network raises
-        raise ValueError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
+        raise UsageError(f"{path} does not take images {list(x.shape[1:])}: {error}") from error
     try:
         logits = logits_of(output)
     except TypeError:
         logits = None
     if logits is None or logits.dim() != 2:
         given = type(output).__name__ if logits is None else list(logits.shape)
-        raise ValueError(f"{path} returns {given} for one image, must be logits [1, classes]")
+        raise UsageError(f"{path} returns {given} for one image, must be logits [1, classes]")
     classes = logits.shape[1]
     if classes != dataset.num_classes:
-        raise ValueError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")
+        raise UsageError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..attacks.checks import described, whole
+from ..errors import UsageError
 from ..runs import checkpoint
 
 UNKNOWN, RIGHT, WRONG = range(3)
@@ -76,11 +77,11 @@ class Record:
     def _load(self):
         tensors, metadata = checkpoint.load(self._state)
         if metadata.keys() != {"key", "costs"}:
-            raise ValueError(f"{self._state} is not an evaluation's state")
+            raise UsageError(f"{self._state} is not an evaluation's state")
         for name in self.key | metadata["key"]:
             theirs, mine = metadata["key"].get(name), self.key.get(name)
             if theirs != mine:
-                raise ValueError(
+                raise UsageError(
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
                     f"{mine!r}: choose another --out"
                 )
@@ -138,5 +139,5 @@ def open_examples(path, images, begun):
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{path}: missing or damaged: choose another --out")
+        raise UsageError(f"{path}: missing or damaged: choose another --out")
     return np.load(path, mmap_mode="r+")

@@ -11,6 +11,7 @@ from ..attacks import checks, suite
 from ..attacks.checks import checked_logits
 from ..engine.frozen import freeze
 from ..engine.query import ask, evaluating
+from ..errors import UsageError, values_from_user
 from ..runs import parallel
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable
@@ -57,7 +58,8 @@ def judge(model, x, x_adv, y, eps, norm):
     delta = (x_adv.double() - x).flatten(1)
     distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-    with evaluating(model), torch.autocast(x.device.type, enabled=False):
+    autocast = torch.autocast(x.device.type, enabled=False)
+    with values_from_user(), evaluating(model), autocast:
         logits = checked_logits(model, x_adv, y)
     within = distance <= eps + ROUNDING[norm] * max(1, eps)
     return logits.argmax(1) == y, inside & within, distance
@@ -222,7 +224,8 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
             x_adv, broken, cost = search(stage, x, y, index, seed)
         except ValueError as error:
             images = f"images {int(rows[0])} to {int(rows[-1])}"
-            raise ValueError(f"{stage.name}, {images}: {error}") from error
+            kind = UsageError if isinstance(error, UsageError) else ValueError
+            raise kind(f"{stage.name}, {images}: {error}") from error
         broken = broken.cpu()
         known = torch.stack([v[rows] == WRONG for v in record.verdicts.values()]).any(0)
         fresh = broken & ~known
@@ -244,7 +247,7 @@ def correct(model, split, attack, *, eps, norm="linf", **options):
     stages = suite.stages([attack], eps, norm)
     record = run(model, split, stages, **options)
     if bad := sum(record.costs[stage.name].bad_gradients for stage in stages):
-        raise ValueError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
+        raise UsageError(f"{attack}: {bad} gradients of the model had NaN or infinity in them")
     return record.right(attack) if attack in record.costs else worst_case(record, stages)
 
 

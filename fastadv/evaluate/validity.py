@@ -11,6 +11,7 @@ from torch import nn
 from ..attacks import checks, suite
 from ..attacks.pgd import input_gradient
 from ..engine.query import ask, evaluating
+from ..errors import UsageError, values_from_user
 from ..ops._logits import wide
 from .search import Counted
 
@@ -42,16 +43,16 @@ def probe(model, x, y, stages):
     if not len(x):
         raise ValueError("x has no images, must have one at least")
     training = any(module.training for module in model.modules())
-    with evaluating(model), torch.no_grad():
+    with values_from_user(), evaluating(model), torch.no_grad():
         logits, again, alone = (Counted(model)(v) for v in (x, x, x[:1]))
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         given = tuple(logits.shape)
-        raise ValueError(f"model returned {given}, must be logits [{len(x)}, 2 or more]")
+        raise UsageError(f"model returned {given}, must be logits [{len(x)}, 2 or more]")
     if not logits.is_floating_point():
         raise TypeError(f"model returned {logits.dtype}, must return logits in floating point")
     checks.check_labels(y, logits.shape[1])
     if not logits.isfinite().all():
-        raise ValueError("model returned NaN or infinite logits")
+        raise UsageError("model returned NaN or infinite logits")
     found = ["the model was in train mode: it is evaluated in eval mode"] if training else []
     found += _unsteady(logits, again, alone)
     if checks.probabilities(logits):
@@ -70,7 +71,7 @@ def probe(model, x, y, stages):
             continue
         found.append(f"{stage.name} left out: {needs}")
     if not fit:
-        raise ValueError(f"no attack is left: {'; '.join(found)}")
+        raise UsageError(f"no attack is left: {'; '.join(found)}")
     left = {stage.name for stage in fit}
     return model, [stage.among(left) for stage in fit], found
 

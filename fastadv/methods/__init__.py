@@ -3,6 +3,7 @@
 import inspect
 import math
 
+from ..errors import UsageError
 from .absld import ABSLD
 from .adaad import AdaAD
 from .advfunmatch import AdvFunMatch
@@ -38,6 +39,7 @@ METHODS = {
 
 
 COMMON = ("attack", "attack_bn", "milestones")  # options of every method
+POSITIVE = ("temperature",)
 SHARES = ("adv_weight", "alpha", "clean_weight", "label_smoothing")  # of 1
 
 
@@ -48,7 +50,7 @@ def named(name):
     """
     base = name.removeprefix("vfd+")
     if base not in METHODS:
-        raise ValueError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+NAME")
+        raise UsageError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+NAME")
     return METHODS[base]
 
 
@@ -65,7 +67,7 @@ def get(name, **given):
     for key, value in (given | vanilla).items():
         if key not in COMMON and key not in known:
             listed = ", ".join(f"{option}={default}" for option, default in known.items())
-            raise ValueError(f"method {name} has no option {key}; it has {listed or 'none'}")
+            raise UsageError(f"method {name} has no option {key}; it has {listed or 'none'}")
         if key in known:
             _check(name, key, value, known[key])
     method = base(**given)
@@ -84,21 +86,23 @@ def options(cls):
 
 
 def _check(method, option, value, default):
-    """Raises ValueError unless the value is of the default's kind; no number is negative, and
-    none of `SHARES` above 1."""
+    """Raises UsageError unless the value is of the default's kind. No number may be negative, none
+    of `POSITIVE` 0, and none of `SHARES` above 1."""
     if isinstance(default, bool):
         right, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
         most, kind = (1, "in [0, 1]") if option in SHARES else (math.inf, "of at least 0")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right, kind = number and 0 <= value <= most and value < math.inf, f"a number {kind}"
+        if option in POSITIVE:
+            right, kind = right and value > 0, "a number above 0"
     else:
         # Lists are what a config.json makes of tuples.
         names = value if isinstance(value, (tuple, list)) else [value]
         right = all(isinstance(name, str) for name in names)
         kind = "a name, or names with commas"
     if not right:
-        raise ValueError(f"{option} of method {method} is {value!r}, must be {kind}")
+        raise UsageError(f"{option} of method {method} is {value!r}, must be {kind}")
 
 
 __all__ = [

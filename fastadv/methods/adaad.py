@@ -1,6 +1,7 @@
 """AdaAD, adaptive adversarial distillation (Huang et al. 2023)."""
 
 from .. import losses
+from ..errors import UsageError
 from .base import MismatchAttack, update_statistics
 
 
@@ -18,7 +19,7 @@ class AdaAD(MismatchAttack):
     def __init__(self, alpha=1.0, reduction="mean", parity=False, **options):
         super().__init__(**options)
         if reduction not in ("mean", "batchmean"):
-            raise ValueError(f"reduction is {reduction!r}, must be 'mean' or 'batchmean'")
+            raise UsageError(f"reduction is {reduction!r}, must be 'mean' or 'batchmean'")
         self.alpha, self.reduction, self.parity = alpha, reduction, parity
 
     def cacheable(self):

@@ -12,6 +12,7 @@ from ..attacks import APGD, PGD
 from ..engine.features import forward_features
 from ..engine.frozen import Frozen, InPrecision, freeze, refresh
 from ..engine.query import ask
+from ..errors import UsageError
 from ..ops._logits import int64_labels, wide
 
 
@@ -139,7 +140,7 @@ class Method(nn.Module):
     def __init__(self, attack=None, attack_bn=None, milestones=()):
         super().__init__()
         if attack_bn not in ("eval", "train", None):
-            raise ValueError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
+            raise UsageError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
         wrong = isinstance(attack, (type, APGD)) or not hasattr(attack, "ascend")
         if attack is not None and wrong:
             raise TypeError(f"attack is {attack!r}, must be a PGD")
@@ -217,7 +218,7 @@ class MismatchAttack(Method):
     def __init__(self, teacher_every=1, **options):
         super().__init__(**options)
         if teacher_every < 1 or teacher_every % 1:
-            raise ValueError(
+            raise UsageError(
                 f"teacher_every is {teacher_every}, must be a whole number of at least 1"
             )
         self.teacher_every = teacher_every

@@ -3,6 +3,7 @@
 import torch
 
 from .. import losses
+from ..errors import UsageError
 from ..runs import parallel
 from .base import LabelAttack, first_epoch
 
@@ -24,7 +25,7 @@ class MTARD(LabelAttack):
     def __init__(self, weight_rate=0.025, b=1.0, **options):
         super().__init__(**options)
         if not 0 <= weight_rate <= 1:
-            raise ValueError(f"weight_rate is {weight_rate}, must be in [0, 1]")
+            raise UsageError(f"weight_rate is {weight_rate}, must be in [0, 1]")
         self.weight_rate, self.b = weight_rate, b
 
     def cacheable(self):

@@ -10,6 +10,7 @@ from torch import nn
 from .. import losses
 from ..engine.features import forward_features
 from ..engine.query import evaluating
+from ..errors import UsageError, values_from_user
 from .base import Method
 
 DISTANCES = ("mse", "l2", "cosine")
@@ -46,11 +47,11 @@ class VFD(Method):
     ):
         nn.Module.__init__(self)  # what Method's own would set is the base's
         if distance not in DISTANCES:
-            raise ValueError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
+            raise UsageError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
         self.base, self.distance, self.normalise = base, distance, normalise
         layers = (layers,) if isinstance(layers, str) else tuple(layers)
         if not layers or len(set(layers)) < len(layers):
-            raise ValueError(f"layers is {layers}, must be one name or more, each once")
+            raise UsageError(f"layers is {layers}, must be one name or more, each once")
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
@@ -71,7 +72,7 @@ class VFD(Method):
         if nets.clean_teacher is None:
             raise ValueError("nets.clean_teacher is None, must be a network for this method")
         names, teacher_names = zip(*self.layers, strict=True)
-        with torch.no_grad(), evaluating(nets.student):
+        with values_from_user(), torch.no_grad(), evaluating(nets.student):
             _, ours = forward_features(nets.student, x, names)
             _, theirs = forward_features(nets.clean_teacher, x, teacher_names)
         for a, b in self.layers:
@@ -146,7 +147,7 @@ class Recorder:
 def projector(name, ours, teacher_name, theirs):
     """The identity, or a linear map from the student's channels to the teacher's."""
     if ours.shape[2:] != theirs.shape[2:]:
-        raise ValueError(
+        raise UsageError(
             f"layers: student {name} is {list(ours.shape[1:])}, teacher {teacher_name} is "
             f"{list(theirs.shape[1:])}: they must agree in all but channels"
         )

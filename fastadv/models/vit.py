@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 PATCH, HEADS, DEPTH = 4, 3, 6
 GRID = 8  # patches along a side of a 32x32 image
 
@@ -19,7 +21,7 @@ class ViT(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 192):
         if width < 1 or width % HEADS:
-            raise ValueError(
+            raise UsageError(
                 f"width is {width}, must be a multiple of {HEADS}, the number of heads"
             )
         super().__init__()
@@ -31,7 +33,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % PATCH or x.shape[3] % PATCH:
-            raise ValueError(f"images are {list(x.shape[2:])}, must be multiples of {PATCH} pixels")
+            raise UsageError(f"images are {list(x.shape[2:])}, must be multiples of {PATCH} pixels")
         tokens, positions = self.patches(x), self.positions
         if tokens.shape[2:] != positions.shape[2:]:
             positions = F.interpolate(positions, tokens.shape[2:], mode="bilinear")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..runs import checkpoint
 from .dm_wide_resnet import DMWideResNet, published_statistics
 from .zoo import NETWORKS, get
@@ -121,7 +122,7 @@ def _fitting(
         if _names(weights) == _names(ours):
             break
     if absent := [name for name in names if name not in form]:
-        raise ValueError(f"{path}: it has statistics of its input, but no {absent[0]}")
+        raise UsageError(f"{path}: it has statistics of its input, but no {absent[0]}")
     return weights, {name: form[name] for name in names}
 
 
@@ -135,7 +136,7 @@ def _fill(model: nn.Module, path: str | Path, forms: list[dict[str, Tensor]]) ->
     _check_statistics(path, kind, statistics, buffers)
     if problems := _misfits(ours, weights):
         hint = _likelier(ours, weights)
-        raise ValueError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
+        raise UsageError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
     net.load_state_dict(weights, strict=False)
     for buffer, value in zip(buffers, statistics.values(), strict=False):  # or the file has none
         buffer.copy_(value.reshape(buffer.shape))
@@ -148,20 +149,20 @@ def _check_statistics(
     if not statistics:
         return
     if not buffers:
-        raise ValueError(
+        raise UsageError(
             f"{path} normalises its input, which this {kind} does not: models.load(name, path)"
             " makes a network that does"
         )
     for value, buffer in zip(statistics.values(), buffers, strict=True):
         if value.numel() != buffer.numel():
-            raise ValueError(
+            raise UsageError(
                 f"{path} normalises images of {value.numel()} channels, this {kind} takes"
                 f" {buffer.numel()}"
             )
     mean, std = (value.flatten().float() for value in statistics.values())
     if not (((mean >= 0) & (mean <= 1)).all() and (std > 0).all() and std.isfinite().all()):
         first, second = statistics
-        raise ValueError(
+        raise UsageError(
             f"{path}: {first} is {mean.tolist()} and {second} {std.tolist()}, which are not the"
             " mean and deviation of images in [0, 1]"
         )

@@ -5,13 +5,14 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ops import batch_norm
 
 
 def blocks_per_stage(depth: int, widen: int) -> int:
     """n of depth = 6n + 4. Raises ValueError for a depth or widening that no wide ResNet has."""
     if depth < 10 or depth % 6 != 4 or widen < 1:
-        raise ValueError(
+        raise UsageError(
             f"wrn{depth}_{widen}: depth must be 6n + 4 (10, 16, 22, 28, 34, ...), widen >= 1"
         )
     return (depth - 4) // 6

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import nn
 
+from ..errors import UsageError
 from .digits_net import DigitsNet
 from .dm_wide_resnet import DMWideResNet
 from .mobilenet_v2 import MobileNetV2
@@ -40,7 +41,7 @@ def get(
     has and a width that the network cannot have.
     """
     if width is not None and width < 1:
-        raise ValueError(f"width is {width}, must be at least 1")
+        raise UsageError(f"width is {width}, must be at least 1")
     size = {} if width is None else {"width": width}
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **size)
@@ -50,4 +51,4 @@ def get(
             return DMWideResNet(int(dm_depth), int(dm_widen), num_classes, in_channels, **size)
         size["activation"] = nn.SiLU if silu else nn.ReLU
         return WideResNet(int(depth), int(widen), num_classes, in_channels, **size)
-    raise ValueError(f"unknown model {name!r}; known: {KNOWN}")
+    raise UsageError(f"unknown model {name!r}; known: {KNOWN}")

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, serialization
 
+from ..errors import UsageError
+
 LOADING = threading.RLock()  # torch.load has one list of what it takes, for all threads
 CONTAINERS = ("state_dict", "net", "model_state_dict", "model", "model_state", "network", "weights")
 CONTAINERS += ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
@@ -143,7 +145,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """
     tensors, header = _read_safetensors(path)
     if "fastadv" not in header:
-        raise ValueError(f"{path}: not a fastadv checkpoint (its header has no 'fastadv' entry)")
+        raise UsageError(f"{path}: not a fastadv checkpoint (its header has no 'fastadv' entry)")
     return tensors, _verified_metadata(path, tensors, header)
 
 
@@ -223,12 +225,12 @@ def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated, damaged or not safetensors: {error}") from error
+        raise UsageError(f"{path}: truncated, damaged or not safetensors: {error}") from error
 
 
 def _verified_metadata(path: str | Path, tensors: dict, header: dict) -> dict:
     if _crc32(tensors, header["fastadv"]) != header.get("crc32"):
-        raise ValueError(f"{path}: damaged: the contents do not match their checksum")
+        raise UsageError(f"{path}: damaged: the contents do not match their checksum")
     return json.loads(header["fastadv"])
 
 
@@ -236,14 +238,14 @@ def _torch_load(path: Path) -> object:
     with open(path, "rb") as file:  # a missing or unreadable file raises its own OSError here
         head = file.read(64)
     if head.lstrip().startswith(b"<"):
-        raise ValueError(f"{path}: a web page (HTML or XML), not weights; download the file again")
+        raise UsageError(f"{path}: a web page (HTML or XML), not weights; download the file again")
     try:
         if head.startswith(b"PK\x03\x04"):
             _check_archive(path)
         with _only_extras():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged input surfaces as nearly any exception type
-        raise ValueError(f"{path}: {_reason(error, head)}") from None
+        raise UsageError(f"{path}: {_reason(error, head)}") from None
 
 
 def _reason(error: Exception, head: bytes) -> str:
@@ -303,13 +305,13 @@ def _unwrap(content: object) -> object:
 def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
     entries = dict(dict.items(content)) if isinstance(content, dict) else {}
     if not any(isinstance(value, Tensor) for value in entries.values()):
-        raise ValueError(f"{path}: no model weights in it (looked in {', '.join(CONTAINERS)})")
+        raise UsageError(f"{path}: no model weights in it (looked in {', '.join(CONTAINERS)})")
     for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ValueError(f"{path}: entry {name!r} is {kind}, not a named tensor")
+            raise UsageError(f"{path}: entry {name!r} is {kind}, not a named tensor")
         dense = value.layout == torch.strided and not value.is_nested and value.is_cpu
         if not dense or value.dtype not in DTYPES:
             kind = f"a {value.layout} tensor of {value.dtype} on {value.device}"
-            raise ValueError(f"{path}: entry {name!r} is {kind}, must be plain numbers")
+            raise UsageError(f"{path}: entry {name!r} is {kind}, must be plain numbers")
     return {name: Tensor.detach(value) for name, value in entries.items()}

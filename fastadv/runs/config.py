@@ -10,6 +10,8 @@ from importlib import metadata
 
 import torch
 
+from ..errors import UsageError
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Fields that say where things are on one machine: a run may go on with others on another one.
 PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
@@ -40,7 +42,7 @@ def number(text):
     try:
         return float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a number such as 0.031 or 8/255") from None
+        raise UsageError(f"{text!r} is not a number such as 0.031 or 8/255") from None
 
 
 def device(name):
@@ -49,7 +51,7 @@ def device(name):
         torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UsageError(
             f"device is {name!r}, which cannot be used here ({reason}): give another, such as cpu"
         ) from None
     return torch.device(name)
@@ -122,20 +124,20 @@ class Config:
             self.step_size = self.eps / 4
         for name in ("precision_attack", "precision_outer", "precision_teacher"):
             if getattr(self, name) not in PRECISIONS:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
+                raise UsageError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
         if self.ema is not None and self.swa_start is not None:
-            raise ValueError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
+            raise UsageError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
         if self.swa_start is not None and self.swa_start >= self.epochs:
-            raise ValueError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
+            raise UsageError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
         if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
-            raise ValueError(
+            raise UsageError(
                 f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
                 f"awp_gamma ({self.awp_gamma})"
             )
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
-            raise ValueError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+            raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
         if self.teacher_cache_dtype not in ("float16", "float32"):
-            raise ValueError(
+            raise UsageError(
                 f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"
             )
         # A run may be resumed from anywhere.
@@ -151,19 +153,19 @@ class Config:
                 setattr(self, one.name, os.fspath(value))
             elif one.type in (str, str | None, dict) and not isinstance(value, one.type):
                 kind = "an object of options" if one.type is dict else "text"
-                raise ValueError(f"{one.name} is {value!r}, must be {kind}")
+                raise UsageError(f"{one.name} is {value!r}, must be {kind}")
         if self.data == "digits" and self.data_dir is not None:
-            raise ValueError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
+            raise UsageError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
         for name, (rule, holds) in RULES.items():
             value = getattr(self, name)
             missing = value is None and getattr(Config, name) is None  # which is a default then
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not missing and not (number and holds(value)):
-                raise ValueError(f"{name} is {value!r}, must be {rule}")
+                raise UsageError(f"{name} is {value!r}, must be {rule}")
         epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
         whole = all(type(epoch) is int for epoch in epochs)
         if not whole or [0, *epochs] != sorted({0, *epochs}):
-            raise ValueError(
+            raise UsageError(
                 f"milestones is {self.milestones!r}, must be whole numbers of epochs from 1 on, "
                 "each larger than the one before"
             )
@@ -199,11 +201,11 @@ class Config:
         """The Config that `to_json` wrote. Raises ValueError for what is none."""
         values = json.loads(text)
         if not isinstance(values, dict):
-            raise ValueError(f"config is a {type(values).__name__}, must be an object of fields")
+            raise UsageError(f"config is a {type(values).__name__}, must be an object of fields")
         values.pop("versions", None)
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"config has unknown fields: {', '.join(sorted(unknown))}")
+            raise UsageError(f"config has unknown fields: {', '.join(sorted(unknown))}")
         return cls(**values)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..errors import UsageError
 from . import checkpoint, log, parallel
 from .config import versions
 
@@ -64,7 +65,7 @@ class Run:
                 self._restore(tensors, metadata)
             except (KeyError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
-                raise ValueError(
+                raise UsageError(
                     f"{path} is not of the run that config.json beside it describes: {reason}"
                 ) from error
         elif any(row["epoch"] > 0 for row in log.read(self.metrics)):

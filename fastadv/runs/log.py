@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from ..errors import UsageError
 from .checkpoint import atomic_write
 
 
@@ -28,7 +29,7 @@ def read(path):
         if isinstance(row, dict) and isinstance(row.get("epoch"), int):
             rows.append(row)
         elif row is not None or number < len(lines):
-            raise ValueError(f"{path}: line {number} is no row of a run: {line[:50]!r}")
+            raise UsageError(f"{path}: line {number} is no row of a run: {line[:50]!r}")
     return rows
 
 

@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..errors import UsageError
+
 TIMEOUT = timedelta(minutes=10)  # of one collective; others wait while a checkpoint is written
 
 
@@ -51,7 +53,7 @@ def check_device(name):
     device = torch.device(name)
     shared = device.index is not None or _local_rank() >= torch.cuda.device_count()
     if world() > 1 and device.type == "cuda" and shared:
-        raise ValueError(
+        raise UsageError(
             f"device is {name!r}, must be cpu, or cuda with a GPU for each process of a machine: "
             f"this one has {torch.cuda.device_count()}"
         )

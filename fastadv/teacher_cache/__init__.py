@@ -16,6 +16,7 @@ import torch
 
 from ..engine.features import forward_features
 from ..engine.frozen import original, refresh
+from ..errors import UsageError, values_from_user
 from . import store
 from .identity import differences, identity
 
@@ -138,14 +139,14 @@ class TeacherCache:
         header = store.read_header(self.folder)
         different = differences(self.identity, header)
         if different:
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} is the cache of something else: {', '.join(different)} differ;"
                 " give the folder above it, or another"
             )
         for name, values in header["probe"].items():
             ours, theirs = torch.tensor(self._header["probe"][name]), torch.tensor(values)
             if (ours - theirs).abs().max() > 0.02 * theirs.abs().max() + 1e-3:
-                raise ValueError(
+                raise UsageError(
                     f"{self.folder} is the cache of a teacher with other {name}, though its weights"
                     " and structure are the same: has its code changed? give another folder"
                 )
@@ -225,7 +226,7 @@ class TeacherCache:
             self.forwards += 1
         values = torch.cat(rows).cpu().to(self.dtype)
         if not values.isfinite().all():
-            raise ValueError(
+            raise UsageError(
                 f"the teacher's {', '.join(self.names)} have NaN, or numbers too large for"
                 f" {self.dtype}; float32 holds larger ones (--teacher-cache-dtype float32)"
             )
@@ -244,10 +245,11 @@ class TeacherCache:
         """({name: shape of one image's output}, {name: some of its values}) on fixed noise; not
         counted as a forward. What the identity's hashes miss of a teacher shows in the values."""
         noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
-        outputs = self._forward(noise.to(images.device))
+        with values_from_user():  # names of features
+            outputs = self._forward(noise.to(images.device))
         for name, value in outputs.items():
             if value.dim() < 2 or len(value) != BLOCK:
-                raise ValueError(
+                raise UsageError(
                     f"{name} of {BLOCK} images is {list(value.shape)}, not rows of them"
                 )
         shapes = {name: list(value.shape[1:]) for name, value in outputs.items()}
@@ -278,7 +280,7 @@ def _check(teacher, loader, dtype):
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}, must be torch.float16 or torch.float32")
     if loader.views >= 2**32:
-        raise ValueError(
+        raise UsageError(
             f"views_per_image is {loader.augmentation.views_per_image}, must be below 2^32 for a"
             " teacher cache: without it strong augmentation repeats no view"
         )

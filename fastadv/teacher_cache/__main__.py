@@ -11,7 +11,6 @@ DIR is the folder of all caches, or the folder of one.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from .. import data
+from ..errors import UsageError, as_command
 from ..runs.config import device
 from ..train import cli
 from ..train.build import build_loader, build_method, build_teacher
@@ -62,7 +62,7 @@ def verify(args, rest):
     else:
         print("no teacher given: checksums alone were verified")
     if bad:
-        raise ValueError(f"{args.directory}: {bad} problems, see above; `prune` removes damage")
+        raise UsageError(f"{args.directory}: {bad} problems, see above; `prune` removes damage")
 
 
 def recomputed(args, rest):
@@ -72,7 +72,7 @@ def recomputed(args, rest):
     there = [cache.filled(loader.index, torch.full_like(rows, v)) for v in range(loader.views)]
     view, row = torch.stack(there).nonzero(as_tuple=True)
     if not len(row):
-        raise ValueError(f"{cache.folder}: no rows of this teacher, images and augmentation")
+        raise UsageError(f"{cache.folder}: no rows of this teacher, images and augmentation")
     generator = torch.Generator()
     generator.seed()
     sample = torch.randperm(len(row), generator=generator)[: args.sample]
@@ -121,7 +121,7 @@ def prune(args, rest):
     folders = store.caches(args.directory)
     kept = None if args.keep is None else {Path(name).name for name in args.keep}
     if unknown := (kept or set()) - {folder.name for folder in folders}:
-        raise ValueError(f"--keep names no cache of {args.directory}: {', '.join(sorted(unknown))}")
+        raise UsageError(f"--keep names no cache of {args.directory}: {', '.join(sorted(unknown))}")
     for folder in folders:
         if kept is not None and folder.name not in kept:
             reason = "not kept"
@@ -143,7 +143,7 @@ def caches(directory):
     """The folders of caches in `directory`, one at least, or ValueError."""
     folders = store.caches(directory)
     if not folders:
-        raise ValueError(f"{directory}: no caches in it")
+        raise UsageError(f"{directory}: no caches in it")
     return folders
 
 
@@ -161,7 +161,7 @@ def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
     for flag in rest if args.run else ():
         if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS:
-            raise ValueError(f"--run takes the run's own settings: {flag} does not go with it")
+            raise UsageError(f"--run takes the run's own settings: {flag} does not go with it")
     config, _ = cli.parse(["--resume", args.run, *rest] if args.run else rest)
     device(config.device)  # raises where this machine has none
     dataset = data.load(config.data, config.data_dir)
@@ -170,7 +170,7 @@ def opened(args, rest):
         args.names.split(",") if args.names else build_method(config).cacheable().get(args.which)
     )
     if not names:
-        raise ValueError(f"method {config.method} reads no {args.which} of x alone: give --names")
+        raise UsageError(f"method {config.method} reads no {args.which} of x alone: give --names")
     dtype = getattr(torch, config.teacher_cache_dtype)
     return TeacherCache(teacher, loader, names, args.directory, dtype), loader
 
@@ -216,9 +216,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with as_command("the same command goes on from here"):
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from ..runs.checkpoint import atomic_write
 
 FORMAT = 1
@@ -28,7 +29,7 @@ FILES = ("header.json", "rows.bin", "marks.bin")
 CHUNK = 8192  # rows checked at a time
 
 
-class Damaged(ValueError):
+class Damaged(UsageError):
     """A file that is not as it was written; the message names it and says what to do."""
 
     def __init__(self, path, problem):
@@ -79,7 +80,7 @@ def caches(directory):
     ValueError where it is no folder."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder")
+        raise UsageError(f"{directory}: no such folder")
     folders = [directory] if is_cache(directory) else sorted(directory.iterdir())
     return [folder for folder in folders if is_cache(folder)]
 

@@ -10,7 +10,9 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
 
 import sys
 
+from ..errors import UsageError, as_command
 from ..info import isa
+from ..ops import _native
 from ..runs import parallel
 from .cli import fresh_folder, parse
 from .digits_runs import with_digits_teachers
@@ -20,8 +22,9 @@ from .loop import train
 def hint(config):
     """What would make this run several times faster on this machine, or None."""
     parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
-    if (config.device, isa()) == ("cpu", "amx") and parts == {"fp32"} and config.data != "digits":
-        return "this CPU has AMX: --precision bf16 is several times as fast as float32"
+    fast = config.device == "cpu" and isa() in _native.WITH_BF16
+    if fast and parts == {"fp32"} and config.data != "digits":
+        return f"this CPU has {isa()}: --precision bf16 is several times as fast as float32"
     return None
 
 
@@ -39,7 +42,7 @@ def main(argv):
             if parallel.rank() == 0:
                 print(f"run folder: {config.out}")
         elif parallel.world() > 1:
-            raise ValueError(f"the demo runs in one process, not {parallel.world()}: give flags")
+            raise UsageError(f"the demo runs in one process, not {parallel.world()}: give flags")
         else:
             from ..demo import demo
 
@@ -47,9 +50,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
+    with as_command("--resume RUN goes on from the last whole epoch of a run"):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("interrupted: --resume RUN goes on from the last whole epoch of a run")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")

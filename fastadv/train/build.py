@@ -9,6 +9,7 @@ from .. import data, methods, models
 from ..attacks import PGD
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
+from ..errors import UsageError, values_from_user
 from ..evaluate import check_fits, from_run
 from ..runs import parallel
 from ..runs.config import PRECISIONS
@@ -19,16 +20,17 @@ def build_method(config):
     kind = methods.named(config.method)
     for name in methods.COMMON:
         if name in config.method_options:
-            raise ValueError(
+            raise UsageError(
                 f"{name} is no option of a method alone: use --{name.replace('_', '-')}"
             )
-    attack = PGD(
-        config.eps,
-        config.step_size,
-        config.steps,
-        config.init or kind.init,
-        clip_start=kind.clip_start if config.init in (None, kind.init) else None,
-    )
+    with values_from_user():
+        attack = PGD(
+            config.eps,
+            config.step_size,
+            config.steps,
+            config.init or kind.init,
+            clip_start=kind.clip_start if config.init in (None, kind.init) else None,
+        )
     method = methods.get(
         config.method,
         attack=attack,
@@ -37,7 +39,7 @@ def build_method(config):
         **config.method_options,
     )
     if method.attack_bn == "train" and config.precision_attack != config.precision_outer:
-        raise ValueError(
+        raise UsageError(
             f"precision_attack is {config.precision_attack}, must be precision_outer "
             f"({config.precision_outer}) when attack_bn is train: the student itself is attacked"
         )
@@ -55,7 +57,7 @@ def build_nets(config, dataset, method):
             teachers[which] = build_teacher(config, dataset, which)
         for field in (which, f"{which}_checkpoint"):
             if getattr(config, field) and which not in method.teachers:
-                raise ValueError(f"{field} is given, but method {config.method} has no {which}")
+                raise UsageError(f"{field} is given, but method {config.method} has no {which}")
     nets = methods.Nets(
         student=FastStudent(student, PRECISIONS[config.precision_outer]),
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
@@ -68,7 +70,7 @@ def build_teacher(config, dataset, which):
     """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision."""
     architecture, path = getattr(config, which), getattr(config, f"{which}_checkpoint")
     if path is None:
-        raise ValueError(f"{which}_checkpoint is missing, which method {config.method} needs")
+        raise UsageError(f"{which}_checkpoint is missing, which method {config.method} needs")
     if architecture is None:
         teacher, _ = from_run(path)
     else:
@@ -83,7 +85,7 @@ def build_loader(config, dataset):
     """Shuffled batches of the training set with the config's augmentation."""
     side = min(dataset.train.images.shape[2:])
     if config.cutout > side:
-        raise ValueError(f"cutout is {config.cutout}, must be at most {side}, the images' side")
+        raise UsageError(f"cutout is {config.cutout}, must be at most {side}, the images' side")
     names = (field.name for field in dataclasses.fields(data.Augmentation))
     return data.Loader(
         dataset.train,

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from .. import methods
+from ..errors import UsageError
 from ..runs.config import PLACES, PRECISIONS, Config, number
 from .digits_runs import settings
 from .recipes import recipe, recipes
@@ -25,7 +26,7 @@ def parse(argv, description=None):
     )
     if resume:
         if given.keys() - PLACES or name or precision or options:
-            raise ValueError(
+            raise UsageError(
                 "--resume takes the run's own settings: no other flag goes with it but those of "
                 f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)})"
             )
@@ -37,7 +38,7 @@ def parse(argv, description=None):
             fields.pop(which, None)
     if given.get("data") == "digits":
         if name:
-            raise ValueError(f"--recipe is {name}, which is not for digits: they have settings")
+            raise UsageError(f"--recipe is {name}, which is not for digits: they have settings")
         fields = settings(given.get("method", Config.method))
         if given.get("student", fields["student"]) != fields["student"]:
             del fields["student_width"]
@@ -46,7 +47,7 @@ def parse(argv, description=None):
     }
     for option in options:
         if "=" not in option:
-            raise ValueError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
+            raise UsageError(f"--set is {option!r}, must be NAME=VALUE, such as beta=6")
     pairs = [option.partition("=")[::2] for option in options]
     fields["method_options"] = fields.get("method_options", {}) | {k: value(v) for k, v in pairs}
     config = Config(**(fields | given))
@@ -62,7 +63,7 @@ def saved(folder):
     try:
         return Config.from_json(path.read_text())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the record of a run: {error}") from error
+        raise UsageError(f"{path} is not the record of a run: {error}") from error
 
 
 def parser(description):

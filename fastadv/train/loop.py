@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .. import data, methods
+from ..errors import UsageError
 from ..evaluate import accuracies
 from ..runs import log, parallel
 from ..runs.config import device as usable
@@ -155,5 +156,5 @@ def finite(loss, epoch):
     """The loss as a float. Raises ValueError when training has diverged."""
     value = loss.item()
     if not math.isfinite(value):
-        raise ValueError(f"loss is {value} in epoch {epoch + 1}: training diverged; lower lr")
+        raise UsageError(f"loss is {value} in epoch {epoch + 1}: training diverged; lower lr")
     return value

@@ -167,6 +167,7 @@ def test_bfloat16_is_suggested_where_it_is_fast(npz, tmp_path, monkeypatch, caps
     line += " --milestones ,"
     for isa, option, said in (
         ("amx", "", True),
+        ("avx512_bf16", "", True),
         ("avx512", "", False),
         ("amx", "--precision bf16", False),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from small_runs import config
 
-from fastadv import export
+from fastadv import UsageError, export
 from fastadv.runs import checkpoint, log
 from fastadv.teacher_cache import __main__ as cache
 from fastadv.train import __main__ as command
@@ -59,6 +60,64 @@ def test_a_wrong_switch_in_a_program_of_ones_own():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ValueError: FASTADV_BACKEND is 'fast'")
+
+
+PLANTED = {
+    "train": ("fastadv.runs.log.append", "--method natural --data digits --epochs 1 --out {out}"),
+    "evaluate": ("fastadv.evaluate.report.describe", "--checkpoint {run} --attacks clean"),
+    "export": ("fastadv.models.export", "--checkpoint {run} --out {out}"),
+    "teacher_cache": ("fastadv.teacher_cache.store.caches", "info {run}"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning", "ignore:milestones")
+@pytest.mark.parametrize("error", [UsageError, OSError, ValueError, ImportError])
+@pytest.mark.parametrize("command", PLANTED)
+def test_only_what_a_user_can_mend_is_one_line(run, tmp_path, monkeypatch, command, error):
+    """What is wrong in fastadv itself keeps its traceback."""
+
+    def planted(*_, **__):
+        raise error("planted")
+
+    function, line = PLANTED[command]
+    monkeypatch.setattr(function, planted)
+    arguments = line.format(run=run / "best.safetensors", out=tmp_path / "out").split()
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    if error in (UsageError, OSError):
+        with pytest.raises(SystemExit, match="^error: planted$"):
+            runpy.run_module(f"fastadv.{command}", run_name="__main__")
+    else:
+        with pytest.raises(error, match="^planted$"):
+            runpy.run_module(f"fastadv.{command}", run_name="__main__")
+
+
+VALUES = {
+    "--eps 8": "eps is 8.0, must be in .*did you mean 8.0/255",
+    "--init normal": "init is 'normal', must be one of",
+    "--attack-bn on": "attack_bn is 'on', must be 'eval' or 'train'",
+    "--policy strong": "policy is 'strong', must be one of",
+    "--student resnet": "unknown model 'resnet'",
+    "--student wrn9_2": "wrn9_2|depth is 9",
+    "--method advfunmatch --set temperature=0": "temperature of method advfunmatch is 0.0, must be",
+    "--method vfd+at --set layers=x": "layer is 'x', must be penultimate, logits or a module",
+    "--method vfd+at --set distance=x": "distance is 'x', must be one of mse",
+    "--data-dir no.npz": r"no.npz: no such",
+    "--lr 1e30 --batch-size 16": "loss is (nan|inf) in epoch 1: training diverged; lower lr",
+}
+
+
+@pytest.mark.filterwarnings("ignore:milestones")
+@pytest.mark.parametrize("flags", VALUES)
+def test_a_value_of_a_flag_is_a_users(npz, teacher, tmp_path, flags):
+    """Also where it is the library that refuses it."""
+    line = f"--method at --data npz --data-dir {npz} --student digits_net --student-width 4"
+    line += f" --epochs 1 --steps 1 --out {tmp_path / 'run'} {flags}"
+    if "vfd" in flags:
+        line += f" --clean-teacher-checkpoint {teacher}"
+    if "advfunmatch" in flags:
+        line += f" --teacher-checkpoint {teacher}"
+    with pytest.raises((UsageError, OSError), match=VALUES[flags]):
+        command.main(line.split())
 
 
 def test_a_run_has_a_folder(npz, tmp_path):

@@ -3,6 +3,8 @@
 import json
 from importlib import resources
 
+from ...errors import UsageError
+
 
 def recipes():
     """{name: fields} of the published recipes, the JSON files of this folder.
@@ -19,5 +21,5 @@ def recipe(name):
     """The fields of Config of a published recipe. Raises ValueError that lists the names."""
     known = recipes()
     if name not in known:
-        raise ValueError(f"recipe is {name!r}, must be one of {', '.join(known)}")
+        raise UsageError(f"recipe is {name!r}, must be one of {', '.join(known)}")
     return {k: v for k, v in known[name].items() if k not in ("source", "published")}

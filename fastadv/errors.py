@@ -1,0 +1,37 @@
+"""What a user can mend, told apart from what is wrong in fastadv itself."""
+
+import contextlib
+import sys
+
+
+class UsageError(ValueError):
+    """A flag, a setting, a file or an environment that cannot be worked with. The message names it,
+    and says what it must be. Commands print it as one line; other errors keep their traceback."""
+
+
+class MissingPackage(UsageError, ImportError):
+    """An optional package that is not installed."""
+
+
+@contextlib.contextmanager
+def values_from_user():
+    """A context in which a ValueError is a UsageError, with the same message: for a call of the
+    library with what a user has set."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def as_command(interrupted):
+    """The context of a command: it ends in one line after a UsageError or OSError, and after Ctrl-C
+    in `interrupted`, which says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {interrupted}")
+    except (UsageError, OSError) as error:
+        sys.exit(f"error: {error}")
