@@ -40,21 +40,26 @@ HEADLINES = (
 
 
 def newest(suite):
-    """The rows of each op and shape of a suite, those of its newest run."""
+    """{model of CPU: the rows of each op and shape of a suite, those of its newest run there}: a
+    run replaces only the rows of its own kind of machine."""
     rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
-    last = {(row["op"], row["shape"]): row["time"] for row in rows}
-    rows = [row for row in rows if row["time"] == last[row["op"], row["shape"]]]
-    return sorted(rows, key=lambda row: row["op"])
+    last = {(row["cpu"], row["op"], row["shape"]): row["time"] for row in rows}
+    found = {}
+    for row in sorted(rows, key=lambda row: (row["cpu"], row["op"])):
+        if row["time"] == last[row["cpu"], row["op"], row["shape"]]:
+            found.setdefault(row["cpu"], []).append(row)
+    return found
 
 
 def write():
     """Writes every suite's table to the page, and README's headlines."""
     for suite in SUITES:
-        rows = newest(suite)
-        last = rows[-1]
-        where = f"{machine(last)}, {last['isa']}, fastadv {last['commit']}, {last['time'][:10]}."
-        lines = [*markdown(rows), "", where]
-        replace_between(PAGE, marks(suite), lines)
+        lines = []
+        for rows in newest(suite).values():
+            last = rows[-1]
+            where = f"{machine(last)}, {last['isa']}, fastadv {last['commit']}, {last['time'][:10]}"
+            lines += [where + ":", "", *markdown(rows), ""]
+        replace_between(PAGE, marks(suite), lines[:-1])
     replace_between(README, marks("headline"), headlines())
 
 
@@ -84,21 +89,25 @@ def markdown(rows):
 
 
 def headlines():
-    """README's table: of each of HEADLINES the time as published, and the speed-ups over it."""
+    """README's table: of each of HEADLINES the time as published, and the speed-ups over it, on
+    each model of CPU where it was measured."""
     suites = {suite: newest(suite) for suite in RIVALS}
     head = "| | as published | torch's best | fastadv fp32 | fastadv bf16 | measured |"
     lines, where = [head, "|---" * 6 + "|"], set()
     for label, suite, op, shape, *ours in HEADLINES:
-        rows = {r["provider"]: r for r in suites[suite] if (r["op"], r["shape"]) == (op, shape)}
-        published, *others = (rows[name] for name in RIVALS[suite] if name in rows)
-        best = max((row["speedup"] for row in others), default=None)
-        ratios = [best, *(rows[name]["speedup"] if name else None for name in ours)]
-        cells = [label, duration(published["us"])]
-        cells += ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-        cells.append(f"{published['isa']}, {published['time'][:10]}")
-        lines.append(f"| {' | '.join(cells)} |")
-        where.add(machine(published))
-    return [*lines, "", f"On {'; '.join(sorted(where))}."]
+        for measured in suites[suite].values():
+            rows = {r["provider"]: r for r in measured if (r["op"], r["shape"]) == (op, shape)}
+            if not rows:
+                continue
+            published, *others = (rows[name] for name in RIVALS[suite] if name in rows)
+            best = max((row["speedup"] for row in others), default=None)
+            ratios = [best, *(rows[name]["speedup"] if name else None for name in ours)]
+            cells = [label, duration(published["us"])]
+            cells += ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+            cells.append(f"{published['isa']}, {published['time'][:10]}")
+            lines.append(f"| {' | '.join(cells)} |")
+            where.add(f"{published['isa']}: {machine(published)}")
+    return [*lines, "", f"{'; '.join(sorted(where))}."]
 
 
 def duration(us):
