@@ -11,6 +11,7 @@ from torch import nn
 from . import models
 from .errors import as_command
 from .evaluate import from_run
+from .runs.code import bring_in
 
 # What RobustBench calls these networks, at their published width and for colour images.
 ROBUSTBENCH = {
@@ -36,11 +37,14 @@ def main(argv=None):
     )
     parser.add_argument("--checkpoint", required=True, help="of a run: DIR/best.safetensors")
     parser.add_argument("--out", required=True, help='file for torch.save of {"state_dict": ...}')
+    parser.add_argument("--student-from", help="module:function, where the run names one")
     args = parser.parse_args(argv)
+    if args.student_from:
+        bring_in("student-from", args.student_from, models.register)
     model, config = from_run(args.checkpoint)
     models.export(model, args.out)
-    stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    fits = stem.in_channels == 3 and config.student_width is None
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    fits = stem is not None and stem.in_channels == 3 and config.student_width is None
     theirs = robustbench_class(config.student) if fits else None
     print(f"{args.out}: {config.student}, for {theirs or 'no class of RobustBench'}")
 

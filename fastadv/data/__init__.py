@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from ..errors import UsageError
+from ..runs.code import check_new, not_registered
 from . import cifar, digits, npz, svhn
 from .augmentation import Augmentation
-from .dataset import Dataset, ImageSet, check_classes
+from .dataset import Dataset, ImageSet, check_classes, check_dataset, cut, image_set
 from .loader import Fields, Loader, decode_view, encode_view
 
 __all__ = [
@@ -15,9 +16,12 @@ __all__ = [
     "Fields",
     "ImageSet",
     "Loader",
+    "cut",
     "decode_view",
     "encode_view",
+    "image_set",
     "load",
+    "register",
 ]
 
 READERS = {
@@ -26,12 +30,26 @@ READERS = {
     "svhn": svhn.load,
     "npz": npz.load,
 }
+OWN = {}  # the readers that users have registered
 KNOWN = f"digits, {', '.join(READERS)}"
+
+
+def register(name, read):
+    """Makes `load(name, data_dir)` the Dataset that `read(data_dir, seed)` returns.
+
+    data_dir is None where none is given; seed fixes which images are held out. `image_set` and
+    `cut` help to make the splits. A second function of the same name replaces the first. Raises
+    UsageError for a name that fastadv has itself, TypeError for what is no function.
+    """
+    check_new(name, ("digits", *READERS))
+    if not callable(read):
+        raise TypeError(f"read is {read!r}, must be a function that returns a Dataset")
+    OWN[name] = read
 
 
 def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dataset:
     """The data set `name`: "digits", or "cifar10", "cifar100", "svhn" (a folder) or "npz" (a file)
-    at `data_dir`.
+    at `data_dir`, or one that was registered.
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
     it stays the same. Warns of classes without training images. Raises ValueError for an unknown
@@ -40,6 +58,10 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     """
     if name == "digits":
         return digits.load(seed)
+    if name in OWN:
+        return check_classes(check_dataset(OWN[name](data_dir, seed), name))
+    if ":" in name:
+        raise not_registered("data set", name)
     if name not in READERS:
         raise UsageError(f"unknown data set {name!r}; known: {KNOWN}")
     if data_dir is None:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 SHOWN = 10  # classes that a warning names
 
 
@@ -57,6 +59,33 @@ def cut(full: ImageSet, *sizes: int, seed: int) -> list[ImageSet]:
     """Disjoint random subsets of the given sizes, the last one being all that remains."""
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
     return [full.take(rows) for rows in order.split([*sizes, len(full) - sum(sizes)])]
+
+
+def check_dataset(dataset: Dataset, name: str) -> Dataset:
+    """`dataset` as the reader `name` returned it. Raises UsageError unless it is a Dataset as the
+    class says: its splits have images of one shape and labels of its classes."""
+    if not isinstance(dataset, Dataset):
+        raise UsageError(f"{name} returned a {type(dataset).__name__}, must return a data.Dataset")
+    shape = dataset.train.images.shape[1:]
+    for which in ("train", "val", "test"):
+        split = getattr(dataset, which)
+        images, count = split.images, len(split.images)
+        alike = images.dim() == 4 and images.shape[1:] == shape
+        if images.dtype != torch.uint8 or not alike or not count:
+            found = f"{images.dtype} {list(images.shape)}"
+            raise UsageError(f"{name}: {which}.images are {found}, must be uint8 [N, C, H, W]")
+        for field in ("labels", "index"):
+            numbers = getattr(split, field)
+            if numbers.dtype != torch.int64 or numbers.shape != (count,):
+                found = f"{numbers.dtype} {list(numbers.shape)}"
+                raise UsageError(f"{name}: {which}.{field} are {found}, must be int64 [{count}]")
+        least, most = split.labels.min(), split.labels.max()
+        if least < 0 or most >= dataset.num_classes:
+            raise UsageError(
+                f"{name}: {which}.labels lie in {least}..{most}, must be in "
+                f"0..{dataset.num_classes - 1}"
+            )
+    return dataset
 
 
 def check_classes(dataset: Dataset) -> Dataset:

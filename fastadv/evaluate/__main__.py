@@ -25,6 +25,7 @@ from .. import data, models
 from ..attacks import suite
 from ..errors import UsageError, as_command, values_from_user
 from ..runs import checkpoint
+from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, number, versions
 from . import networks, report, search, validity
 from .record import Record, open_examples
@@ -51,9 +52,16 @@ def arguments(argv):
     )
     parser.add_argument("--model", help=f"architecture of foreign checkpoints: {models.KNOWN}")
     parser.add_argument("--model-from", help="module:function to import and call for the network")
+    parser.add_argument(
+        "--student-from",
+        action="append",
+        default=[],
+        help="module:function, where a run's student is one; again for a run of another",
+    )
     parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
     parser.add_argument("--source", help="run whose network transfer-NAME attacks follow")
     parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
+    parser.add_argument("--data-from", help="module:function of a reader, in the place of --data")
     parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--attacks", default="paper", help="comma separated; default: %(default)s")
@@ -69,6 +77,17 @@ def arguments(argv):
         "--save-adversarial", action="store_true", help="adversarial.npy and a figure, in --out"
     )
     return parser.parse_args(argv)
+
+
+def import_own(args):
+    """Brings in the code of a user's own that the flags name."""
+    for name in args.student_from:
+        bring_in("student-from", name, models.register)
+    if args.data_from:
+        if args.data:
+            raise UsageError("data and data-from are both given, must be one of them")
+        bring_in("data-from", args.data_from, data.register)
+        args.data = args.data_from
 
 
 def check(args):
@@ -207,6 +226,7 @@ def evaluate(subject, dataset, split, args, source):
 
 def main(argv=None):
     args = arguments(argv)
+    import_own(args)
     check(args)
     found, dataset = subjects(args)
     source = networks.from_run(args.source)[0].to(args.device) if args.source else None

@@ -1,17 +1,16 @@
 """Where the networks of an evaluation come from."""
 
-import importlib
 import json
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .. import models
 from ..attacks.checks import described
 from ..engine.query import cast_to, evaluating, logits_of
 from ..errors import UsageError
 from ..runs import checkpoint
+from ..runs.code import bring_in
 from ..runs.config import Config
 
 
@@ -48,19 +47,8 @@ def from_code(name, path=None):
     The module is imported and the function called without arguments: only name code you trust.
     Raises ValueError naming what is missing or not a network.
     """
-    module, _, function = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if not (module and function):
-        raise UsageError(f"model-from is {name!r}, must be module:function")
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model-from is {name!r}: {error}") from error
-    try:
-        model = build()
-    except Exception as error:
-        raise UsageError(f"{name}() raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
+    bring_in("model-from", name, models.register)
+    model = models.get(name)
     if path is not None:
         models.load_weights(model, path)
     return model.eval()

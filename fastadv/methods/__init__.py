@@ -4,6 +4,7 @@ import inspect
 import math
 
 from ..errors import UsageError
+from ..runs.code import check_new, not_registered
 from .absld import ABSLD
 from .adaad import AdaAD
 from .advfunmatch import AdvFunMatch
@@ -36,7 +37,7 @@ METHODS = {
     "funmatch": FunMatch,
     "advfunmatch": AdvFunMatch,
 }
-
+OWN = {}  # the methods that users have registered
 
 COMMON = ("attack", "attack_bn", "milestones")  # options of every method
 POSITIVE = ("temperature",)
@@ -49,9 +50,25 @@ def named(name):
     Raises ValueError that lists the names when there is no such method.
     """
     base = name.removeprefix("vfd+")
+    if base in OWN:
+        return OWN[base]
+    if ":" in base:
+        raise not_registered("method", base)
     if base not in METHODS:
         raise UsageError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+NAME")
     return METHODS[base]
+
+
+def register(name, method):
+    """Makes `method`, a class derived from Method, one that `get`, Config and the command line know
+    by this name, and as "vfd+name". A second class of the same name replaces the first.
+
+    Raises UsageError for a name that fastadv has itself, TypeError for other classes.
+    """
+    check_new(name, METHODS)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method is {method!r}, must be a class derived from methods.Method")
+    OWN[name] = method
 
 
 def get(name, **given):
@@ -113,5 +130,6 @@ __all__ = [
     "Nets",
     "get",
     "named",
+    "register",
     *sorted(cls.__name__ for cls in METHODS.values()),
 ]

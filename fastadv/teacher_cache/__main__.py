@@ -160,7 +160,7 @@ def checked(folder):
 def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
     for flag in rest if args.run else ():
-        if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS:
+        if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS + cli.OWN_FLAGS:
             raise UsageError(f"--run takes the run's own settings: {flag} does not go with it")
     config, _ = cli.parse(["--resume", args.run, *rest] if args.run else rest)
     device(config.device)  # raises where this machine has none

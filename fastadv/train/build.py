@@ -50,6 +50,7 @@ def build_nets(config, dataset, method):
     """(methods.Nets, the bare student)."""
     channels = dataset.train.images.shape[1]
     student = models.get(config.student, dataset.num_classes, channels, config.student_width)
+    check_fits(student, dataset, config.student)
     student.to(config.device, memory_format=torch.channels_last)
     teachers = {}
     for which in ("teacher", "clean_teacher"):
@@ -67,16 +68,20 @@ def build_nets(config, dataset, method):
 
 
 def build_teacher(config, dataset, which):
-    """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision."""
+    """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision. Without a
+    checkpoint a network of a user's own has the weights that it comes with."""
     architecture, path = getattr(config, which), getattr(config, f"{which}_checkpoint")
-    if path is None:
+    own = architecture is not None and models.is_own(architecture)
+    if path is None and not own:
         raise UsageError(f"{which}_checkpoint is missing, which method {config.method} needs")
     if architecture is None:
         teacher, _ = from_run(path)
+    elif path is None:
+        teacher = models.get(architecture).eval()
     else:
         channels = dataset.train.images.shape[1]
         teacher = models.load(architecture, path, dataset.num_classes, channels)
-    check_fits(teacher, dataset, path)
+    check_fits(teacher, dataset, path or architecture)
     teacher.to(config.device, memory_format=torch.channels_last)
     return freeze(teacher, PRECISIONS[config.precision_teacher])
 

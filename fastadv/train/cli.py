@@ -6,13 +6,29 @@ import itertools
 import textwrap
 from pathlib import Path
 
-from .. import methods
+from .. import data, methods, models
 from ..errors import UsageError
+from ..runs.code import bring_in
 from ..runs.config import PLACES, PRECISIONS, Config, number
 from .digits_runs import settings
 from .recipes import recipe, recipes
 
-PLACE_FLAGS = tuple("--" + place.replace("_", "-") for place in PLACES)  # beside --resume
+# The fields that may name code of a user's own, by a flag such as --student-from.
+OWN = {
+    "method": methods.register,
+    "student": models.register,
+    "teacher": models.register,
+    "clean_teacher": models.register,
+    "data": data.register,
+}
+
+
+def flag(field):
+    return "--" + field.replace("_", "-")
+
+
+PLACE_FLAGS = tuple(map(flag, PLACES))
+OWN_FLAGS = tuple(flag(field) + "-from" for field in OWN)
 
 
 def parse(argv, description=None):
@@ -24,13 +40,23 @@ def parse(argv, description=None):
     resume, name, precision, options = (
         given.pop(k) for k in ("resume", "recipe", "precision", "options")
     )
+    own = import_own(given)
     if resume:
         if given.keys() - PLACES or name or precision or options:
             raise UsageError(
                 "--resume takes the run's own settings: no other flag goes with it but those of "
-                f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)})"
+                f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)}), and "
+                f"those that name the run's own code once more ({', '.join(OWN_FLAGS)})"
             )
-        return dataclasses.replace(saved(resume), out=resume, **given), True
+        config = saved(resume)
+        for field, text in own.items():
+            if getattr(config, field) != text:
+                raise UsageError(
+                    f"{flag(field)}-from is {text!r}, but the {field} of {resume} is "
+                    f"{getattr(config, field)!r}"
+                )
+        return dataclasses.replace(config, out=resume, **given), True
+    given |= own
     fields = recipe(name) if name else {}
     if name and given.get("method", fields["method"]) != fields["method"]:
         fields.pop("method_options", None)  # they are the recipe's method's, as are its teachers
@@ -51,8 +77,21 @@ def parse(argv, description=None):
     pairs = [option.partition("=")[::2] for option in options]
     fields["method_options"] = fields.get("method_options", {}) | {k: value(v) for k, v in pairs}
     config = Config(**(fields | given))
-    config.out = config.out or str(fresh_folder(f"{config.method}-{config.data}"))
+    fresh = f"{config.method}-{config.data}".replace(":", "-")
+    config.out = config.out or str(fresh_folder(fresh))
     return config, False
+
+
+def import_own(given):
+    """Brings in the code of a user's own that flags name, and takes these flags out of `given`.
+    Returns {field of Config: "module:name"}."""
+    own = {field: given.pop(f"{field}_from") for field in OWN if f"{field}_from" in given}
+    for field, text in own.items():
+        if field in given:
+            raise UsageError(f"{flag(field)} and {flag(field)}-from are both given: give one")
+        name = text.removeprefix("vfd+") if field == "method" else text
+        bring_in(f"{flag(field)}-from", name, OWN[field])
+    return own
 
 
 def saved(folder):
@@ -101,10 +140,18 @@ def parser(description):
         if field.name != "method_options":
             shown = "" if field.default is None else f" (default: {field.default})"
             result.add_argument(
-                "--" + field.name.replace("_", "-"),
+                flag(field.name),
                 type=types.get(field.type, str),
                 default=argparse.SUPPRESS,
                 help=field.metadata["help"] + shown,
+            )
+        if field.name in OWN:
+            kind = "[vfd+]module:Class" if field.name == "method" else "module:function"
+            result.add_argument(
+                flag(field.name) + "-from",
+                default=argparse.SUPPRESS,
+                metavar=kind,
+                help="the same of a user's own, imported from module",
             )
     return result
 
