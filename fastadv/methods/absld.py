@@ -37,17 +37,27 @@ class ABSLD(RSLAD):
             "errors": torch.zeros(2, self.classes, device=device),
         }
 
-    def teacher_logits(self, nets, batch, state):
+    def soft_labels(self, nets, batch, state):
+        """The teacher's logits of x over the temperatures of the adversarial and the clean term."""
         z = batch.teacher_logits(nets)
         temperatures = state["temperatures"].to(z.dtype)
         adv, nat = (temperatures @ probabilities(batch.y, z).T)[:, :, None]
         return z / adv, z / nat
 
+    def targets(self, nets, batch, state):
+        z_adv, _ = self.soft_labels(nets, batch, state)
+        return (z_adv,)
+
     def outer(self, nets, batch, state):
-        loss, logits = self.distil(nets, batch, state)
-        errors = [losses.cross_entropy(z.detach(), batch.y, reduction="none") for z in logits]
-        errors = torch.stack(errors) @ probabilities(batch.y, logits[0])
-        return loss, state | {"errors": state["errors"] + errors}
+        z_adv, z = self.soft_labels(nets, batch, state)
+        adv, clean = nets.student(batch.x_adv), nets.student(batch.x)
+        loss = self.adv_weight * losses.kl(adv, z_adv) + (1 - self.adv_weight) * losses.kl(clean, z)
+        errors = [
+            losses.cross_entropy(logits.detach(), batch.y, reduction="none")
+            for logits in (adv, clean)
+        ]
+        errors = torch.stack(errors) @ probabilities(batch.y, adv)
+        return loss / 10, state | {"errors": state["errors"] + errors}
 
     def end_epoch(self, state):
         state = super().end_epoch(state)  # the rate drops at the end of its epoch

@@ -15,6 +15,7 @@ class ARD(LabelAttack):
     """
 
     teachers = ("teacher",)
+    loss_scale = 0.1  # a mean over classes, of which CIFAR-10 and the digits have ten
     init, clip_start, attack_bn = "uniform", False, "train"
 
     def __init__(self, alpha=1.0, temperature=30.0, label_smoothing=0.0, parity=False, **options):

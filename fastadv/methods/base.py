@@ -125,14 +125,17 @@ class Method(nn.Module):
     all; by default as the authors' code has it. milestones: the epochs after which the rates of
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
 
-    Of the class: teachers, the nets it needs besides the student; adversarial, whether it trains on
-    adversarial examples at all; init and clip_start, the paper's start. capturable: that `inner`
+    Of the class: teachers, the nets it needs besides the student. adversarial: whether it trains on
+    adversarial examples at all. loss_scale: the size of its loss as a share of a batch mean of
+    cross-entropy or KL; a rate of learning that suits such a mean is to be divided by it, and
+    weight decay multiplied. init and clip_start: the paper's start. capturable: whether `inner`
     reads nothing but its arguments and the method's own tensors, for `attacks.Captured`.
     """
 
     capturable = True
     teachers = ()
     adversarial = True
+    loss_scale = 1.0
     init = "gaussian"
     clip_start = None
     attack_bn = "eval"
@@ -180,7 +183,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def perturb(self, nets, batch, state, start=None):
-        """x_adv [B, ...] for this batch."""
+        """x_adv [B, ...] for this batch; x itself where the method is not adversarial."""
+        if not self.adversarial:
+            return batch.x
         nets = self.attacked(nets)
         targets = self.targets(nets, batch, state)
         inner = partial(self.inner, nets)

@@ -17,9 +17,6 @@ class FunMatch(Method):
     def cacheable(self):
         return {"teacher": ("logits",)}
 
-    def perturb(self, nets, batch, state, start=None):
-        return batch.x
-
     def outer(self, nets, batch, state):
         t = self.temperature
         return t**2 * losses.kl(nets.student(batch.x), batch.teacher_logits(nets), t), state

@@ -21,6 +21,7 @@ class MTARD(LabelAttack):
     """
 
     teachers = ("teacher", "clean_teacher")
+    loss_scale = 0.1
 
     def __init__(self, weight_rate=0.025, b=1.0, **options):
         super().__init__(**options)

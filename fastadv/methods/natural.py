@@ -13,8 +13,5 @@ class Natural(Method):
         super().__init__(**options)
         self.label_smoothing = label_smoothing
 
-    def perturb(self, nets, batch, state, start=None):
-        return batch.x
-
     def outer(self, nets, batch, state):
         return losses.cross_entropy(nets.student(batch.x), batch.y, self.label_smoothing), state

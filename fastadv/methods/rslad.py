@@ -13,6 +13,7 @@ class RSLAD(Method):
     """
 
     teachers = ("teacher",)
+    loss_scale = 0.1
 
     def __init__(self, adv_weight=5 / 6, **options):
         super().__init__(**options)
@@ -21,23 +22,14 @@ class RSLAD(Method):
     def cacheable(self):
         return {"teacher": ("logits",)}
 
-    def teacher_logits(self, nets, batch, state):
-        """The soft labels of x_adv and of x: one and the same."""
-        z = batch.teacher_logits(nets)
-        return z, z
-
     def targets(self, nets, batch, state):
-        return self.teacher_logits(nets, batch, state)[:1]
+        return (batch.teacher_logits(nets),)
 
     def inner(self, nets, x_adv, z):
         return losses.kl(nets.student(x_adv), z, reduction="none")
 
-    def distil(self, nets, batch, state):
-        """(loss, (s(x_adv), s(x)))."""
-        z_adv, z = self.teacher_logits(nets, batch, state)
-        adv, clean = nets.student(batch.x_adv), nets.student(batch.x)
-        loss = self.adv_weight * losses.kl(adv, z_adv) + (1 - self.adv_weight) * losses.kl(clean, z)
-        return loss / 10, (adv, clean)
-
     def outer(self, nets, batch, state):
-        return self.distil(nets, batch, state)[0], state
+        z = batch.teacher_logits(nets)
+        adv, clean = nets.student(batch.x_adv), nets.student(batch.x)
+        loss = self.adv_weight * losses.kl(adv, z) + (1 - self.adv_weight) * losses.kl(clean, z)
+        return loss / 10, state

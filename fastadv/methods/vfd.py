@@ -55,7 +55,7 @@ class VFD(Method):
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
-        self.adversarial = base.adversarial
+        self.adversarial, self.loss_scale = base.adversarial, base.loss_scale
         self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
 
     attack, attack_bn, milestones = (property(attrgetter(f"base.{name}")) for name in OF_BASE)
