@@ -34,7 +34,7 @@ from fastadv import data, evaluate, freeze
 from fastadv.attacks import PGD, suite
 from fastadv.runs.config import Config
 from fastadv.train import train
-from fastadv.train.digits_runs import settings
+from fastadv.train.recipes import digits_student
 
 MARKS = "<!-- agreement table: benchmarks/agreement.py -->", "<!-- end of agreement table -->"
 SAME, OWN = ("apgd-ce", "apgd-dlr", "apgd-t"), ("fab-t", "square")
@@ -147,7 +147,7 @@ def agrees(row):
 def digits_networks(folder):
     """(label, path of a checkpoint) of networks trained here on the digits."""
     for method in ("natural", "at", "trades"):
-        train(Config(**settings(method) | {"epochs": 12, "out": str(folder / method)}))
+        train(Config(**digits_student(method) | {"epochs": 12, "out": str(folder / method)}))
         yield f"digits, {method}", folder / method
 
 

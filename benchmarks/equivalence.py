@@ -36,12 +36,12 @@ from fastadv.evaluate import from_run
 from fastadv.runs.config import Config
 from fastadv.train import train
 from fastadv.train.build import build_average, build_loader
-from fastadv.train.digits_runs import TEACHERS, settings
+from fastadv.train.recipes import digits_student, digits_teacher
 
 MARGIN = 1.5  # points
 ATTACKS = {"clean": 0, "pgd20": 20}  # steps
 BF16 = {f"precision_{part}": "bf16" for part in ("attack", "outer", "teacher")}
-DIGITS = settings("rslad") | {"milestones": (24, 34), "eval_every": 40, "ema": 0.99}
+DIGITS = digits_student("rslad") | {"milestones": (24, 34), "eval_every": 40, "ema": 0.99}
 CIFAR = {
     "method": "at",
     "data": "npz",
@@ -56,7 +56,10 @@ CIFAR = {
 }
 # By data set: seeds, and the fields of Config of the teacher (or None) and of the student. Averages
 # and a rate that ends at a hundredth keep the noise of the last steps out of the differences.
-PLANS = {"digits": (range(20), TEACHERS["teacher"], DIGITS), "cifar10": (range(16), None, CIFAR)}
+PLANS = {
+    "digits": (range(20), digits_teacher("teacher"), DIGITS),
+    "cifar10": (range(16), None, CIFAR),
+}
 IMAGES = {"train": 5_000, "test": 5_000}  # of CIFAR-10; a tenth of train is held out
 
 

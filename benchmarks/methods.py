@@ -23,19 +23,23 @@ from fastadv import data, methods
 from fastadv.evaluate import accuracies, from_run
 from fastadv.runs.config import Config
 from fastadv.train import train
-from fastadv.train.digits_runs import EPS, TEACHERS, settings
+from fastadv.train.recipes import digits_student, digits_teacher
 
 METHODS = (*methods.METHODS, "vfd+at", "vfd+trades", "vfd+mart", "vfd+rslad")
 ATTACKS = ("clean", "pgd20")
+EPS = digits_student("at")["eps"]
 MARKS = "<!-- methods table: python benchmarks/methods.py -->", "<!-- end of methods table -->"
 
 
 def teachers(folder):
     """{field of Config: path}: a PGD-AT teacher and a natural one, trained where missing."""
-    for which, fields in TEACHERS.items():
+    given = {}
+    for which in ("teacher", "clean_teacher"):
         out = folder / which
+        fields = digits_teacher(which)
         train(Config(**fields, out=str(out)), resume=(out / "config.json").exists())
-    return {f"{which}_checkpoint": str(folder / which / "best.safetensors") for which in TEACHERS}
+        given[f"{which}_checkpoint"] = str(out / "best.safetensors")
+    return given
 
 
 def measure(name, seed, folder, checkpoints, **options):
@@ -45,7 +49,7 @@ def measure(name, seed, folder, checkpoints, **options):
     given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"
     common = {"seed": seed, "out": str(out), "teacher_cache": str(folder / "teacher-cache")}
-    fields = settings(name)
+    fields = digits_student(name)
     fields["method_options"] |= options
     train(Config(**fields | given | common))
     model, _ = from_run(out / "best.safetensors")

@@ -21,7 +21,7 @@ from fastadv import data
 from fastadv.methods import Batch
 from fastadv.runs.config import Config
 from fastadv.train.build import build_loader, build_method, build_nets
-from fastadv.train.digits_runs import settings
+from fastadv.train.recipes import digits_student
 
 EVERY = (1, 2, 5)
 
@@ -29,7 +29,7 @@ EVERY = (1, 2, 5)
 def step(name, every, checkpoints):
     """A training step as a call without arguments, all but the optimiser's."""
     needed = {"teacher_checkpoint": checkpoints["teacher_checkpoint"]}
-    fields = settings(name) | needed | {"method_options": {"teacher_every": every}}
+    fields = digits_student(name) | needed | {"method_options": {"teacher_every": every}}
     config, dataset = Config(**fields), data.load("digits")
     method = build_method(config)
     nets, student = build_nets(config, dataset, method)
@@ -48,7 +48,7 @@ def times(name, checkpoints, seconds):
     """Rows of the time of an epoch's steps; one step of each m in turn."""
     steps = {every: step(name, every, checkpoints) for every in EVERY}
     samples = interleave(Case("step", name, steps, None), seconds)
-    count = -(-len(data.load("digits").train) // settings(name)["batch_size"])
+    count = -(-len(data.load("digits").train) // digits_student(name)["batch_size"])
     for every, values in samples.items():
         epoch = {key: round(count * us / 1e6, 3) for key, us in summary(values).items()}
         yield {"method": name, "teacher_every": every, "epoch_s": epoch.pop("us"), **epoch}

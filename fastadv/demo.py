@@ -1,35 +1,44 @@
-"""The default job of `python -m fastadv.train`: a student becomes robust on real digits, on a CPU.
+"""python -m fastadv.demo: a student becomes robust on real digits, on a CPU.
 
 Trains a natural and a PGD-AT teacher, then small students that differ in nothing but the method,
 RSLAD from the robust teacher and PGD-AT, and attacks all four on held-out test images.
 """
 
+import argparse
+import contextlib
+import dataclasses
 import json
 import math
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from . import data
+from .errors import UsageError, as_command
 from .evaluate import PAPER, correct, from_run, table
-from .runs import log
+from .runs import log, parallel
 from .runs.checkpoint import atomic_write
 from .runs.config import Config
 from .train import train
-from .train.digits_runs import EPS, TEACHERS, settings
+from .train.build import build_method
+from .train.cli import fresh_folder
+from .train.recipes import digits_student, digits_teacher
 
 SEEDS = (0, 1, 2)
+EPS = digits_student("at")["eps"]
 
 
 def plan(folder):
     """The runs, {row of the table: one Config per seed}; students come after their teacher."""
     teacher = folder / "robust-teacher"
     rows = {
-        "natural": [Config(**TEACHERS["clean_teacher"], out=str(folder / "natural"))],
-        "PGD-AT teacher": [Config(**TEACHERS["teacher"], out=str(teacher))],
+        "natural": [Config(**digits_teacher("clean_teacher"), out=str(folder / "natural"))],
+        "PGD-AT teacher": [Config(**digits_teacher("teacher"), out=str(teacher))],
     }
-    distilled = settings("rslad") | {"teacher_checkpoint": str(teacher / "best.safetensors")}
-    for label, fields in (("RSLAD student", distilled), ("PGD-AT student", settings("at"))):
+    distilled = digits_student("rslad") | {"teacher_checkpoint": str(teacher / "best.safetensors")}
+    for label, fields in (("RSLAD student", distilled), ("PGD-AT student", digits_student("at"))):
         out = str(folder / label.lower().replace(" ", "-"))
         rows[label] = [
             Config(**fields | {"student_width": 4, "out": f"{out}-{seed}", "seed": seed})
@@ -90,3 +99,42 @@ def compare(rslad, at):
         f"The RSLAD student {outcome} the PGD-AT student's trade-off (mean of clean and PGD-20): "
         f"{mean:+.1f} points, standard error {error:.1f}, by seed {by_seed}."
     )
+
+
+def with_teachers(config):
+    """A config of the digits with the teachers that it lacks, trained under runs/ where that was
+    not done before. The processes of a `parallel.group()` must all call it."""
+    given = {}
+    for which in build_method(config).teachers:
+        if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
+            continue
+        out = Path("runs") / f"digits-{which.replace('_', '-')}"
+        there = out.exists() and parallel.rank() == 0  # the first process decides for all
+        if not parallel.total(torch.tensor(int(there))):
+            out.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
+                train(Config(**digits_teacher(which), out=str(Path(unfinished) / out.name)))
+                if parallel.rank() == 0:
+                    with contextlib.suppress(OSError):  # where another run was first
+                        (Path(unfinished) / out.name).rename(out)
+            parallel.barrier()
+        given[f"{which}_checkpoint"] = str(out / "best.safetensors")
+    return dataclasses.replace(config, **given)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m fastadv.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    with parallel.group():
+        if parallel.world() > 1:
+            raise UsageError(f"the demo runs in one process, not {parallel.world()}: give flags")
+        demo(fresh_folder("digits"))
+
+
+if __name__ == "__main__":
+    with as_command("nothing is reported; the same command starts anew"):
+        main(sys.argv[1:])

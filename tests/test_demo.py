@@ -5,13 +5,28 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastadv.runs import checkpoint, log
+from fastadv import UsageError, demo
+from fastadv.runs import checkpoint, log, parallel
+from fastadv.train.__main__ import main
 
 TRAIN = [sys.executable, "-m", "fastadv.train"]
+
+
+@pytest.mark.parametrize("command", [main, demo.main])
+def test_two_commands_run_it(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    monkeypatch.setattr(demo, "demo", folders.append)
+    command([])
+    assert folders == [Path("runs/digits")]
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(UsageError, match="the demo runs in one process, not 2: give flags"):
+        command([])
 
 
 @pytest.mark.slow

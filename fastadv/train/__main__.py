@@ -1,6 +1,6 @@
 r"""python -m fastadv.train: adversarial training and robustness distillation.
 
-    python -m fastadv.train                                   # the digits demo, under three minutes
+    python -m fastadv.train                     # as python -m fastadv.demo, under three minutes
     python -m fastadv.train --method rslad --data cifar10 --data-dir DIR --student resnet18 \
         --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
     python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
@@ -10,12 +10,12 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
 
 import sys
 
-from ..errors import UsageError, as_command
+from .. import demo
+from ..errors import as_command
 from ..info import isa
 from ..ops import _native
 from ..runs import parallel
-from .cli import fresh_folder, parse
-from .digits_runs import with_digits_teachers
+from .cli import parse
 from .loop import train
 
 
@@ -29,24 +29,20 @@ def hint(config):
 
 
 def main(argv):
+    if not argv:
+        demo.main([])
+        return
     with parallel.group():
-        if argv:
-            config, resume = parse(argv, __doc__)
-            parallel.barrier()  # all have chosen a fresh folder before one of them makes it
-            if config.data == "digits":
-                config = with_digits_teachers(config)
-            advice = None if resume else hint(config)
-            if advice and parallel.rank() == 0:
-                print(advice)
-            train(config, resume)
-            if parallel.rank() == 0:
-                print(f"run folder: {config.out}")
-        elif parallel.world() > 1:
-            raise UsageError(f"the demo runs in one process, not {parallel.world()}: give flags")
-        else:
-            from ..demo import demo
-
-            demo(fresh_folder("digits"))
+        config, resume = parse(argv, __doc__)
+        parallel.barrier()  # all have chosen a fresh folder before one of them makes it
+        if config.data == "digits":
+            config = demo.with_teachers(config)
+        advice = None if resume else hint(config)
+        if advice and parallel.rank() == 0:
+            print(advice)
+        train(config, resume)
+        if parallel.rank() == 0:
+            print(f"run folder: {config.out}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from .. import data, methods, models
 from ..errors import UsageError
 from ..runs.code import bring_in
 from ..runs.config import PLACES, PRECISIONS, Config, number
-from .digits_runs import settings
-from .recipes import recipe, recipes
+from .recipes import digits_student, recipe, recipes
 
 # The fields that may name code of a user's own, by a flag such as --student-from.
 OWN = {
@@ -65,7 +64,7 @@ def parse(argv, description=None):
     if given.get("data") == "digits":
         if name:
             raise UsageError(f"--recipe is {name}, which is not for digits: they have settings")
-        fields = settings(given.get("method", Config.method))
+        fields = digits_student(given.get("method", Config.method))
         if given.get("student", fields["student"]) != fields["student"]:
             del fields["student_width"]
     fields |= {

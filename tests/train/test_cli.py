@@ -1,15 +1,17 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastadv import data, models
+from fastadv import data, demo, methods, models
 from fastadv.runs.config import Config, number
-from fastadv.train import digits_runs, train
+from fastadv.train import train
 from fastadv.train.__main__ import main
 from fastadv.train.build import build_method, build_nets
 from fastadv.train.cli import fresh_folder, parse
-from fastadv.train.recipes import recipe, recipes
+from fastadv.train.recipes import digits_teacher, recipe, recipes
 
 
 def test_command_line(tmp_path, monkeypatch):
@@ -52,6 +54,21 @@ def test_digits_have_settings_of_their_own(method):
     assert config.method_options == {"temperature": 2.0} | extra
 
 
+SETTINGS = json.loads(Path(__file__).with_name("digits_settings.json").read_text())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_digits_settings_stay_as_they_are(name):
+    """They are those of the published table of methods, and of the pictures."""
+    if name.endswith("teacher"):
+        made = Config(**digits_teacher(name))
+    else:
+        made, _ = parse(["--method", name, "--data", "digits", "--out", "x"])
+    expected = Config(**SETTINGS[name], out=made.out)
+    assert made == expected
+    assert SETTINGS.keys() >= methods.METHODS.keys()
+
+
 def test_settings_give_way_to_flags():
     config, _ = parse(["--method", "vfd+rslad", "--data", "digits", "--student", "resnet18"])
     assert config.student_width is None
@@ -69,8 +86,8 @@ def test_settings_give_way_to_flags():
 def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = {"epochs": 1, "milestones": (), "steps": 1, "student_width": 4}
-    for which in digits_runs.TEACHERS:
-        monkeypatch.setitem(digits_runs.TEACHERS, which, digits_runs.TEACHERS[which] | short)
+    whole = demo.digits_teacher
+    monkeypatch.setattr(demo, "digits_teacher", lambda which: whole(which) | short)
     line = "--method mtard --data digits --epochs 1 --milestones , --steps 1 --out"
     for run in ("first", "second"):
         main([*line.split(), run])
