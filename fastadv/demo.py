@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def with_teachers(config):
     return dataclasses.replace(config, **given)
 
 
-def main(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m fastadv.demo",
         description=__doc__,
@@ -137,4 +136,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with as_command("nothing is reported; the same command starts anew"):
-        main(sys.argv[1:])
+        main()

@@ -37,11 +37,8 @@ def state(folder):
 
 SWITCHES = [
     ("info", "FASTADV_CPU_ISA", "sse"),
-    *(
-        (name, "FASTADV_BACKEND", "fast")
-        for name in ("info", "train", "demo", "evaluate", "export")
-    ),
-    ("teacher_cache", "FASTADV_BACKEND", "fast"),
+    *((name, "FASTADV_BACKEND", "fast") for name in ("info", "train", "evaluate", "export")),
+    *((name, "FASTADV_BACKEND", "fast") for name in ("demo", "teacher_cache")),
 ]
 
 
