@@ -175,9 +175,9 @@ def check_labels(y, classes):
         raise ValueError(f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]")
 
 
-def check_logits(logits, batch):
+def check_logits(logits, batch, soft=False):
     """Raises ValueError or TypeError unless a model returned logits [B, C]: two classes or more,
-    finite, and not probabilities. batch: B."""
+    finite, and not probabilities unless `soft`. batch: B."""
     if logits.dim() != 2 or logits.shape[0] != batch:
         raise ValueError(f"model returned shape {tuple(logits.shape)}, must be ({batch}, classes)")
     if logits.shape[1] < 2:
@@ -187,7 +187,7 @@ def check_logits(logits, batch):
     values = logits.detach()
     if not values.isfinite().all():
         raise ValueError("model returned NaN or infinite logits")
-    if probabilities(values):
+    if not soft and probabilities(values):
         raise ValueError("model returned probabilities, must return logits: remove its softmax")
 
 

@@ -117,6 +117,13 @@ def check(args):
     device(args.device)
 
 
+def dataset_of(args, config):
+    """(name, folder) of the images: the flags', else those of a run. The folder of a run is that
+    of its own data set alone."""
+    same = args.data in (None, config.data)
+    return args.data or config.data, args.data_dir or (config.data_dir if same else None)
+
+
 def subjects(args):
     """The networks to evaluate, and the data set; both fit."""
     paths, found = args.checkpoint or [None], []
@@ -126,10 +133,7 @@ def subjects(args):
             found.append(Subject(path, config.student, model, config))
     else:
         config = Config(data=args.data, data_dir=args.data_dir)
-    sets = {
-        (args.data or c.data, args.data_dir or c.data_dir)
-        for c in [s.config for s in found] or [config]
-    }
+    sets = {dataset_of(args, subject.config) for subject in found} or {(args.data, args.data_dir)}
     if len(sets) > 1:
         raise UsageError(f"data is missing: the runs were trained on {sorted(map(str, sets))}")
     dataset = data.load(*sets.pop())

@@ -34,7 +34,7 @@ def from_run(path):
     try:
         config = Config.from_json(json.dumps(metadata["config"]))
         classes, channels = metadata["num_classes"], metadata["in_channels"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: its header is not that of a run ({error})") from error
     model = models.load(config.student, path, classes, channels, config.student_width)
     return model, config

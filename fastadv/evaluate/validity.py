@@ -48,11 +48,9 @@ def probe(model, x, y, stages):
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         given = tuple(logits.shape)
         raise UsageError(f"model returned {given}, must be logits [{len(x)}, 2 or more]")
-    if not logits.is_floating_point():
-        raise TypeError(f"model returned {logits.dtype}, must return logits in floating point")
+    with values_from_user():
+        checks.check_logits(logits, len(x), soft=True)
     checks.check_labels(y, logits.shape[1])
-    if not logits.isfinite().all():
-        raise UsageError("model returned NaN or infinite logits")
     found = ["the model was in train mode: it is evaluated in eval mode"] if training else []
     found += _unsteady(logits, again, alone)
     if checks.probabilities(logits):

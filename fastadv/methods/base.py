@@ -83,17 +83,34 @@ class Nets:
         return replace(self, student=self.student_twin)
 
 
-@dataclass
+class AdversarialImages:
+    """The attribute x_adv of a Batch: None until it is set, and then a ValueError to read."""
+
+    def __get__(self, batch, owner):
+        if batch is None:
+            return None  # the default of the dataclass
+        if batch.__dict__["x_adv"] is None:
+            raise ValueError(
+                "batch.x_adv is missing: set it to method.perturb(nets, batch, state) first"
+            )
+        return batch.__dict__["x_adv"]
+
+    def __set__(self, batch, value):
+        batch.__dict__["x_adv"] = value
+
+
+@dataclass(repr=False)
 class Batch:
     """x: float32 or float64 [B, C, H, W] in [0, 1]; y: integers [B], or probabilities [B, classes]
-    where images are mixed; index, view: ids of image and augmentation. What teachers say of it is
+    where images are mixed; index, view: ids of image and augmentation. x_adv: the adversarial
+    images, ValueError where they are read and were not set. What teachers say of the batch is
     memoised."""
 
     x: torch.Tensor
     y: torch.Tensor
     index: torch.Tensor | None = None
     view: torch.Tensor | None = None
-    x_adv: torch.Tensor | None = None
+    x_adv: torch.Tensor | None = AdversarialImages()
     memo: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -142,14 +159,17 @@ class Method(nn.Module):
 
     def __init__(self, attack=None, attack_bn=None, milestones=()):
         super().__init__()
-        if attack_bn not in ("eval", "train", None):
-            raise UsageError(f"attack_bn is {attack_bn!r}, must be 'eval' or 'train'")
         wrong = isinstance(attack, (type, APGD)) or not hasattr(attack, "ascend")
         if attack is not None and wrong:
             raise TypeError(f"attack is {attack!r}, must be a PGD")
         self.attack = attack or PGD(init=self.init, clip_start=self.clip_start)
-        self.attack_bn = attack_bn or self.attack_bn
+        self.attack_bn = self.attack_bn if attack_bn is None else attack_bn
         self.milestones = milestones
+
+    def __setattr__(self, name, value):
+        if name == "attack_bn" and value not in ("eval", "train"):
+            raise UsageError(f"attack_bn is {value!r}, must be 'eval' or 'train'")
+        super().__setattr__(name, value)
 
     def prepare(self, nets, x):
         """Makes what depends on the networks, such as a projector; x [B, C, H, W] is an example.

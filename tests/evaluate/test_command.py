@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import data, evaluate
+from fastadv import UsageError, data, evaluate
 from fastadv.evaluate.__main__ import folder, main
 from fastadv.runs import checkpoint
 
@@ -82,6 +82,30 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     checkpoint.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     with pytest.raises(ValueError, match="its header is not that of a run"):
         main(["--checkpoint", str(tmp_path / "x.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"lr": -1.0}, "lr is -1.0, must be positive"),
+        ({"colour": 1}, "config has unknown fields: colour"),
+        ({"eps": "x"}, "eps is 'x', must be positive"),
+    ],
+)
+def test_a_header_of_no_run_names_its_file(teacher, tmp_path, fields, match):
+    tensors, metadata = checkpoint.load(teacher)
+    metadata["config"] |= fields
+    checkpoint.save(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(UsageError, match=rf"x\.safetensors: its header is not .* \({match}"):
+        evaluate.from_run(tmp_path / "x.safetensors")
+
+
+def test_other_data_have_a_folder_of_their_own(npz, teacher):
+    """Not that of the run, which has the images of its own data set."""
+    line = ["--checkpoint", str(teacher), "--attacks", "clean", "--data"]
+    with pytest.raises(UsageError, match="data set 'svhn' needs data_dir"):
+        main([*line, "svhn"])
+    main([*line, "npz"])
 
 
 def test_a_run_folder_means_its_best_checkpoint(teacher):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadv import methods, models
+from fastadv import UsageError, methods, models
 
 
 @pytest.fixture
@@ -107,3 +107,33 @@ def test_options_are_those_of_the_nearest_class():
 
     found = methods.options(Mine)
     assert found == {"beta": 1.0, "gamma": 2.0, "label_smoothing": 0.0, "parity": False}
+
+
+@pytest.mark.parametrize("name", ["at", "vfd+at"])
+def test_a_mode_of_batchnorm_is_one_of_two(name):
+    method = methods.get(name)
+    method.attack_bn = "train"
+    for wrong in ("on", None, True, ""):
+        with pytest.raises(UsageError, match=f"attack_bn is {wrong!r}, must be 'eval' or 'train'"):
+            method.attack_bn = wrong
+    assert method.attack_bn == "train"
+    with pytest.raises(UsageError, match="attack_bn is '', must be 'eval' or 'train'"):
+        methods.get(name, attack_bn="")
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_batch_without_adversarial_images_says_so(setup, name):
+    """Also where it is a teacher that is asked of them."""
+    nets, batch = setup
+    method = methods.get(name)
+    method.prepare(nets, batch.x)
+    bare = methods.Batch(batch.x, batch.y)
+    state = method.init_state("cpu")
+    if method.adversarial:
+        with pytest.raises(ValueError, match="^batch.x_adv is missing: set it to method.perturb"):
+            method.outer(nets, bare, state)
+        with pytest.raises(ValueError, match="^batch.x_adv is missing"):
+            bare.teacher_logits(nets, on="x_adv")
+    else:
+        assert method.outer(nets, bare, state)[0].isfinite()
+        assert method.perturb(nets, bare, state) is bare.x
