@@ -15,7 +15,7 @@ from .folded import Folded
 from .lower import lower
 from .plan import Unsupported
 from .query import cast_to, dtype_of, logits_of
-from .trunk import check_refreshes
+from .trunk import Trunk, check_refreshes
 
 _log = logging.getLogger("fastadv")
 
@@ -76,8 +76,10 @@ class Frozen(InPrecision):
         low = self.dtype == torch.bfloat16
         if on_cpu and _native.isa() not in _native.WITH_BF16:
             low = False  # bfloat16 would be computed in float32, and gain nothing
+        # Without vector instructions our kernels are far slower than torch's convolutions.
+        executor = Trunk if on_cpu and _native.isa() != "scalar" else Folded
         try:
-            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32)
+            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32, executor)
             vars(self)["trunk"] = trunk  # so that it is no submodule either
             self._head.append(head)
         except Unsupported as reason:
@@ -265,10 +267,10 @@ def freeze(model, dtype=None):
     float64 (in plain torch, with float64 logits); None for the model's own. Raises ValueError for
     another dtype, TypeError if the model is no module.
 
-    BatchNorm is folded into further copies of the convolutions' weights. On a CPU the convolutions
-    run in kernels of our own (`fastadv.engine`), which are differentiable once; they compute in
+    BatchNorm is folded into further copies of the convolutions' weights. On a CPU with AVX2 the
+    convolutions run in kernels of our own (`fastadv.engine`), differentiable once; they compute in
     float32 or, if that is the dtype and the processor multiplies it (AMX or AVX512-BF16), in
-    bfloat16. On other devices they
+    bfloat16. On other processors and devices they
     run in torch's convolutions, in `dtype` and channels_last, with weights that keep their
     addresses. In float32, the logits agree with the model's to rounding.
 

@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .folded import Folded
 from .plan import FusedLayer, Ref, Unsupported, pair
 from .trace import trace
 from .trunk import Trunk
 
 
-def lower(net, dtype):
-    """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits. The trunk is a Trunk
-    where the parameters are on a CPU, elsewhere a Folded; dtype: see there.
+def lower(net, dtype, executor=Trunk):
+    """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits. The trunk is made by
+    `executor`, Trunk for a CPU or Folded for any device; dtype: see there.
 
     The trunk has convolutions (any stride, padding and dilation; dense, or one filter per channel),
     BatchNorm, ReLU, ReLU6, SiLU, residual sums, zero padding, average pooling and the input's
@@ -36,7 +35,6 @@ def lower(net, dtype):
     if others:
         raise Unsupported(f"its weights are {', '.join(sorted(others))}")
     affine = functools.partial(image_affine, net, plan[0].conv.weight, lowering.image.steps)
-    executor = Trunk if kind == "cpu" else Folded
     return executor(plan, affine, dtype), head
 
 

@@ -1,8 +1,5 @@
 """The networks of the engine's tests, and how they are compared with torch."""
 
-import importlib
-from unittest import mock
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +7,7 @@ from torch import nn
 from fastadv import freeze, models
 from fastadv.engine.folded import Folded
 from fastadv.engine.lower import lower
+from fastadv.engine.trunk import Trunk
 
 
 class Plain(nn.Module):
@@ -96,18 +94,17 @@ def results(model, x, weight):
     return logits.detach(), grad
 
 
-def twin(net, dtype=torch.float32):
+def twin(net, dtype=torch.float32, executor=Trunk):
     """A Frozen whose trunk computes in `dtype` on any machine."""
     frozen = freeze(net, dtype)
-    vars(frozen)["trunk"], head = lower(frozen.net, dtype)
+    vars(frozen)["trunk"], head = lower(frozen.net, dtype, executor)
     frozen._head = [head]
     return frozen
 
 
 def folded(net, dtype=torch.float32):
     """A Frozen with the executor of other devices than this one."""
-    with mock.patch.object(importlib.import_module("fastadv.engine.lower"), "Trunk", Folded):
-        return twin(net, dtype)
+    return twin(net, dtype, Folded)
 
 
 def error(found, expected):

@@ -13,7 +13,9 @@ from fastadv import freeze
 from fastadv.engine.folded import Folded
 from fastadv.engine.lower import lower
 from fastadv.engine.plan import Unsupported
-from fastadv.ops import _library
+from fastadv.engine.trunk import Trunk
+from fastadv.ops import _library, _native
+from fastadv.testing import using_isa
 
 
 def buffers_of(frozen):
@@ -157,3 +159,15 @@ def test_devices_choose_the_executor():
     net.mu = torch.zeros(1, 3, 1, 1)
     with pytest.raises(Unsupported, match="its tensors are on 2 devices"):
         lower(net, torch.float32)
+
+
+@pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+@pytest.mark.parametrize("isa", _native.isas())
+def test_a_cpu_without_vector_kernels_runs_torchs_convolutions(isa):
+    net = network("resnet18")
+    with using_isa(isa):
+        twin = freeze(net)
+        kind = Folded if isa == "scalar" else Trunk
+        assert type(twin.trunk) is kind
+        x = torch.rand(4, 3, 8, 8)
+        assert torch.allclose(twin(x), net(x), rtol=1e-4, atol=1e-5)

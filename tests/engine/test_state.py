@@ -299,7 +299,7 @@ def test_weights_that_are_no_leaves_are_refused():
 def test_weights_are_folded_when_they_are_needed(monkeypatch):
     """Once for many forward passes, not at all for a twin that nobody asks."""
     model, count = trained(nn.Sequential(*body(), *HEADS["norm"]())), []
-    made = freeze(model)
+    made = twin(model)
     fold = type(made.trunk).fold
     monkeypatch.setattr(type(made.trunk), "fold", lambda trunk: (count.append(1), fold(trunk)))
     for _ in range(3):
