@@ -55,7 +55,7 @@ def demo(folder):
     log.plot(Path(folder) / "curves.png", curves, "digits: validation accuracy (seed 0)")
     test = data.load("digits").test
     right = {
-        label: torch.stack([attacked(config, test) for config in configs])
+        label: torch.stack([verdicts(config, test) for config in configs])
         for label, configs in rows.items()
     }  # [seeds, attacks, images]
     rates = {
@@ -79,7 +79,7 @@ def demo(folder):
     print(f"\nrun folder: {folder}  (report.json, curves.png, and a folder per run)")
 
 
-def attacked(config, split):
+def verdicts(config, split):
     """[attacks, images]: 1.0 where the run's best checkpoint is right."""
     model, _ = from_run(Path(config.out) / "best.safetensors")
     return torch.stack([correct(model, split, name, eps=EPS).double() for name in PAPER])

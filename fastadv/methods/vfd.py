@@ -106,7 +106,7 @@ class VFD(Method):
             raise ValueError("projectors are missing: call prepare(nets, x) before training")
         names, teacher_names = zip(*self.layers, strict=True)
         vanilla = batch.teacher_features(nets, teacher_names)
-        student = Recorder(nets.student, names)
+        student = WithFeatures(nets.student, names)
         loss, state = self.base.outer(replace(nets, student=student), batch, state)
         for on, weight in self.weights.items():
             if weight:
@@ -125,7 +125,7 @@ class VFD(Method):
         return total
 
 
-class Recorder:
+class WithFeatures:
     """A network that remembers the features of what it has seen, so that aligning them costs no
     second forward pass of an image that the base method has passed through."""
 
