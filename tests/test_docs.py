@@ -84,6 +84,12 @@ def parse(module, argv, monkeypatch):
         }[module](argv)
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_registered(monkeypatch):
+    for register in (data.register, methods.register, models.register):
+        monkeypatch.setattr(sys.modules[register.__module__], "OWN", {})
+
+
 @every_page
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace, in an empty folder."""
@@ -96,6 +102,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 @every_page
 def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")  # what --method-from imports
     makefile = (ROOT / "Makefile").read_text()
     for words in commands(page):
         if "-m" in words and words[words.index("-m") + 1].startswith("fastadv."):

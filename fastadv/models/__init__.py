@@ -1,6 +1,6 @@
 """Networks by name and their weight files. All take images in [0, 1] and return logits."""
 
 from .weights import Normalized, export, load, load_weights
-from .zoo import KNOWN, get, is_own, register
+from .zoo import KNOWN, get, register
 
-__all__ = ["KNOWN", "Normalized", "export", "get", "is_own", "load", "load_weights", "register"]
+__all__ = ["KNOWN", "Normalized", "export", "get", "load", "load_weights", "register"]
