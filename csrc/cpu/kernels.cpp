@@ -1,7 +1,7 @@
 // All CPU kernels of one instruction set. CMake compiles this file once per instruction set with
-// its flags and FASTADV_ISA = scalar | avx2 | avx512 | avx512_bf16 | amx. Everything but the table is internal: a
-// weak symbol shared between the objects would let the linker put AVX-512 code into the scalar
-// path.
+// its flags and FASTADV_ISA = scalar | avx2 | avx512 | avx512_bf16 | amx. Everything but the table
+// is internal: a weak symbol shared between the objects would let the linker put AVX-512 code into
+// the scalar path.
 #include "../table.h"
 #include "ball.h"
 #include "blocks.h"
