@@ -11,6 +11,7 @@ from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, values_from_user
 from ..evaluate import check_fits, from_run
+from ..models.zoo import is_own
 from ..runs import parallel
 from ..runs.config import PRECISIONS
 
@@ -71,7 +72,7 @@ def build_teacher(config, dataset, which):
     """The frozen "teacher" or "clean_teacher" of the config, in the teachers' precision. Without a
     checkpoint a network of a user's own has the weights that it comes with."""
     architecture, path = getattr(config, which), getattr(config, f"{which}_checkpoint")
-    own = architecture is not None and models.is_own(architecture)
+    own = architecture is not None and is_own(architecture)
     if path is None and not own:
         raise UsageError(f"{which}_checkpoint is missing, which method {config.method} needs")
     if architecture is None:
