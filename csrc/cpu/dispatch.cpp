@@ -46,7 +46,9 @@ int tables(const Table** out) noexcept {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    [[maybe_unused]] const bool bf16 = __builtin_cpu_supports("avx512bf16");
+#if defined(FASTADV_HAS_AMX) || defined(FASTADV_HAS_AVX512_BF16)
+    const bool bf16 = __builtin_cpu_supports("avx512bf16");
+#endif
 #ifdef FASTADV_HAS_AMX
     if (bf16 && tiles()) out[count++] = &amx::table;
 #endif

@@ -146,13 +146,17 @@ def _likeness(attack, inner, x, targets):
 
 
 def _networks(values):
-    """The networks among these values and in the fields of dataclasses among them; None if a value
-    is none of these and neither a number nor text."""
+    """The networks among these values and in dataclasses of nothing but networks; None if a value
+    is none of these and neither a number nor text. A number in a dataclass could change unseen."""
     found = []
     for value in values:
-        for part in vars(value).values() if dataclasses.is_dataclass(value) else (value,):
-            if isinstance(part, nn.Module):
-                found.append(part)
-            elif not (part is None or isinstance(part, (int, float, str))):
-                return None
+        if value is None or isinstance(value, (int, float, str)):
+            continue
+        parts = (value,)
+        if dataclasses.is_dataclass(value) and not isinstance(value, nn.Module):
+            parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        parts = [part for part in parts if part is not None]
+        if not all(isinstance(part, nn.Module) for part in parts):
+            return None
+        found += parts
     return found

@@ -1,7 +1,7 @@
 """The weights of a trunk on the CPU, in the form that its kernels read.
 
 Activations and weights are stored in blocks, of 16 images by 32 channels and of 32 by 32 channels
-(see csrc/table.h); channels that a network does not have are filled up with zeros.
+(see csrc/engine.h); channels that a network does not have are filled up with zeros.
 """
 
 import torch

@@ -1,5 +1,6 @@
 """Attacks as CUDA graphs. Without a GPU a graph is replayed by running its function again."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -196,6 +197,12 @@ def test_a_tensor_that_moved_is_not_forgotten(model, player):
     assert player.counts == (2, 2)
 
 
+@dataclasses.dataclass(slots=True)
+class Settings:
+    net: nn.Module
+    sign: float  # may change between two attacks
+
+
 def test_what_cannot_be_recognised_is_never_captured(model, player):
     x, y = batch()
     captured = graphs.Captured(pgd())
@@ -203,7 +210,7 @@ def test_what_cannot_be_recognised_is_never_captured(model, player):
         captured.ascend(lambda v, y: _ce(model.eval(), v, y), x, y)
     for _ in range(3):
         captured.ascend(functools.partial(_ce, model, y=y), x)  # other labels would pass unseen
-    for nets in ([model], {"net": model}, object()):
+    for nets in ([model], {"net": model}, object(), Settings(model, 1.0)):
         for _ in range(3):
             captured.ascend(functools.partial(_first, nets, model), x, y)
     for _ in range(3):
