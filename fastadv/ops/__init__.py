@@ -1,5 +1,5 @@
-"""The fused ops. Each is a file here and, under the same name, in kernels/, csrc/cpu/, tests/ops/ and
-benchmarks/."""
+"""The fused ops. Each is a file here and, under the same name, in kernels/, csrc/cpu/, tests/ops/
+and benchmarks/."""
 
 from .apgd_step import apgd_step_
 from .augment import augment
