@@ -80,7 +80,7 @@ def demo(folder):
 
 
 def verdicts(config, split):
-    """[attacks, images]: 1.0 where the run's best checkpoint is right."""
+    """float64 [attacks, images]: 1 where the run's best checkpoint is right under the attack."""
     model, _ = from_run(Path(config.out) / "best.safetensors")
     return torch.stack([correct(model, split, name, eps=EPS).double() for name in PAPER])
 

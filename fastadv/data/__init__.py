@@ -1,4 +1,4 @@
-"""Image sets as resident uint8 tensors, and a loader that names every augmentation it draws."""
+"""Image sets as uint8 tensors in memory, and a loader that numbers every augmentation it draws."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     at `data_dir`, or one that was registered.
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
-    it stays the same. Warns of classes without training images. Raises ValueError for an unknown
+    it stays the same. Warns of classes without training images. Raises UsageError for an unknown
     name, an absent `data_dir` or a bad file, FileNotFoundError for a missing one, ImportError for
     digits without scikit-learn.
     """

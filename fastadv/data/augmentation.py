@@ -24,7 +24,7 @@ IMAGE, PARTNER, MIX = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to an image after crop and flip. The default is nothing.
+    """The changes of an image after crop and flip. By default there are none.
 
     policy: "none", "autoaugment" (the CIFAR-10 policy; Cubuk et al. 2019), "randaugment" (Cubuk et
     al. 2020: randaugment_n operations of strength randaugment_m, 0 to 30 as in torchvision) or
@@ -38,7 +38,7 @@ class Augmentation:
     The partner is any image of the split, itself included, with an augmentation of its own.
     views_per_image: an image goes through this many views in turn, one per epoch; None: each epoch
     draws one of 2^32.
-    Raises ValueError that names the argument at fault.
+    Raises UsageError that names the argument at fault.
     """
 
     policy: str = "none"
@@ -69,7 +69,7 @@ class Augmentation:
 
     @property
     def plain(self) -> bool:
-        """Whether crop and flip are all there is, views numbered by `encode_view`."""
+        """Whether there is nothing but crop and flip, whose views `encode_view` numbers."""
         off = self.policy == "none" and not (self.cutout or self.mixes)
         return off and self.views_per_image is None
 
@@ -85,7 +85,8 @@ class Augmentation:
 
 
 class Key(NamedTuple):
-    """What fixes a batch of views: seed, and int64 [B] on the CPU, index and view in [0, 2^32)."""
+    """All that a batch of views depends on: the seed, and the ids of image and view, `index` and
+    `view`, int64 [B] in [0, 2^32), on the CPU."""
 
     seed: int
     index: Tensor

@@ -51,7 +51,7 @@ def load(data_dir: str | Path, seed: int) -> Dataset:
     """CIFAR-10: 49 000 train, 1 000 val and 10 000 test images, uint8 [N, 3, 32, 32].
 
     `data_dir` is the folder `cifar-10-batches-py` or the one that holds it. Raises
-    FileNotFoundError for an absent file and ValueError, naming the file, for one that is truncated,
+    FileNotFoundError for an absent file and UsageError, naming the file, for one that is truncated,
     misshapen or asks for anything but numpy arrays.
     """
     folder = _folder(data_dir, "cifar-10-batches-py")

@@ -1,4 +1,4 @@
-"""What every data set is read into, and the held-out split."""
+"""The form that every data set is read into, and the split that is held out of it."""
 
 import warnings
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Dataset:
 
 
 def image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
-    """Wrap uint8 [N, C, H, W] and integer [N] arrays in published order."""
+    """The ImageSet of arrays uint8 [N, C, H, W] and integer [N], in the order as published."""
     images = torch.from_numpy(np.array(images, order="C"))
     labels = torch.from_numpy(labels.astype(np.int64))
     return ImageSet(images, labels, torch.arange(len(labels)))
@@ -89,8 +89,8 @@ def check_dataset(dataset: Dataset, name: str) -> Dataset:
 
 
 def check_classes(dataset: Dataset) -> Dataset:
-    """`dataset`, with a warning that names the classes which no training image has, for what a
-    network says of those is learned from nothing."""
+    """Returns `dataset`, and warns of classes without a training image, of which a network can
+    learn nothing."""
     count = torch.bincount(dataset.train.labels, minlength=dataset.num_classes)
     empty = (count == 0).nonzero().flatten().tolist()
     if not empty:

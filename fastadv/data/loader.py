@@ -1,4 +1,5 @@
-"""Batches with explicit augmentation: a view is a number, an epoch a function of its number."""
+"""Batches with explicit augmentation: each view of an image has a number, and an epoch depends on
+its number alone."""
 
 import hashlib
 from collections.abc import Iterator
@@ -152,7 +153,7 @@ class Loader:
         return ops.augment(images, dy, dx, flip, padding=padding, channels_last=self.channels_last)
 
     def _there(self, tensor):
-        """A small tensor on the images' device, which is not waited for."""
+        """A small tensor, copied to the images' device without waiting for it."""
         return tensor.to(self.images.device, non_blocking=True)
 
 

@@ -17,7 +17,7 @@ def load(path: str | Path, seed: int) -> Dataset:
 
     A tenth of train, at most 1000, is held out as val. Colour images of 16 pixels and wider get
     padding 4 and flips, smaller or grey ones padding 1 and none. Raises FileNotFoundError, or
-    ValueError naming the file and the array.
+    UsageError naming the file and the array.
     """
     arrays = _read(Path(path))
     train, test = (

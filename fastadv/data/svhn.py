@@ -28,7 +28,7 @@ def load(data_dir: str | Path, seed: int) -> Dataset:
     """72 257 train, 1 000 val and 26 032 test images, uint8 [N, 3, 32, 32]; classes are the digits.
 
     `data_dir` is the folder of the two files. Mirrored digits are other characters, so there are no
-    flips. Raises FileNotFoundError for an absent file and ValueError, naming the file, for one that
+    flips. Raises FileNotFoundError for an absent file and UsageError, naming the file, for one that
     is damaged or holds something else.
     """
     path = Path(data_dir) / "train_32x32.mat"

@@ -7,9 +7,9 @@ python -m fastadv.evaluate --model-from my_package.nets:robust_net --data cifar1
 
 --attacks names attacks (pgd20, apgd-ce, square, pgd-50-10 for 50 steps and 10 restarts, and
 transfer-NAME with the gradients of --source) and suites: paper, quick, and aa, which is
-AutoAttack's standard version; "clean" comes first. What counts as broken is what the model itself
-misclassifies in fp32, within ball and box, whatever --precision the search has. With --out the same
-command again goes on where it was stopped.
+AutoAttack's standard version; "clean" comes first. An image counts as broken when the model itself
+misclassifies its example in fp32, and the example lies within ball and box, whatever --precision
+the search has. With --out the same command again goes on where it was stopped.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def import_own(args):
 
 
 def check(args):
-    """Refuses what no evaluation could serve, before any work."""
+    """Raises UsageError for flags that no evaluation can follow, before any work is done."""
     if not (args.checkpoint or args.model_from):
         raise UsageError("checkpoint is missing: name a run's, or a network by --model-from")
     if len({*(args.checkpoint or ())}) < len(args.checkpoint or ()):
@@ -125,7 +125,7 @@ def dataset_of(args, config):
 
 
 def subjects(args):
-    """The networks to evaluate, and the data set; both fit."""
+    """(list of Subject, Dataset) that the flags name. Raises UsageError where they do not fit."""
     paths, found = args.checkpoint or [None], []
     if not (args.model or args.model_from):
         for path in paths:
@@ -153,7 +153,7 @@ def subjects(args):
 
 
 def digest(tensors):
-    """Of their bytes, by sha256."""
+    """The first 16 digits of the SHA-256 of the tensors' bytes."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -161,7 +161,7 @@ def digest(tensors):
 
 
 def folder(out, label):
-    """The folder in `out` for a checkpoint: its path in one word."""
+    """The folder in `out` for a checkpoint. Its name is the checkpoint's path in one word."""
     path = Path(label)
     path = path.with_suffix("") if path.suffix in (".safetensors", ".pt", ".pth") else path
     return out / "-".join(part for part in path.parts if part.strip("./")).replace(":", "-")

@@ -1,4 +1,4 @@
-"""Where the networks of an evaluation come from."""
+"""Reads the networks of an evaluation: from runs, and from code of a user's own."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..runs.config import Config
 def from_run(path):
     """(model with the weights of a fastadv checkpoint, the Config of its run).
 
-    Raises ValueError naming the file when a run did not write it.
+    Raises UsageError naming the file when a run did not write it.
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path is {described(path)}, must be a file or a run's folder")
@@ -45,7 +45,7 @@ def from_code(name, path=None):
     in eval mode.
 
     The module is imported and the function called without arguments: only name code you trust.
-    Raises ValueError naming what is missing or not a network.
+    Raises UsageError that names what is missing or is no network.
     """
     bring_in("model-from", name, models.register)
     model = models.get(name)
@@ -55,7 +55,7 @@ def from_code(name, path=None):
 
 
 def check_fits(model, dataset, path):
-    """Raises ValueError unless the model of `path` takes the data set's images and classes."""
+    """Raises UsageError unless the model of `path` takes the data set's images and classes."""
     images = dataset.train.images
     x = torch.zeros(1, *images.shape[1:])
     try:

@@ -1,4 +1,5 @@
-"""What an evaluation has found so far, image by image, and the file it resumes from."""
+"""The record of an evaluation: its verdicts so far, image by image, and the file from which it
+resumes."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,8 @@ SAVE_EVERY = 2.0  # seconds
 
 @dataclass
 class Cost:
-    """What a stage took: images attacked, wall-clock seconds, images passed forward and backward,
-    and what the attack met."""
+    """The cost of a stage: images attacked, wall-clock seconds, images passed forward and backward.
+    Beside it, how often something went wrong in the attack."""
 
     images: int = 0
     seconds: float = 0.0
@@ -30,7 +31,7 @@ class Cost:
     largest: float = 0.0  # distance to x of what counts as broken
 
     def add(self, other):
-        """Another part of the same stage."""
+        """Adds the cost of another part of the same stage."""
         for name, value in asdict(other).items():
             mine = getattr(self, name)
             setattr(self, name, max(mine, value) if name == "largest" else mine + value)

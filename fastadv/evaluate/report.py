@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table, RobustBench's JSON, and two figures."""
+"""The results of an evaluation as a table, as RobustBench's JSON, and as two figures."""
 
 import json
 
@@ -12,7 +12,7 @@ SHOWN = 8  # images of the grid
 
 
 def fraction(eps, norm):
-    """8/255 for 0.03137: the unit of the field in linf where it is a whole number, else the
+    """A radius as text: 8/255 for 0.03137 where linf has a whole number of levels, else the
     decimal."""
     levels = eps * 255
     whole = norm == "linf" and abs(levels - round(levels)) < 1e-6 * levels
@@ -44,7 +44,7 @@ def rates(record, stages):
 
 
 def describe(record, stages):
-    """A text table: per stage accuracy, and what it took."""
+    """A text table with the accuracy and the cost of each stage."""
     width = max(len(stage.name) for stage in stages) + 2
     columns = ("accuracy", "attacked", "seconds", "forward", "backward")
     lines = [" " * width + "".join(f"{name:>11}" for name in columns)]

@@ -24,9 +24,9 @@ ROUNDING = {"linf": 1e-6, "l2": 1e-5}
 
 
 class Counted(nn.Module):
-    """A network that counts the images that pass through it, forward and backward, and names what
-    it raises. Images come to it in the dtype of its parameters, its logits out of whatever holds
-    them."""
+    """Wraps a network and counts the images that pass through it, forward and backward. Images are
+    cast to the dtype of its parameters, and its logits are taken out of what it returns. Where it
+    raises, a ValueError says so."""
 
     def __init__(self, net):
         super().__init__()
@@ -68,8 +68,8 @@ def judge(model, x, x_adv, y, eps, norm):
 class Search:
     """Attacks batches on twins of a model, and of a source whose examples are transferred to it.
 
-    What the twin alone misclassifies, because its arithmetic is not the model's, is attacked again
-    on the model itself, so that a fast search finds no fewer examples. A model that cannot be
+    Examples that the twin alone misclassifies, because its arithmetic is not the model's, are made
+    again on the model itself, so that a fast search finds no fewer examples. A model that cannot be
     frozen is attacked as it is.
     """
 
@@ -107,7 +107,7 @@ class Search:
 
     @torch.no_grad()
     def _disputed(self, x_adv, y, right):
-        """int64 rows of what the model classifies right and the twin does not."""
+        """The rows, int64, of examples that the model classifies right and the twin does not."""
         rows = right.nonzero()[:, 0]
         if not len(rows):
             return rows
@@ -174,7 +174,7 @@ def run(
 
 
 def _checked(model, split, stages, source, record, device):
-    """(stages as a list, the record), after a look at all that there is to evaluate."""
+    """(stages as a list, the record), after checks of all arguments of an evaluation."""
     checks.check_model(model)
     if source is not None:
         checks.check_model(source, "source")
@@ -209,7 +209,7 @@ def _floating(images):
 
 
 def _attack(search, stage, split, record, batch_size, device, seed, progress):
-    """One stage on the images it has not attacked yet."""
+    """Runs one stage on the images that it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
     record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
     for name in stage.after:

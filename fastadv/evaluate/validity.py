@@ -1,4 +1,4 @@
-"""What makes a robust accuracy doubtful, as sentences for the report.
+"""Signs that a robust accuracy cannot be trusted, as sentences for the report.
 
 The signs are those of Athalye et al. 2018 (arXiv 1802.00420), Carlini et al. 2019 (1902.06705) and
 AutoAttack's own checks (Croce & Hein 2020, 2003.01690).
@@ -91,8 +91,8 @@ def _unsteady(logits, again, alone):
 
 
 def _gradients(model, x, y, right):
-    """(whether there is one, warnings) of the cross-entropy's gradient at the images that are
-    classified right."""
+    """(whether the model has a gradient to its input, warnings) of the cross-entropy at the images
+    that are classified right."""
 
     def inner(v):
         return F.cross_entropy(wide(ask(model, v)), y, reduction="none")
@@ -115,7 +115,7 @@ def _gradients(model, x, y, right):
 
 
 def review(record, stages):
-    """Warnings on what the attacks of a complete record came to."""
+    """Warnings on the outcome of the attacks of a complete record."""
     found = []
     for stage in stages:
         cost = record.costs[stage.name]

@@ -47,7 +47,7 @@ SHARES = ("adv_weight", "alpha", "clean_weight", "label_smoothing")  # of 1
 def named(name):
     """The class of a method, the base's for "vfd+base".
 
-    Raises ValueError that lists the names when there is no such method.
+    Raises UsageError that lists the names when there is no such method.
     """
     base = name.removeprefix("vfd+")
     if base in OWN:
@@ -73,7 +73,7 @@ def register(name, method):
 
 def get(name, **given):
     """The method of this name, or "vfd+name"; options are its constructor's, such as
-    get("rslad", adv_weight=5/6); vfd+name takes VFD's and the base's. Raises ValueError for an
+    get("rslad", adv_weight=5/6); vfd+name takes VFD's and the base's. Raises UsageError for an
     unknown name or option, and for a value unlike the option's default."""
     base, vanilla = named(name), {}
     known = options(base)

@@ -1,4 +1,4 @@
-"""What a training method is made of: the networks, a batch, and the two problems of the paper."""
+"""The parts of a training method: its networks, a batch, and the two problems, inner and outer."""
 
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -17,9 +17,9 @@ from ..ops._logits import int64_labels, wide
 
 
 class Answering(nn.Module):
-    """A network as methods ask it: images of any floating dtype are cast to that of its parameters,
-    and what it returns is its logits, those of halves in float32. Its attributes are the
-    network's."""
+    """Wraps a network for methods: images are cast to the dtype of its parameters, and it returns
+    its logits, in float32 where the network computes in half precision. The attributes of the
+    network are the wrapper's too."""
 
     def __init__(self, net):
         super().__init__()
@@ -33,7 +33,7 @@ class Answering(nn.Module):
             return getattr(super().__getattr__("net"), name)
 
     def __eq__(self, other):
-        """Of one network, so that a CUDA graph knows it again in nets that are made anew."""
+        """Wrappers of one network are equal, so that a CUDA graph knows it again in other Nets."""
         return isinstance(other, Answering) and self.net is other.net
 
     def __hash__(self):
@@ -44,7 +44,7 @@ class Answering(nn.Module):
 
 
 def answering(net):
-    """A network as `Answering`; what answers so already, and what is no module, as it is."""
+    """A network wrapped as `Answering`; one that answers so already, or is no module, as it is."""
     plain = isinstance(net, nn.Module) and not isinstance(net, (InPrecision, Answering))
     return Answering(net) if plain else net
 
@@ -84,7 +84,7 @@ class Nets:
 
 
 class AdversarialImages:
-    """The attribute x_adv of a Batch: None until it is set, and then a ValueError to read."""
+    """The attribute x_adv of a Batch. Reading it raises ValueError until it is set."""
 
     def __get__(self, batch, owner):
         if batch is None:
@@ -103,8 +103,8 @@ class AdversarialImages:
 class Batch:
     """x: float32 or float64 [B, C, H, W] in [0, 1]; y: integers [B], or probabilities [B, classes]
     where images are mixed; index, view: ids of image and augmentation. x_adv: the adversarial
-    images, ValueError where they are read and were not set. What teachers say of the batch is
-    memoised."""
+    images; to read them before they are set is a ValueError. The teachers' outputs for the batch
+    are computed once and kept in `memo`."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -144,8 +144,8 @@ class Method(nn.Module):
 
     Of the class: teachers, the nets it needs besides the student. adversarial: whether it trains on
     adversarial examples at all. loss_scale: the size of its loss as a share of a batch mean of
-    cross-entropy or KL; a rate of learning that suits such a mean is to be divided by it, and
-    weight decay multiplied. init and clip_start: the paper's start. capturable: whether `inner`
+    cross-entropy or KL. Divide a learning rate that suits such a mean by it, and multiply the
+    weight decay. init and clip_start: the paper's start. capturable: whether `inner`
     reads nothing but its arguments and the method's own tensors, for `attacks.Captured`.
     """
 
@@ -176,14 +176,14 @@ class Method(nn.Module):
         Called once, before the optimiser and `init_state`."""
 
     def cacheable(self):
-        """{teacher: names of `forward_features`}, what this method reads of x alone and a cache may
-        therefore keep; what it asks of x_adv is not among them."""
+        """{teacher: names of `forward_features`}: the outputs for x that this method reads, which a
+        cache may keep. Outputs for x_adv are not among them."""
         return {}
 
     def init_state(self, device):
-        """Dynamic weights and temperatures as a dict of tensors; empty for most methods. What
-        they follow of a batch is averaged over processes (`parallel.mean`), to be the same in all.
-        """
+        """Dynamic weights and temperatures as a dict of tensors; empty for most methods. The
+        values of a batch that change them are averaged over processes (`parallel.mean`), so that
+        they are the same in all."""
         return {}
 
     def targets(self, nets, batch, state):
@@ -235,7 +235,7 @@ class MismatchAttack(Method):
 
     teacher_every: 1, or m for an approximation of the method that no paper has: the teacher is
     asked at the first of every m steps of an attack, and in the m - 1 after it its logits of that
-    step are a constant target. A whole number; ValueError for others.
+    step are a constant target. A whole number; UsageError for others.
     """
 
     temperature = 1.0
@@ -259,8 +259,8 @@ class MismatchAttack(Method):
 
 
 class StaleTeacher:
-    """A teacher for the steps of one attack, asked in the first of every `every` calls; its last
-    logits, as a constant, in the others."""
+    """A teacher for the steps of one attack. It is asked in the first of every `every` calls; the
+    other calls return its last logits as a constant."""
 
     training = False
 
@@ -277,7 +277,7 @@ class StaleTeacher:
 
 
 def first_epoch():
-    """The count of epochs in a method's state: on the host, where reading it waits for nothing."""
+    """The count of epochs in a method's state. It is on the CPU, so that reading it never waits."""
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 

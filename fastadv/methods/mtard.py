@@ -14,7 +14,7 @@ class MTARD(LabelAttack):
     L_nat = KL(t_n(x) || s(x)) / 10, batch mean; t_n is the clean teacher.
 
     The weights start at 1/2 and follow the relative losses r_k = (L_k / L_k of the first step)^b:
-    w_k <- w_k - rate (w_k - r_k / sum r), before they are used; for rates in [0, 1] (ValueError for
+    w_k <- w_k - rate (w_k - r_k / sum r), before they are used; for rates in [0, 1] (UsageError for
     others) they stay shares of 1. The loss is a tenth of the batch mean on CIFAR-10 and CIFAR-100
     alike. Its value, which the weights see, is that of the authors' code: log(q + 1e-5) of the
     teacher's probabilities q.

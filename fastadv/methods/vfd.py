@@ -33,7 +33,7 @@ class VFD(Method):
     "l2" or "cosine". normalise: features to unit length first. Where channels differ a learned
     linear map (1x1 convolution on maps) projects the student's; it trains with the student.
     lambda_adv, lambda_clean: beside the base's loss as it is, a tenth of the batch mean for RSLAD
-    and others. Raises ValueError where maps differ in height or width.
+    and others. Raises UsageError where maps differ in height or width.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class VFD(Method):
 
 
 class WithFeatures:
-    """A network that remembers the features of what it has seen, so that aligning them costs no
-    second forward pass of an image that the base method has passed through."""
+    """Wraps a network and keeps the features of the images that pass through it, so that VFD needs
+    no second forward pass of images that the base method has passed through."""
 
     def __init__(self, net, names):
         self.net, self.names, self.seen = net, names, []

@@ -15,7 +15,7 @@ class ViT(nn.Module):
 
     4x4 patches, learned positions, 6 pre-norm blocks of 3 heads and `width` channels (192, as in
     DeiT-Ti), and the mean of all tokens instead of a class token. Other sizes than 32x32 resample
-    the table of positions (section 3.2 of the paper). Raises ValueError unless `width` is a
+    the table of positions (section 3.2 of the paper). Raises UsageError unless `width` is a
     multiple of 3, H and W multiples of 4.
     """
 

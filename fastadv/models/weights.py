@@ -1,4 +1,5 @@
-"""Weight files into networks and back: fitting keys, input statistics, RobustBench's layout."""
+"""Reads weight files into networks and writes them: matching keys, statistics of the input, and
+RobustBench's layout."""
 
 import io
 import re
@@ -70,7 +71,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     BatchNorm batch counters may be absent, and torchvision's `downsample` and `fc` stand for
     `shortcut` and `linear`. Statistics of the input (`checkpoint.STATISTICS`: `mu` and `sigma`,
     `normalize.mean` and `normalize.std`, ...) go where a `Normalized` or DeepMind network keeps its
-    own, which stay as they are when the file has none. Raises one ValueError that names missing,
+    own, which stay as they are when the file has none. Raises one UsageError that names missing,
     unexpected and misshapen keys, or statistics that `model` has no place for, and then leaves
     `model` untouched; errors of `read_weights` pass through.
     """
@@ -145,7 +146,7 @@ def _fill(model: nn.Module, path: str | Path, forms: list[dict[str, Tensor]]) ->
 def _check_statistics(
     path: str | Path, kind: str, statistics: dict[str, Tensor], buffers: list[Tensor]
 ) -> None:
-    """Raises ValueError unless `statistics` are those of the input of a network with `buffers`."""
+    """Raises UsageError unless `statistics` are those of the input of a network with `buffers`."""
     if not statistics:
         return
     if not buffers:
@@ -179,7 +180,7 @@ def _renamed(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Te
 
 
 def _misfits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """What keeps a file from fitting a network, one line per kind, `SHOWN` keys in all."""
+    """The keys of a file that do not fit a network, one line per kind, `SHOWN` keys in all."""
     kinds = {
         "missing": _names(ours) - theirs.keys(),
         "unexpected": theirs.keys() - ours.keys(),

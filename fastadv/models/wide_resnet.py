@@ -10,7 +10,7 @@ from ..ops import batch_norm
 
 
 def blocks_per_stage(depth: int, widen: int) -> int:
-    """n of depth = 6n + 4. Raises ValueError for a depth or widening that no wide ResNet has."""
+    """n of depth = 6n + 4. Raises UsageError for a depth or widening that no wide ResNet has."""
     if depth < 10 or depth % 6 != 4 or widen < 1:
         raise UsageError(
             f"wrn{depth}_{widen}: depth must be 6n + 4 (10, 16, 22, 28, 34, ...), widen >= 1"
@@ -70,7 +70,7 @@ class Stage(nn.Module):
 class WideResNet(nn.Module):
     """[B, in_channels, H, W] images in [0, 1] -> [B, num_classes] logits; no normalisation inside.
 
-    `depth` counts layers and is 6n + 4 with n >= 1 (ValueError otherwise); the stem has `width`
+    `depth` counts layers and is 6n + 4 with n >= 1 (UsageError otherwise); the stem has `width`
     channels and the stages `width` times widen, 2 widen and 4 widen. There is no dropout.
     `activation` is nn.ReLU or nn.SiLU, which no weight file tells apart. The keys are those of
     RobustBench's `WideResNet(depth, num_classes, widen)`, which has ReLU only.

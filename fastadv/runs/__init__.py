@@ -1,4 +1,4 @@
-"""A run and what is on the disk of it: its Config, its folder, checkpoints, log and processes."""
+"""A training run: its Config, its folder on the disk, checkpoints, log, and its processes."""
 
 from .config import Config
 

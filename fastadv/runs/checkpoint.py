@@ -35,7 +35,7 @@ COPIES = ("attacker.", "ema.", "model_ema.", "ema_model.", "n_averaged")
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *INTEGERS)
 
-# What the pickles of public files ask for beside tensors, by module: its names stand for nothing.
+# Names that pickles of public files ask for beside tensors, by module. `Extra` stands in for them.
 EXTRAS = {
     "argparse": "Namespace",
     "builtins": "__main__ bool bytes dict float frozenset int list object str tuple",
@@ -84,14 +84,14 @@ class Extra:
 
 
 class ExtraDict:
-    """The same for a mapping, whose entries are kept, as those may be the weights."""
+    """Stands in for a mapping. Its entries are kept, as they may be the weights."""
 
     def __new__(cls, *_):
         return OrderedDict()
 
 
 def extra_class(*_):
-    """The same for a function that returns a class."""
+    """Stands in for a function that returns a class."""
     return Extra
 
 
@@ -140,7 +140,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The (tensors, metadata) that `save` wrote, on the CPU.
 
-    Raises FileNotFoundError, or ValueError naming the file when it is truncated, damaged or not a
+    Raises FileNotFoundError, or UsageError naming the file when it is truncated, damaged or not a
     fastadv checkpoint.
     """
     tensors, header = _read_safetensors(path)
@@ -155,7 +155,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Takes the `model.` entries of a fastadv checkpoint, a plain safetensors state dict, or a file of
     torch.save, in which tensors and plain Python are read and the names of `EXTRAS` passed over.
     The first of `CONTAINERS` is opened, and what that holds; the names are the last of `forms`.
-    Raises FileNotFoundError, or ValueError naming the file and the reason: pickled code (refused,
+    Raises FileNotFoundError, or UsageError naming the file and the reason: pickled code (refused,
     never run), a web page, damage, no tensors.
     """
     *_, weights = read_forms(path)
@@ -282,7 +282,8 @@ def _only_extras() -> Iterator[None]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError for a program, and for what unfolds: torch.save compresses nothing."""
+    """Raises ValueError for a TorchScript program, and for a compressed archive, which torch.save
+    never writes: it may unfold to any size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):

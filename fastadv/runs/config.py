@@ -37,7 +37,7 @@ RULES = {
 
 
 def number(text):
-    """A float from "0.031" or "8/255". Raises ValueError quoting the text."""
+    """A float from "0.031" or "8/255". Raises UsageError quoting the text."""
     top, slash, bottom = str(text).partition("/")
     try:
         return float(top) / float(bottom) if slash else float(top)
@@ -46,7 +46,7 @@ def number(text):
 
 
 def device(name):
-    """The torch.device of this name. Raises ValueError when nothing can be computed on it here."""
+    """The torch.device of this name. Raises UsageError when nothing can be computed on it here."""
     try:
         torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:
@@ -146,7 +146,7 @@ class Config:
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
     def _check_fields(self):
-        """Raises ValueError for the first field that no run can have."""
+        """Raises UsageError for the first field that no run can have."""
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if one.name in (*PATHS, "out") and isinstance(value, os.PathLike):
@@ -172,7 +172,7 @@ class Config:
         self.milestones = tuple(epochs)
 
     def doubts(self, images):
-        """What a run on so many images can have but hardly means, in a sentence each."""
+        """Sentences on settings that can be, but are hardly meant for so many training images."""
         if late := [str(epoch) for epoch in self.milestones if epoch >= self.epochs]:
             yield (
                 f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
@@ -198,7 +198,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text):
-        """The Config that `to_json` wrote. Raises ValueError for what is none."""
+        """The Config that `to_json` wrote. Raises ValueError or TypeError for other text."""
         values = json.loads(text)
         if not isinstance(values, dict):
             raise UsageError(f"config is a {type(values).__name__}, must be an object of fields")

@@ -1,4 +1,4 @@
-"""The folder of a run: its record while it trains, and what resuming it takes."""
+"""The folder of a run: it is written while the run trains, and read to resume it."""
 
 import dataclasses
 from functools import partial
@@ -15,8 +15,8 @@ from .config import versions
 class Run:
     """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
 
-    epoch: the next to run. state: the method's dynamic weights, which checkpoints carry.
-    average: an AveragedModel of the student, or None. Of several processes the first one writes.
+    epoch: the next to run. state: the method's dynamic weights and temperatures, which checkpoints
+    keep. average: an AveragedModel of the student, or None. Of several processes the first writes.
     """
 
     def __init__(self, config, dataset, student, average, method, optimizer, state):
@@ -32,7 +32,8 @@ class Run:
 
     @property
     def model(self):
-        """What is evaluated and published: the average once there is one, else the student."""
+        """The network that is evaluated and published: the average once there is one, else the
+        student."""
         averaged = self.average is not None and self.average.n_averaged > 0
         return self.average.module if averaged else self.student
 
@@ -55,7 +56,7 @@ class Run:
     def resume(self):
         """Takes up the state of last.safetensors; a run killed in its first epoch starts over.
 
-        Raises ValueError where the file is not of the run that config.json describes, and
+        Raises UsageError where the file is not of the run that config.json describes, and
         FileNotFoundError where it is missing after that epoch.
         """
         path = self.folder / "last.safetensors"

@@ -18,7 +18,7 @@ def append(path, row):
 
 
 def read(path):
-    """All rows; a last line cut short by a crash is left out. Raises ValueError, naming file and
+    """All rows; a last line cut short by a crash is left out. Raises UsageError, naming file and
     line, for others that are no row of a run."""
     rows, lines = [], Path(path).read_text().splitlines() if Path(path).exists() else []
     for number, line in enumerate(lines, 1):

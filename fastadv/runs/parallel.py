@@ -49,7 +49,7 @@ def world():
 
 
 def check_device(name):
-    """Raises ValueError when the processes cannot have a GPU of their own each, or the CPU."""
+    """Raises UsageError when the processes cannot have a GPU of their own each, or the CPU."""
     device = torch.device(name)
     shared = device.index is not None or _local_rank() >= torch.cuda.device_count()
     if world() > 1 and device.type == "cuda" and shared:

@@ -25,7 +25,7 @@ RESERVE = 1 << 30  # bytes of the disk that a cache leaves to others, such as ch
 
 
 class TeacherCache:
-    """What `teacher` says of the views of a Loader's images, kept in a folder or in memory.
+    """The outputs of `teacher` for the views of a Loader's images, kept in a folder or in memory.
 
     teacher: a Frozen twin, or another network in eval mode without trainable parameters. loader:
     gives images, views and augmentation; its order and batch size play no part. names: outputs as
@@ -94,7 +94,7 @@ class TeacherCache:
         return self._named(values, x.device)
 
     def compute(self, x):
-        """What `lookup` returns for x where nothing is stored; stores nothing."""
+        """The same as `lookup` of images that are not stored; nothing is stored."""
         return self._named(self._compute(x), x.device)
 
     def prefetch(self, index, view):
@@ -110,7 +110,7 @@ class TeacherCache:
         self._ahead = os.getpid(), ids, self._reader.submit(self._table.read, ids)
 
     def filled(self, index, view):
-        """Which rows need no teacher, bool [B]."""
+        """Whether each row is stored already, bool [B]."""
         ids = self._ids(index, view)
         if self._table is None:
             return torch.zeros(len(ids), dtype=torch.bool)
@@ -172,7 +172,7 @@ class TeacherCache:
         return (index * self._views + view).numpy()
 
     def _read(self, ids):
-        """(values, filled) of the rows, read ahead where they were."""
+        """(values, filled) of the rows; `prefetch` may have read them already."""
         ahead, self._ahead = self._ahead, None
         if self._table is None:
             return self._nothing(len(ids))
@@ -181,7 +181,8 @@ class TeacherCache:
         return self._rows(lambda: self._table.read(ids), len(ids))
 
     def _rows(self, read, count):
-        """What `read` gives; nothing, and the cache off, where the disk does not read."""
+        """The (values, filled) of `read()`. Where the disk cannot be read, all rows are absent and
+        the cache is turned off."""
         try:
             return read()
         except OSError as error:
@@ -243,7 +244,7 @@ class TeacherCache:
 
     def _probed(self, images):
         """({name: shape of one image's output}, {name: some of its values}) on fixed noise; not
-        counted as a forward. What the identity's hashes miss of a teacher shows in the values."""
+        counted as a forward. The values tell teachers apart whose hashes are the same."""
         noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
         with values_from_user():  # names of features
             outputs = self._forward(noise.to(images.device))
@@ -260,8 +261,9 @@ class TeacherCache:
             raise ValueError("the teacher has changed since its cache was opened: is it trained?")
 
     def _tensor_versions(self):
-        """What changes with a tensor's replacement, in-place change or a module's mode. Of a twin,
-        whose own tensors every refresh writes, those of its model tell."""
+        """A value that changes when a tensor is replaced or changed in place, and when a module's
+        mode changes. A twin's own tensors are written by every refresh, so those of its model are
+        looked at."""
         net = original(self.teacher)
         tensors = itertools.chain(net.parameters(), net.buffers())
         modes = any(module.training for module in self.teacher.modules())
@@ -287,7 +289,7 @@ def _check(teacher, loader, dtype):
 
 
 def _folder_name(identity):
-    """Such as WideResNet-50000x3x32x32-162views-1f0c5e9a77b3d420."""
+    """A folder's name, such as WideResNet-50000x3x32x32-162views-1f0c5e9a77b3d420."""
     images = identity["images"]
     shape = "x".join(map(str, [images["count"], *images["shape"]]))
     views = identity["augmentation"]["views"]

@@ -91,7 +91,7 @@ def recomputed(args, rest):
 
 
 def info(args, rest):
-    """Prints what each cache is of, how full it is and what it takes."""
+    """Prints the teacher and images of each cache, how full it is, and its size on the disk."""
     for folder in caches(args.directory):
         try:
             header = store.read_header(folder)
@@ -140,7 +140,7 @@ def prune(args, rest):
 
 
 def caches(directory):
-    """The folders of caches in `directory`, one at least, or ValueError."""
+    """The folders of caches in `directory`, one at least, or UsageError."""
     folders = store.caches(directory)
     if not folders:
         raise UsageError(f"{directory}: no caches in it")

@@ -1,4 +1,4 @@
-"""What a teacher's answers depend on, as fingerprints: the key of a cache."""
+"""Fingerprints of all that a teacher's outputs depend on: the key of a cache."""
 
 import dataclasses
 import hashlib

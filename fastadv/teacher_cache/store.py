@@ -77,7 +77,7 @@ def read_header(folder):
 
 def caches(directory):
     """The folders of caches in `directory`, or itself when it is one, whole or not. Raises
-    ValueError where it is no folder."""
+    UsageError where it is no folder."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such folder")

@@ -20,7 +20,7 @@ from .loop import train
 
 
 def hint(config):
-    """What would make this run several times faster on this machine, or None."""
+    """A sentence on the flag that would make this run several times as fast here, or None."""
     parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
     fast = config.device == "cpu" and isa() in _native.WITH_BF16
     if fast and parts == {"fp32"} and config.data != "digits":

@@ -8,8 +8,8 @@ from ..runs import parallel
 
 
 class AWP:
-    """Moves the weights of `student` to where an objective is worse, by gamma of their norm each:
-    w + gamma ||w|| g / ||g||, g the gradient; biases and BatchNorm parameters stay.
+    """Moves each weight w of `student` along the gradient g of an objective, by the share gamma of
+    its norm: w + gamma ||w|| g / ||g||. Biases and BatchNorm parameters stay.
 
     The authors take one step of SGD on a copy and rescale the difference; its learning rate
     cancels, so the gradient alone is needed.
@@ -24,8 +24,9 @@ class AWP:
 
     @contextlib.contextmanager
     def raised(self, objective):
-        """The weights moved up objective(), a scalar, within the context; an optimiser's step taken
-        there stays, the move goes. BatchNorm statistics do not see the extra forward passes."""
+        """A context in which the weights are moved so that objective(), a scalar, is larger. After
+        it the move is undone; a step of the optimiser within it stays. BatchNorm statistics do not
+        see the extra forward pass."""
         buffers = [buffer.clone() for buffer in self.student.buffers()]
         gradients = torch.autograd.grad(objective(), self.weights)
         parallel.mean_(gradients)

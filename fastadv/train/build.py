@@ -1,4 +1,5 @@
-"""What a Config describes: the method, the networks, the average of weights."""
+"""Makes the parts that a Config describes: the method, the networks, the loader, the average of
+weights."""
 
 import dataclasses
 
@@ -17,7 +18,8 @@ from ..runs.config import PRECISIONS
 
 
 def build_method(config):
-    """The method with its attack; start and BatchNorm mode its own where the config has None."""
+    """The method with its attack. Where the config has None, start and BatchNorm mode are the
+    method's own."""
     kind = methods.named(config.method)
     for name in methods.COMMON:
         if name in config.method_options:

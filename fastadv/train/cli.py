@@ -160,7 +160,7 @@ def epochs(text):
 
 
 def value(text):
-    """What a method's option is written as: a number, true, false, a,list or a word."""
+    """A method's option as a value: a number, true, false, a tuple of a,list, or a word."""
     if "," in text:
         return tuple(value(part) for part in text.split(",") if part)
     if text.lower() in ("true", "false"):

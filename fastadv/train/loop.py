@@ -1,5 +1,5 @@
-"""The training loop: one epoch after another, each a loop over batches with an attack and an update
-in it."""
+"""The training loop. Each epoch is a loop over batches, with an attack and an update of the student
+for each of them."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ def train(config, resume=False):
 
     Returns the rows of its metrics.jsonl. After a kill, `resume=True` goes on from the last whole
     epoch, bit for bit as if it had never stopped (same machine, versions and thread count). Raises
-    FileExistsError when the folder holds a run already, ValueError on unusable settings.
+    FileExistsError when the folder holds a run already, UsageError on unusable settings.
     In a `parallel.group()` the processes share out each batch and the validation.
     """
     folder, device = Path(config.out), usable(config.device)
@@ -108,7 +108,7 @@ def train(config, resume=False):
 
 
 def open_caches(config, method, nets, loader):
-    """{teacher: TeacherCache} of what the method reads of x alone; empty where there is none."""
+    """{teacher: TeacherCache} of the outputs for x that the method reads; {} without a cache."""
     if config.teacher_cache == "off" or not method.cacheable():
         return {}
     if loader.views == 2**32:
@@ -129,7 +129,7 @@ def open_caches(config, method, nets, loader):
 
 
 def with_teachers(fields, caches):
-    """Batches with what the caches have of them; the next one's rows are read meanwhile."""
+    """Batches with their rows of the caches. The next batch's rows are read in the meantime."""
     batches = (methods.Batch(*one) for one in fields)
     batch = next(batches, None)
     while batch is not None:
@@ -153,7 +153,7 @@ def cached_share(cache):
 
 
 def finite(loss, epoch):
-    """The loss as a float. Raises ValueError when training has diverged."""
+    """The loss as a float. Raises UsageError when training has diverged."""
     value = loss.item()
     if not math.isfinite(value):
         raise UsageError(f"loss is {value} in epoch {epoch + 1}: training diverged; lower lr")

@@ -36,7 +36,7 @@ def digits_teacher(which):
 
 def digits_student(method):
     """The fields of Config of a student of the digits that `method` trains; of vfd+METHOD they are
-    METHOD's. The rate of learning, weight decay and the weights of VFD follow the scale of the
+    METHOD's. The learning rate, weight decay and the weights of VFD follow the scale of the
     method's loss."""
     base, scale = method.removeprefix("vfd+"), methods.named(method).loss_scale
     fields = DIGITS["all"] | DIGITS["student"] | DIGITS["methods"].get(base, {})
