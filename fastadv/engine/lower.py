@@ -119,7 +119,7 @@ class Lowering:
 
     def add_layer(self, layer):
         self.layers.append(layer)
-        return Ref(layer, "out")
+        return layer.out
 
     def normalise(self, node, norm):
         ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
@@ -133,7 +133,7 @@ class Lowering:
         if layer.activation is not None:
             return None
         layer.affine, layer.activation = norm, "none"
-        return Ref(layer, "active")
+        return layer.active
 
     def activate(self, node, module, activation="relu", cap=float("inf")):
         ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
@@ -144,7 +144,7 @@ class Lowering:
         if not pending and (ref.side == "active" or ref.layer.activation is not None):
             return None
         ref.layer.activation, ref.layer.cap = activation, cap
-        return Ref(ref.layer, "active")
+        return ref.layer.active
 
     def relu6(self, node, module):
         return self.activate(node, module, cap=6.0)
@@ -252,7 +252,7 @@ class Lowering:
         for layer in layers:
             added = [other.before for other in layers]
             convolved = [other.source for other in layers]
-            for read in (Ref(layer, "out"), Ref(layer, "active")):
+            for read in (layer.out, layer.active):
                 alone = read.side == "active" and read in added and read not in convolved
                 if added.count(read) > 1 or alone:
                     raise Unsupported("a residual branches in a way that is not known")

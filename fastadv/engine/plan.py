@@ -20,7 +20,7 @@ class FusedLayer:
     pairs, or `adaptive`, the (height, width) of its output. padding: zeros to the left, right, top
     and bottom. norm: the BatchNorm to fold into the convolution's weights. before: the Ref of the
     residual. affine: a BatchNorm between `out` and the activation. activation: "none", "relu" (up
-    to `cap`) or "silu"; None where the layer has no `active`.
+    to `cap`) or "silu"; None where the layer has no `active`. out, active: the Refs of the two.
     """
 
     source: "Ref | None"
@@ -34,6 +34,9 @@ class FusedLayer:
     affine: nn.BatchNorm2d | None = None
     activation: str | None = None
     cap: float = float("inf")
+
+    def __post_init__(self):
+        self.out, self.active = Ref(self, "out"), Ref(self, "active")
 
     @property
     def depthwise(self):
@@ -61,9 +64,10 @@ class FusedLayer:
         return [tensor for tensor in found if tensor is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ref:
-    """One of the two results of a layer: side is "out" or "active"."""
+    """One of the two results of a layer: side is "out" or "active". A layer makes both; there are
+    no others of it, so that they are told apart, and looked up, by identity."""
 
     layer: FusedLayer
     side: str

@@ -7,7 +7,6 @@ import torch
 from ..ops import _blocks, _native
 from ..ops._torch import batched, transformed
 from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of
-from .plan import Ref
 from .workspace import Workspace
 
 
@@ -89,7 +88,7 @@ class Trunk:
         that is None."""
         groups, results = -(-len(x) // IMAGES), {}
         for layer, taps in zip(self.plan, workspace.taps, strict=True):
-            packed, out, active = self.packed[layer], Ref(layer, "out"), Ref(layer, "active")
+            packed, out, active = self.packed[layer], layer.out, layer.active
             if layer.source is None:
                 blocks = workspace.blocks(groups, *workspace.offsets.shape, self.dtype)
                 _blocks.patches(blocks, x, workspace.offsets, self.scale, self.shift)
@@ -113,7 +112,7 @@ class Trunk:
             self._convolve(blocks, len(x), layer, taps, 0, blocks_of(layer.channels), finish)
             for dead in self.forward_ends[self.number[layer]]:
                 del results[dead]
-        blocks = results[Ref(self.plan[-1], "out")]
+        blocks = results[self.plan[-1].out]
         features = blocks.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
         features = features[: len(x), : self.plan[-1].channels].unflatten(2, workspace.size)
         return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -126,7 +125,7 @@ class Trunk:
         blocks = blocks.view(groups, IMAGES, channels, CHANNELS, -1).permute(0, 4, 2, 1, 3)
         grads = {self.plan[-1]: blocks.to(self.dtype).contiguous()}  # of each layer's `out`
         for layer in reversed(self.plan[:-1]):
-            finish, ref, active = {}, Ref(layer, "out"), Ref(layer, "active")
+            finish, ref, active = {}, layer.out, layer.active
             if active in self.readers:
                 finish = {"activation": layer.activation, "scale": self.packed[layer].scale}
                 finish["slope"] = slopes.get(layer)
@@ -153,8 +152,8 @@ class Trunk:
 
     def _collect(self, ref, batch, grads, workspace, finish):
         """The sum of the gradients that the readers of a layer's result send to it, finished."""
-        convolved = [reader for reader in self.readers[ref] if reader.source == ref]
-        added = [reader for reader in self.readers[ref] if reader.before == ref]
+        convolved = [reader for reader in self.readers[ref] if reader.source is ref]
+        added = [reader for reader in self.readers[ref] if reader.before is ref]
         before, channels = grads[added[0]] if added else None, ref.layer.channels
         for reader in convolved[:-1]:
             so_far = {"before": before}

@@ -197,7 +197,7 @@ def test_a_backward_pass_needs_the_weights_of_its_forward_pass():
 
 
 def test_memory_is_that_of_the_latest_images():
-    frozen = freeze(network("resnet18"))
+    frozen = twin(network("resnet18"))
     for size in (8, 12, 16):
         results(frozen, torch.rand(16, 3, size, size), torch.ones(1))
     held = frozen.trunk.workspace.memory.tensors
@@ -209,7 +209,7 @@ def test_errors_name_the_images():
     with pytest.raises(ValueError, match=r"x has shape \(2, 1, 8, 8\), must be \[B, 3, H, W\]"):
         trunk(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="x is 1 x 8, too small"):
-        freeze(Branching("").eval())(torch.rand(2, 3, 1, 8))
+        twin(Branching("").eval())(torch.rand(2, 3, 1, 8))
 
 
 def test_pooling_into_windows_of_unequal_size():
