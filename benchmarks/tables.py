@@ -104,9 +104,10 @@ def headlines():
             ratios = [best, *(rows[name]["speedup"] if name else None for name in ours)]
             cells = [label, duration(published["us"])]
             cells += ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-            cells.append(f"{published['isa']}, {published['time'][:10]}")
+            kind = f"{published['cpu'].split()[0].removesuffix('(R)')} {published['isa']}"
+            cells.append(f"{kind}, {published['time'][:10]}")
             lines.append(f"| {' | '.join(cells)} |")
-            where.add(f"{published['isa']}: {machine(published)}")
+            where.add(f"{kind}: {machine(published)}")
     return [*lines, "", f"{'; '.join(sorted(where))}."]
 
 
