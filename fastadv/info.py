@@ -21,6 +21,8 @@ def engine():
         return "none, twins run as plain torch"
     if _native.isa() in _native.WITH_BF16:
         return f"bfloat16 by {_native.isa()}, or float32"
+    if _native.isa() == "scalar":
+        return "torch's convolutions, in float32: no vector instructions in use"
     return f"float32 only: {_native.isa()} has no bfloat16"
 
 
