@@ -1,4 +1,4 @@
-"""Runs the plan of a trunk in torch's own convolutions, for devices other than CPUs."""
+"""Runs a segment in torch's own convolutions, on any device."""
 
 import torch
 import torch.nn.functional as F
@@ -9,33 +9,46 @@ from .plan import parts
 
 
 class Folded(nn.Module):
-    """fp32 images [B, C, H, W] -> fp32 features [B, C', H', W'], differentiable to the images only.
+    """Images or features [B, C, H, W] -> features [B, C', H', W'], a tuple of them if the segment has
+    several exits; differentiable to what it reads only.
 
-    plan: the FusedLayers in order of computation, as for Trunk; image_affine: as for Trunk. dtype:
-    of the weights and of all activations, float32 or bfloat16; activations are channels_last.
-    Weights are those of the last `refresh()`, which overwrites them in place, so that captured CUDA
+    segment, image_affine, inner: as for Trunk. dtype: of the weights and of all activations,
+    float32 or bfloat16; activations are channels_last. Weights are those of the last `refresh()`, which overwrites them in place, so that captured CUDA
     graphs and compiled code follow.
     """
 
+    opaque = False  # torch sees all that it does
+
     @torch.inference_mode(False)  # whose tensors could not be saved for a backward pass
-    def __init__(self, plan, image_affine, dtype):
+    def __init__(self, segment, image_affine, dtype, inner=False):
         super().__init__()
-        self.plan, self.image_affine, self.dtype = plan, image_affine, dtype
+        self.segment, self.plan = segment, segment.layers
+        self.image_affine, self.dtype, self.inner = image_affine, dtype, inner
+        plan = self.plan
         number = {layer: n for n, layer in enumerate(plan)}
         # Refs as (number of the layer, side), which torch.compile can follow.
         self.reads = [
             tuple(ref and (number[ref.layer], ref.side) for ref in (layer.source, layer.before))
             for layer in plan
         ]
+        self.exits = [(number[layer], "out") for layer in segment.exits]
         last = {key: n for n, keys in enumerate(self.reads) for key in keys if key is not None}
-        self.wanted = set(last)
+        self.wanted = {*last, *self.exits}
         self.ends = [[key for key in last if last[key] == n] for n in range(len(plan))]
         self.layers = nn.ModuleList(FoldedLayer(layer, dtype) for layer in plan)
-        weight = plan[0].conv.weight
         for name in ("scale", "shift"):
-            self.register_buffer(name, weight.new_empty(1, weight.shape[1], 1, 1), persistent=False)
+            size = (1, segment.channels, 1, 1) if image_affine else 0
+            self.register_buffer(name, self.weight.new_empty(size), persistent=False)
         self.eval()
         self.refresh()
+
+    @property
+    def weight(self):
+        return self.segment.weight
+
+    @property
+    def channels(self):
+        return self.segment.channels
 
     @property
     def device(self):
@@ -45,16 +58,18 @@ class Folded(nn.Module):
     def refresh(self):
         """Folds the weights anew."""
         fold_bn_(*zip(*[fold for layer in self.layers for fold in layer.folds()], strict=True))
-        for buffer, values in zip((self.scale, self.shift), self.image_affine(), strict=True):
-            buffer.copy_(values.view_as(buffer))
+        if self.image_affine:
+            for buffer, values in zip((self.scale, self.shift), self.image_affine(), strict=True):
+                buffer.copy_(values.view_as(buffer))
 
     def forward(self, x):
-        image = torch.addcmul(self.shift, x, self.scale)
-        image = image.to(self.dtype, memory_format=torch.channels_last)
+        if self.image_affine:
+            x = torch.addcmul(self.shift, x, self.scale)
+        x = x.to(self.dtype, memory_format=torch.channels_last)
         found = {}
         for n, layer in enumerate(self.layers):
             source, before = self.reads[n]
-            out = layer(image if source is None else found[source])
+            out = layer(x if source is None else found[source])
             if before is not None:
                 out = out + found[before]
             if (n, "out") in self.wanted:
@@ -63,6 +78,9 @@ class Folded(nn.Module):
                 found[n, "active"] = layer.active(out)
             for dead in self.ends[n]:
                 del found[dead]
+        if self.inner:
+            results = tuple(found[exit] for exit in self.exits)
+            return results if len(results) > 1 else results[0]
         return out.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

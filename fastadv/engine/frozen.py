@@ -146,18 +146,18 @@ class Frozen(InPrecision):
         needs."""
         if self.trunk is None:
             return False
-        weight = self.trunk.plan[0].conv.weight
+        weight = self.trunk.weight
         return weight.device == self.trunk.device and weight.dtype == torch.float32
 
     def _suits(self, x):
         """Whether the trunk can compute this input, and nothing is active that must see the modules
         run: a hook, a dispatch mode, a transform, or tensors lent by functional_call."""
-        channels = self.trunk.plan[0].conv.in_channels
+        channels = self.trunk.channels
         return (
             type(x) in (torch.Tensor, nn.Parameter)
             and (x.device == self.trunk.device and x.dtype == torch.float32)
-            and (x.dim() == 4 and x.shape[1] == channels and len(x) > 0)
-            and (isinstance(self.trunk, Folded) or not observed())
+            and (x.dim() == 4 and channels in (None, x.shape[1]) and len(x) > 0)
+            and not (self.trunk.opaque and observed())
             and not any(map(hooked, self.net.modules()))
             and (torch.compiler.is_compiling() or (self._whole() and not transformed()))
         )

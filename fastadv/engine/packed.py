@@ -68,3 +68,26 @@ def affine(norm):
 def padded(values):
     """The values with zeros behind the last dimension, up to whole blocks."""
     return F.pad(values, (0, -values.shape[-1] % CHANNELS)).contiguous()
+
+
+def to_blocks(x, blocks):
+    """Writes features or gradients x [B, C, H, W] into blocks [G, H W, C / 32, 16, 32], with zeros
+    for images and channels that there are not; returns the blocks."""
+    groups, pixels, channels = blocks.shape[:3]
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    if x.shape[0] % IMAGES or x.shape[1] % CHANNELS:
+        full = x.new_zeros(groups * IMAGES, pixels, channels * CHANNELS)
+        full[: x.shape[0], :, : x.shape[1]] = rows
+        rows = full
+    rows = rows.unflatten(2, (channels, CHANNELS)).unflatten(0, (groups, IMAGES))
+    return blocks.copy_(rows.permute(0, 2, 3, 1, 4))
+
+
+def from_blocks(blocks, shape):
+    """Features or gradients of this shape, in channels_last, out of their blocks."""
+    groups, pixels, channels = blocks.shape[:3]
+    rows = blocks.new_empty(groups, IMAGES, pixels, channels, CHANNELS)
+    rows.copy_(blocks.permute(0, 3, 1, 2, 4))
+    rows = rows.flatten(0, 1).flatten(2, 3)[: shape[0], :, : shape[1]]
+    x = rows.unflatten(1, shape[2:]).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,14 @@
-"""The plan of a trunk: the layers that it computes, and nothing of how or in which memory."""
+"""What a segment computes, layer by layer, and nothing of how or in which memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
+
+ITSELF = (1, 1), (1, 1)  # the window of a pooling that changes nothing
 
 
 class Unsupported(Exception):
-    """The network has something that no trunk can compute; the message says what."""
+    """The network has something that the engine cannot compute; the message says what."""
 
 
 @dataclass(eq=False)
@@ -41,7 +43,13 @@ class FusedLayer:
     @property
     def depthwise(self):
         """Whether each channel is computed from the same channel of `source` alone."""
-        return self.conv is None or self.conv.groups > 1
+        conv = self.conv
+        return conv is None or 1 < conv.groups == conv.in_channels == conv.out_channels
+
+    @property
+    def grouped(self):
+        """Whether a channel is computed from some of the channels of `source`, more than one."""
+        return self.conv is not None and self.conv.groups > 1 and not self.depthwise
 
     @property
     def geometry(self):
@@ -71,6 +79,70 @@ class Ref:
 
     layer: FusedLayer
     side: str
+
+
+@dataclass(eq=False)
+class Segment:
+    """A part of a network that follows from one tensor.
+
+    entry: the node whose result that is. steps: those of the Image, where it is the network's
+    input; None for features. layers: in order of computation; the first reads the images, or is
+    the features themselves as blocks. exits: the layers whose `out` others read, none of which
+    another layer of the segment reads.
+    """
+
+    entry: fx.Node
+    steps: tuple | None = None
+    layers: list = field(default_factory=list)
+    exits: list = field(default_factory=list)
+
+    @property
+    def convolutions(self):
+        return [layer.conv for layer in self.layers if layer.conv is not None]
+
+    @property
+    def weight(self):
+        """The first convolution's weight, whose device and dtype are those of all."""
+        return self.convolutions[0].weight
+
+    @property
+    def channels(self):
+        """How many channels there are of the images or features."""
+        first = self.layers[0]
+        return first.channels if first.conv is None else first.conv.in_channels
+
+    def close(self, refs):
+        """Keeps the layers that these results need, and gives each result an exit of its own, an
+        average over 1 x 1 where need be."""
+        readers = {read for layer in self.layers for read in layer.reads}
+        for ref in refs:
+            pooled = ref.side == "out" and ref.layer.conv is None and ref.layer.source is not None
+            layer = ref.layer
+            if not pooled or ref in readers:
+                layer = FusedLayer(ref, ref.layer.channels, window=ITSELF)
+                self.layers.append(layer)
+            self.exits.append(layer)
+        needed = set(self.exits)
+        for layer in reversed(self.layers):
+            if layer in needed:
+                needed |= {read.layer for read in layer.reads}
+        self.layers = [layer for layer in self.layers if layer in needed]
+        self._separate_residuals()
+
+    def _separate_residuals(self):
+        """Has every result added once at most, and an activation only if it is also convolved: an
+        average over 1 x 1 stands in where it is not."""
+        convolved, added = {layer.source for layer in self.layers}, set()
+        for layer in list(self.layers):
+            ref = layer.before
+            if ref is None:
+                continue
+            if ref in added or (ref.side == "active" and ref not in convolved):
+                copied = FusedLayer(ref, ref.layer.channels, window=ITSELF)
+                self.layers.insert(self.layers.index(layer), copied)
+                convolved.add(ref)
+                ref = layer.before = copied.out
+            added.add(ref)
 
 
 def parts(norm):

@@ -20,7 +20,7 @@ class LayerTaps:
 
     def __init__(self, layer, size, output):
         self.pixels, self.mean = output[0] * output[1], None
-        if layer.source is None:  # a product with patches
+        if layer.source is None and layer.conv is not None:  # a product with patches
             out = source = np.arange(self.pixels)
             size, tap, taps = output, np.zeros_like(out), 1
         elif layer.conv is not None:

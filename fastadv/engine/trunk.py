@@ -1,4 +1,4 @@
-"""Runs the plan of a trunk on a CPU: forward, and backward to the image."""
+"""Runs a segment on a CPU in kernels of our own: forward, and backward to what it reads."""
 
 import threading
 
@@ -6,30 +6,33 @@ import torch
 
 from ..ops import _blocks, _native
 from ..ops._torch import batched, transformed
-from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of
+from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of, from_blocks, to_blocks
 from .workspace import Workspace
 
 
 class Trunk:
-    """fp32 images [B, C, H, W] on the CPU -> fp32 features [B, C', H', W'], differentiable once and
-    with respect to the images only.
+    """Images or features [B, C, H, W] on the CPU -> features [B, C', H', W'], a tuple of them if
+    the segment has several exits; differentiable once and with respect to what it reads only.
 
-    plan: the FusedLayers in order of computation; `out` of the last one is the result.
-    image_affine: () -> (scale, shift) [C], the normalisation before the first convolution. dtype:
-    of the activations, weights and gradients between layers, float32 or bfloat16; sums are fp32.
-    Weights are folded in the first forward pass after a `refresh()`. An image's features do not
-    depend on the others of its batch.
+    image_affine: () -> (scale, shift) [C], the normalisation before the first convolution, of a
+    segment that begins with images; None of one that begins with features. dtype: of the
+    activations, weights and gradients between layers, float32 or bfloat16; sums are fp32. inner:
+    whether the results are for more of the network, and so in `dtype` and channels_last; otherwise
+    in float32 and contiguous. Weights are folded in the first forward pass after a `refresh()`. An
+    image's features do not depend on the others of its batch.
     """
 
     device = torch.device("cpu")
+    opaque = True  # to torch's dispatch modes
 
-    def __init__(self, plan, image_affine, dtype):
-        self.plan = plan
-        self.image_affine = image_affine
-        self.dtype = dtype
+    def __init__(self, segment, image_affine, dtype, inner=False):
+        self.segment, self.plan = segment, segment.layers
+        self.image_affine, self.dtype, self.inner = image_affine, dtype, inner
+        plan = self.plan
         self.packed = {layer: PackedLayer(layer) for layer in plan}
         self.workspace = None  # for the latest shape and layout of images
         self.refreshes, self.stale = 0, True
+        self.exits = segment.exits
         self.number = number = {layer: n for n, layer in enumerate(plan)}
         self.readers = {}  # {Ref: the layers that read it}
         for layer in plan:
@@ -56,18 +59,27 @@ class Trunk:
         """Folds and packs the weights."""
         for packed in self.packed.values():
             packed.fold(self.dtype)
-        scale, shift = self.image_affine()
-        taps = self.plan[0].conv.weight[0, 0].numel()
-        size = blocks_of(len(scale) * taps) * CHANNELS
-        self.scale, self.shift = scale.new_zeros(2, size)
-        self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
-        self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
-        self.per_channel = scale
+        if self.image_affine:
+            scale, shift = self.image_affine()
+            taps = self.plan[0].conv.weight[0, 0].numel()
+            size = blocks_of(len(scale) * taps) * CHANNELS
+            self.scale, self.shift = scale.new_zeros(2, size)
+            self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
+            self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
+            self.per_channel = scale
         self.stale = False
+
+    @property
+    def weight(self):
+        return self.segment.weight
+
+    @property
+    def channels(self):
+        return self.segment.channels
 
     @torch.compiler.disable
     def __call__(self, x):
-        channels = self.plan[0].conv.in_channels
+        channels = self.segment.channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]")
         with FOLDING:
@@ -89,14 +101,16 @@ class Trunk:
         groups, results = -(-len(x) // IMAGES), {}
         for layer, taps in zip(self.plan, workspace.taps, strict=True):
             packed, out, active = self.packed[layer], layer.out, layer.active
-            if layer.source is None:
-                blocks = workspace.blocks(groups, *workspace.offsets.shape, self.dtype)
-                _blocks.patches(blocks, x, workspace.offsets, self.scale, self.shift)
-            else:
-                blocks = results[layer.source]
             size = groups, taps.pixels, layer.channels, self.dtype
             finish = {"bias": packed.bias}
-            if out in self.readers or layer is self.plan[-1]:
+            if layer.source is not None:
+                blocks = results[layer.source]
+            elif layer.conv is None:
+                results[out] = blocks = to_blocks(x, workspace.blocks(*size))
+            else:
+                blocks = workspace.blocks(groups, *workspace.offsets.shape, self.dtype)
+                _blocks.patches(blocks, x, workspace.offsets, self.scale, self.shift)
+            if out not in results and (out in self.readers or layer in self.exits):
                 finish["out"] = results[out] = workspace.blocks(*size)
             if layer.before is not None:
                 finish["before"] = results[layer.before]
@@ -109,22 +123,29 @@ class Trunk:
                     shape = tuple(finish["active"].shape)
                     slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
                     finish["slope"] = slopes[layer] = workspace.memory.take(*slope)
-            self._convolve(blocks, len(x), layer, taps, 0, blocks_of(layer.channels), finish)
+            if layer.source is not None or "out" in finish or "active" in finish:
+                self._convolve(blocks, len(x), layer, taps, 0, blocks_of(layer.channels), finish)
             for dead in self.forward_ends[self.number[layer]]:
                 del results[dead]
-        blocks = results[self.plan[-1].out]
-        features = blocks.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
-        features = features[: len(x), : self.plan[-1].channels].unflatten(2, workspace.size)
-        return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        found = []
+        for layer in self.exits:
+            size = len(x), layer.channels, *workspace.sizes[layer]
+            features = from_blocks(results[layer.out], size)
+            if not self.inner:
+                features = features.float().contiguous()
+            found.append(features)
+        return tuple(found) if len(found) > 1 else found[0]
 
-    def backward(self, grad, workspace, slopes):
-        """The gradient of the images, laid out as they are, given that of the features."""
-        batch, channels, groups = len(grad), blocks_of(grad.shape[1]), -(-len(grad) // IMAGES)
-        blocks = grad.new_zeros(groups * IMAGES, channels * CHANNELS, grad.shape[2:].numel())
-        blocks[:batch, : grad.shape[1]] = grad.flatten(2)
-        blocks = blocks.view(groups, IMAGES, channels, CHANNELS, -1).permute(0, 4, 2, 1, 3)
-        grads = {self.plan[-1]: blocks.to(self.dtype).contiguous()}  # of each layer's `out`
-        for layer in reversed(self.plan[:-1]):
+    def backward(self, grads_of_exits, workspace, slopes):
+        """The gradient of what the segment reads, laid out as that is, given those of its exits."""
+        batch, grads = len(grads_of_exits[0]), {}  # of each layer's `out`
+        for layer, grad in zip(self.exits, grads_of_exits, strict=True):
+            groups, pixels = -(-batch // IMAGES), grad.shape[2:].numel()
+            size = groups, pixels, blocks_of(layer.channels), IMAGES, CHANNELS
+            grads[layer] = to_blocks(grad, grad.new_empty(size, dtype=self.dtype))
+        for layer in reversed(self.plan):
+            if layer in self.exits:
+                continue
             finish, ref, active = {}, layer.out, layer.active
             if active in self.readers:
                 finish = {"activation": layer.activation, "scale": self.packed[layer].scale}
@@ -135,10 +156,13 @@ class Trunk:
             grads[layer] = self._collect(ref, batch, grads, workspace, finish)
             for dead in self.backward_ends[self.number[layer]]:
                 del grads[dead]
-        first, size = self.plan[0], workspace.offsets.shape[1]
+        first, shape = self.plan[0], (batch, *workspace.shape)
+        if first.conv is None:
+            return from_blocks(grads[first], shape)
+        size = workspace.offsets.shape[1]
         patches = self._back(first, batch, grads[first], workspace, size, {})
-        shape, size = (batch, *workspace.shape), workspace.shape.numel()
-        image = grad.new_empty_strided(shape, (size, *workspace.strides))
+        size = workspace.shape.numel()
+        image = self.per_channel.new_empty_strided(shape, (size, *workspace.strides))
         flat = image.as_strided((batch, size), (size, 1))
         scale = self._image_scale(workspace)
         _blocks.patches_backward(flat, patches, workspace.image_offsets, scale)
@@ -204,11 +228,11 @@ class _Run(torch.autograd.Function):
         return trunk.forward(x.detach(), workspace, ctx.slopes)
 
     @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled() or transformed() or batched(grad):
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled() or transformed() or any(map(batched, grads)):
             raise RuntimeError(
                 "a twin's trunk on the CPU has plain first-order gradients only: for create_graph, "
                 "batched or forward-mode ones call the model itself, in eval mode"
             )
         check_refreshes(ctx.trunk, ctx.refreshes)
-        return ctx.trunk.backward(grad, ctx.workspace, ctx.slopes), None, None
+        return ctx.trunk.backward(grads, ctx.workspace, ctx.slopes), None, None

@@ -14,12 +14,13 @@ class Workspace:
     """The tables and the memory of a trunk for images of one shape and one dense layout.
 
     key: (shape, strides) of one image of x. taps: of each layer. offsets, image_offsets: how images
-    become patches, and back. size: (height, width) of the features.
+    become patches, and back. sizes: {layer: (height, width) of its `out`}.
     """
 
     def __init__(self, plan, x, key):
         self.key = self.shape, self.strides = key
-        self.taps, self.memory, sizes = [], Memory(), {}
+        self.taps, self.memory = [], Memory()
+        self.sizes = sizes = {}
         for layer in plan:
             size = sizes[layer.source.layer] if layer.source else tuple(x.shape[2:])
             sizes[layer] = layer.adaptive or output_size(size, *layer.geometry)
@@ -27,11 +28,10 @@ class Workspace:
                 raise ValueError(f"x is {x.shape[2]} x {x.shape[3]}, too small for this network")
             if layer.before is not None and sizes[layer.before.layer] != sizes[layer]:
                 raise Unsupported("it adds features of different sizes")
-            if layer.source is None:
+            if layer.source is None and layer.conv is not None:
                 self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *layer.geometry)
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
             self.taps.append(LayerTaps(layer, size, sizes[layer]))
-        self.size = sizes[plan[-1]]
 
     def blocks(self, groups, pixels, channels, dtype):
         """Memory for the blocks of `groups` groups of images."""
