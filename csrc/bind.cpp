@@ -43,31 +43,51 @@ void use_isa(const std::string& isa) {
   throw py::value_error("isa is '" + isa + "', which this build or machine does not have");
 }
 
-// The choice of this name among the comma-separated ones of its type.
-template <typename Choice>
-Choice choice_of(py::handle value) {
-  const auto name = py::cast<std::string_view>(value);
-  std::string_view names = names_of(Choice{});
+// Which of the comma-separated names this one is; -1: none.
+int code_of(std::string_view name, std::string_view names) {
   for (int code = 0; !names.empty(); ++code) {
     const size_t end = names.find(", ");
-    if (names.substr(0, end) == name) return static_cast<Choice>(code);
+    if (names.substr(0, end) == name) return code;
     names = end == names.npos ? "" : names.substr(end + 2);
   }
-  throw py::value_error("no kernel knows the choice " + std::string(name));
+  return -1;
+}
+
+// What an argument for a member of this type must be, in words.
+template <typename T>
+std::string wanted() {
+  if constexpr (std::is_pointer_v<T>) return "an address";
+  if constexpr (std::is_enum_v<T>) return std::string("one of ") + names_of(T{});
+  if constexpr (std::is_same_v<T, bool>) return "true or false";
+  return std::is_integral_v<T> ? "a whole number" : "a number";
 }
 
 // An argument from Python, which turns into whatever member of a struct it initialises.
 struct Argument {
+  const char* kernel;
+  size_t position;
   py::handle value;
+
+  template <typename T>
+  std::string refusal() const {
+    return "argument " + std::to_string(position) + " of " + kernel + " is " +
+           std::string(py::repr(value)) + ", must be " + wanted<T>();
+  }
 
   template <typename T, typename = std::enable_if_t<std::is_scalar_v<T>>>
   operator T() const {
-    if constexpr (std::is_pointer_v<T>) {
-      return reinterpret_cast<T>(py::cast<uintptr_t>(value));
-    } else if constexpr (std::is_enum_v<T>) {
-      return choice_of<T>(value);
-    } else {
-      return py::cast<T>(value);
+    try {
+      if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(py::cast<uintptr_t>(value));
+      } else if constexpr (std::is_enum_v<T>) {
+        const int code = code_of(py::cast<std::string_view>(value), names_of(T{}));
+        if (code < 0) throw py::value_error(refusal<T>());
+        return static_cast<T>(code);
+      } else {
+        return py::cast<T>(value);
+      }
+    } catch (const py::cast_error&) {
+      throw py::type_error(refusal<T>());
     }
   }
 };
@@ -89,8 +109,9 @@ constexpr size_t members_of() {
 }
 
 template <typename T, size_t... Member>
-T initialised(const py::args& args, size_t first, std::index_sequence<Member...>) {
-  return T{Argument{PyTuple_GET_ITEM(args.ptr(), first + Member)}...};
+T initialised(const char* name, const py::args& args, size_t first,
+              std::index_sequence<Member...>) {
+  return T{Argument{name, first + Member + 1, PyTuple_GET_ITEM(args.ptr(), first + Member)}...};
 }
 
 // Calls run(struct, Last) with the struct made of all arguments but those that make Last.
@@ -101,8 +122,8 @@ auto call(const char* name, const py::args& args, const Run& run) {
     throw py::type_error(std::string(name) + " takes " + std::to_string(members + rest) +
                          " arguments, not " + std::to_string(args.size()));
   }
-  const auto all = initialised<Struct>(args, 0, std::make_index_sequence<members>{});
-  const auto last = initialised<Last>(args, members, std::make_index_sequence<rest>{});
+  const auto all = initialised<Struct>(name, args, 0, std::make_index_sequence<members>{});
+  const auto last = initialised<Last>(name, args, members, std::make_index_sequence<rest>{});
   const py::gil_scoped_release unlocked;
   return run(all, last);
 }
@@ -133,6 +154,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isas", isas, "Instruction sets this build and machine can run, fastest first.");
   module.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   module.def("use_isa", use_isa, "Use this instruction set from now on.");
+  module.attr("headers") = FASTADV_HEADERS;
   module.attr("batch_norm_chunks") = batch_norm_chunks;
   module.attr("images_per_block") = images_per_block;
   module.attr("channels_per_block") = channels_per_block;

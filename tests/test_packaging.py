@@ -1,6 +1,8 @@
 """The package as others install it: a wheel and an sdist, with a compiler and without."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,45 @@ def sdist(tmp_path_factory):
     tree = copied(folder / "fastadv")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, tree)
     return next(folder.glob("fastadv-*.tar.gz"))
+
+
+# A compiler that knows all flags and not the intrinsic $LACKS.
+OLD_COMPILER = """#!/bin/sh
+for word; do
+  case $word in *.cxx) grep -qs "$LACKS" "$word" && exit 1;; esac
+done
+exec c++ "$@"
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86")
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja", "c++"))), reason="no CMake")
+@pytest.mark.parametrize(
+    ("lacks", "left_out"),
+    [("_mm512_dpbf16_ps", {"avx512_bf16", "amx"}), ("_tile_dpbf16ps", {"amx"})],
+)
+def test_an_old_compiler_builds_without_what_it_does_not_know(lacks, left_out, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(OLD_COMPILER)
+    compiler.chmod(0o755)
+    without = f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CUDA_COMPILER="
+    run("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *without, LACKS=lacks)
+    targets = run("ninja", "-C", tmp_path / "build", "-t", "targets", "all")
+    built = set(re.findall(r"fastadv_(\w+)\.dir/csrc/cpu/kernels", targets))
+    assert {"scalar", "avx2", "avx512"} <= built
+    assert not built & left_out
+
+
+def test_all_requirements_are_pinned():
+    """But Triton, which is left to torch."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    required = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    required += [requirement for extra in extras for requirement in extra]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in required}
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert names - set(pins) == {"fastadv", "triton"}
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ capture them after a first call outside, as with torch's own ops.
 """
 
 import functools
+import hashlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,15 @@ except ImportError as error:
     missing = f"fastadv._C is not there ({error}); reinstall with a C++ compiler to build it"
 else:
     missing = None
+    # Arguments have no names in a call: a module that was built from other headers than a checkout
+    # has, as after `git pull`, would take one for another.
+    _headers = sorted((Path(__file__).parents[2] / "csrc").glob("*.h"))
+    _texts = b"".join(header.read_bytes() for header in _headers)
+    if _headers and getattr(_C, "headers", None) != hashlib.sha256(_texts).hexdigest():
+        raise ImportError(
+            f"{_C.__file__} was built from other headers than {_headers[0].parent} has, must be "
+            "built again: `make install`, or `pip install -e .` (or delete it, to run without)"
+        )
     if os.environ.get("FASTADV_CPU_ISA"):
         if os.environ["FASTADV_CPU_ISA"] not in _C.isas():
             raise ValueError(

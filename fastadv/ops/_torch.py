@@ -1,5 +1,5 @@
-"""The only file that uses names private to torch. Each is looked up at import, so that a version of
-torch without it is refused at once and by name."""
+"""The only file that uses names private to torch. Each that ops or the engine need is looked up at
+import, so that a version of torch without it is refused at once and by name."""
 
 import torch
 from torch.nn.modules import module as registry
@@ -21,7 +21,6 @@ def private(owner, name):
 _functorch = private(torch._C, "_functorch")
 _transforms = private(_functorch, "peek_interpreter_stack")
 _is_batched = private(_functorch, "is_legacy_batchedtensor")
-_has_kernel = private(torch._C, "_dispatch_has_kernel_for_dispatch_key")
 _dispatch_mode = private(_python_dispatch, "_get_current_dispatch_mode")
 _copy_all = private(torch, "_foreach_copy_")
 private(torch.autograd.forward_ad, "_current_level")
@@ -63,8 +62,9 @@ def version(tensor):
 
 
 def has_autograd(op):
-    """Whether an overload in torch.ops has a kernel of its own for autograd."""
-    return _has_kernel(op.name(), "Autograd")
+    """Whether an overload in torch.ops has a kernel of its own for autograd; for `fastadv.testing`,
+    without which nobody needs the name."""
+    return private(torch._C, "_dispatch_has_kernel_for_dispatch_key")(op.name(), "Autograd")
 
 
 def copy_all(targets, sources):

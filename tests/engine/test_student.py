@@ -189,8 +189,13 @@ for dtype, size in ((torch.float32, 16), (torch.bfloat16, 32)):
             pixels = x[:, :, ::2, ::2].double().transpose(0, 1).flatten(1)
             grad = weights.double().view(batch, 2 * width, -1).transpose(0, 1).flatten(1)
             exact = grad @ pixels.t()
-            error = (found[:, :, 0, 0] - exact).abs().max() / exact.abs().max()
-            assert error < (1e-5 if dtype == torch.float32 else 2e-2), (width, batch, error)
+            # Torch's own gradient without a stride: without AVX-512 it adds up in bfloat16.
+            dense, cast = x[:, :, ::2, ::2].to(dtype, **nhwc), layer.weight.to(dtype)
+            out = nn.functional.conv2d(dense, cast)
+            (theirs,) = torch.autograd.grad(out, cast, weights.to(dtype).view_as(out))
+            error, own = ((v[:, :, 0, 0] - exact).abs().max() for v in (found, theirs))
+            bound = 2 * own + (1e-6 if dtype == torch.float32 else 2e-3) * exact.abs().max()
+            assert error <= bound, (width, batch, error, own)
 student = models.get("resnet18", width=8).to(**nhwc)
 for _ in range(3):
     FastStudent(student)(torch.rand(53, 3, 16, 16).contiguous(**nhwc)).square().mean().backward()
