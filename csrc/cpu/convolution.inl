@@ -44,8 +44,8 @@ static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads,
   });
 }
 
-// Calls body(N, row) for runs of N rows that together are the first `images`, N a constant, at most
-// `most` and a power of two. What lies beyond them is not read: it may hold denormals, which cost
+// Calls body(N, row) for runs of N rows that together are the first `images`, N a constant: `most`
+// as long as there are so many, then powers of two. What lies beyond them is not read: it may hold denormals, which cost
 // hundreds of cycles each.
 template <int most, typename Body>
 static inline void for_rows(int images, const Body& body) {
@@ -53,13 +53,13 @@ static inline void for_rows(int images, const Body& body) {
   for (; row + most <= images; row += most) body(std::integral_constant<int, most>{}, row);
   if constexpr (most > 1) {
     if (row < images) {
-      for_rows<most / 2>(images - row, [&](auto n, int next) { body(n, row + next); });
+      for_rows<most == 6 ? 4 : most / 2>(images - row, [&](auto n, int next) { body(n, row + next); });
     }
   }
 }
 
 // Adds a [16, 32] block times a [32, 32] block of weights to N rows and two vectors of sums.
-constexpr int R = W == 16 ? 8 : 4;  // as many rows as fit in the registers
+constexpr int R = W == 16 ? 8 : 6;  // as many rows as fit in the registers, with two vectors each
 
 template <int N>
 static inline void multiply_add(F (&sum)[N][2], const float* a, const float* w) {
@@ -110,29 +110,48 @@ static inline void multiply_add(F (&sum)[N][2], const BF16* a, const BF16* w) {
 }
 #endif
 
-// The sums of one output block in vector registers, R rows and 2 W columns at a time, for the
-// first `images` of the group.
+// The sums of one output block for up to two groups of images, in vector registers: R rows and 2 W
+// columns at a time. Blocks of weights are taken in parts that stay in L1 for all rows; in between
+// the sums wait in memory.
 template <typename T>
-static void sum_block(const Convolution& c, float* sums, int64_t group, int images, int64_t p,
-                      int64_t o) {
-  const T* in = static_cast<const T*>(c.in) + group * c.in_pixels * c.in_blocks * block_size;
+static void sum_blocks(const Convolution& c, float* sums, int64_t group, const int (&images)[2],
+                       int64_t p, int64_t o) {
   constexpr int square = columns_of_block * columns_of_block, pair = sizeof(T) == 2 ? 2 : 1;
+  constexpr int64_t part = 16384 / (columns_of_block * 2 * W * sizeof(T));
+  const T* in = static_cast<const T*>(c.in) + group * c.in_pixels * c.in_blocks * block_size;
   const T* weight = static_cast<const T*>(c.weight) + o * c.kernel * c.in_blocks * square;
+  const int64_t blocks = (c.start[p + 1] - c.start[p]) * c.in_blocks;
   for (int column = 0; column < columns_of_block; column += 2 * W) {
-    for_rows<R>(images, [&](auto n, int row) {
-      F sum[n][2] = {};
-      for (int32_t t = c.start[p]; t < c.start[p + 1]; ++t) {
-        const T* a = in + c.taps[2 * t] * c.in_blocks * block_size + row * columns_of_block;
-        const T* w = weight + c.taps[2 * t + 1] * c.in_blocks * square + column * pair;
-        for (int64_t i = 0; i < c.in_blocks; ++i) {
-          multiply_add(sum, a + i * block_size, w + i * square);
-        }
+    int64_t first_tap = c.start[p], first_block = 0, done = 0;
+    do {
+      const int64_t count = blocks - done < part ? blocks - done : part;
+      int64_t tap = first_tap, block = first_block;
+      for (int g = 0; g < 2; ++g) {
+        const T* of_group = in + g * c.in_pixels * c.in_blocks * block_size;
+        for_rows<R>(images[g], [&](auto n, int row) {
+          float* at = sums + g * block_size + row * columns_of_block + column;
+          F sum[n][2] = {};
+          for (int r = 0; done && r < n; ++r) {
+            sum[r][0] = load(at + r * columns_of_block);
+            sum[r][1] = load(at + r * columns_of_block + W);
+          }
+          tap = first_tap, block = first_block;
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t source = c.taps[2 * tap], place = c.taps[2 * tap + 1];
+            multiply_add(sum,
+                         of_group + (source * c.in_blocks + block) * block_size +
+                             row * columns_of_block,
+                         weight + (place * c.in_blocks + block) * square + column * pair);
+            if (++block == c.in_blocks) block = 0, ++tap;
+          }
+          for (int r = 0; r < n; ++r) {
+            store(at + r * columns_of_block, sum[r][0]);
+            store(at + r * columns_of_block + W, sum[r][1]);
+          }
+        });
       }
-      for (int r = 0; r < n; ++r) {
-        store(sums + (row + r) * columns_of_block + column, sum[r][0]);
-        store(sums + (row + r) * columns_of_block + column + W, sum[r][1]);
-      }
-    });
+      first_tap = tap, first_block = block, done += count;
+    } while (done < blocks);
   }
 }
 
@@ -215,9 +234,7 @@ struct Dense {
         } else
 #endif
         {
-          for (int64_t g = 0; g < 2 && images[g]; ++g) {
-            sum_block<T>(c, sums + g * block_size, group + g, images[g], p, o);
-          }
+          sum_blocks<T>(c, sums, group, images, p, o);
         }
         for (int64_t g = 0; g < 2 && images[g]; ++g) {
           const int64_t block = ((group + g) * c.out_pixels + p) * c.out_blocks + o;
