@@ -11,11 +11,10 @@ from torch import nn
 
 from ..ops import _library, _native
 from ..ops._torch import copy_all, hooked, observed, transformed, uncompiled
-from .folded import Folded
 from .lower import lower
 from .plan import Unsupported
 from .query import cast_to, dtype_of, logits_of
-from .trunk import Trunk, check_refreshes
+from .trunk import check_refreshes
 
 _log = logging.getLogger("fastadv")
 
@@ -76,10 +75,8 @@ class Frozen(InPrecision):
         low = self.dtype == torch.bfloat16
         if on_cpu and _native.isa() not in _native.WITH_BF16:
             low = False  # bfloat16 would be computed in float32, and gain nothing
-        # Without vector instructions our kernels are far slower than torch's convolutions.
-        executor = Trunk if on_cpu and _native.isa() != "scalar" else Folded
         try:
-            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32, executor)
+            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32)
             vars(self)["trunk"] = trunk  # so that it is no submodule either
             self._head.append(head)
         except Unsupported as reason:

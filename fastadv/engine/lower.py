@@ -6,6 +6,7 @@ import operator
 import torch
 from torch import fx, nn
 
+from ..ops import _native
 from .folded import Folded
 from .mixed import Mixed, Part
 from .plan import Ref, Unsupported
@@ -14,13 +15,14 @@ from .trace import trace
 from .trunk import Trunk
 
 
-def lower(net, dtype, executor=Trunk):
+def lower(net, dtype, executor=None):
     """(trunk, head) of a network in eval mode: head(trunk(x)) are its logits. dtype: see Trunk.
 
     The trunk computes all up to the last convolution. If that is one segment (see `Lowering`), it
-    is an `executor` of it: Trunk for CPUs or Folded for any device. If torch has to compute
-    something before or between segments, it is a Mixed. The head is what follows, in torch and in
-    float32; it is part of the trunk if it has several linear layers.
+    is an executor of it, Trunk or Folded. If torch has to compute something before or between
+    segments, it is a Mixed. The head is what follows, in torch and in float32; it is part of the
+    trunk if it has several linear layers. executor: of all segments; None for that which
+    `fastest` says of each.
 
     Raises Unsupported where the network cannot be traced, has no convolution that the engine knows,
     looks into memory layouts, changes a tensor in place that others may see, or is spread over
@@ -44,8 +46,27 @@ def _computed(net, segment, dtype, executor, inner=False):
     if others:
         raise Unsupported(f"its weights are {', '.join(sorted(others))}")
     affine = segment.steps is not None and functools.partial(image_affine, net, segment)
-    grouped = any(layer.grouped for layer in segment.layers)
-    return (Folded if grouped else executor)(segment, affine or None, dtype, inner)
+    if any(layer.grouped for layer in segment.layers):
+        executor = Folded
+    executor = executor or fastest(segment, inner)
+    return executor(segment, affine or None, dtype, inner)
+
+
+def fastest(segment, inner):
+    """The executor of a segment, by what benchmarks/bench_networks.py measured.
+
+    Trunk is faster where there are vectors of 512 bits, unless much of its blocks of 32 channels
+    stays empty, or few convolutions have to pay for rearranging features into blocks and back.
+    """
+    if segment.weight.device.type != "cpu" or _native.isa() not in WIDE:
+        return Folded
+    few = inner and len(segment.convolutions) < WORTH
+    return Folded if few or segment.filled() < FILLED else Trunk
+
+
+WIDE = "avx512", "avx512_bf16", "amx"
+WORTH = 4  # convolutions between two rearrangements
+FILLED = 0.6  # of all products of a segment
 
 
 def image_affine(net, segment):
@@ -65,7 +86,7 @@ def image_affine(net, segment):
 class Parts:
     """A network taken apart: the segments of its graph, and the nodes that torch computes.
 
-    exits: {node: (number of its segment, number of its result there)} of the nodes of segments that
+    entries: {segment: the node that it reads}. exits: {node: (number of its segment, number of its result there)} of the nodes of segments that
     torch reads. torch: the nodes that torch computes, of those that it needs.
     """
 
@@ -82,7 +103,8 @@ class Parts:
             if isinstance(ref, Ref) and home[ref.layer] in self.segments
         }
         on_demand = {node for node, value in found.items() if not isinstance(value, Ref)}
-        read = {segment.entry for segment in self.segments}  # by torch or by a segment
+        self.entries = {segment: lowering.begins[segment] for segment in self.segments}
+        read = set(self.entries.values())  # by torch or by a segment
         self.torch = set()
         for node in reversed(graph.nodes):
             if node not in refs and (node in read or node not in on_demand):
@@ -99,7 +121,7 @@ class Parts:
         """(boundary, head): the node with which the trunk ends, and a module that computes the
         network's output of its result. Where what follows the last segment reads several results or
         has several linear layers the boundary is None, which stands for the output itself."""
-        before, entries = set(), {segment.entry for segment in self.segments}
+        before, entries = set(), set(self.entries.values())
         for node in reversed(self.graph.nodes):
             if node in entries or not before.isdisjoint(node.users):
                 before.add(node)
@@ -135,7 +157,9 @@ class Parts:
                 number, place = self.exits[node]
                 segment = self.segments[number]
                 if number not in calls:
-                    calls[number] = body.call_module(f"segments.{number}", (copies[segment.entry],))
+                    calls[number] = body.call_module(
+                        f"segments.{number}", (copies[self.entries[segment]],)
+                    )
                 copies[node] = calls[number]
                 if len(segment.exits) > 1:
                     copies[node] = body.call_function(operator.getitem, (calls[number], place))
@@ -174,4 +198,11 @@ class Parts:
 LAYOUT = {"as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr", "untyped_storage"}
 WRITE = {"iadd", "isub", "imul", "itruediv", "setitem"}
 # Modules whose result is a new tensor.
-FRESH = nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d
+FRESH = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.MaxPool2d,
+)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import nn
 
 ITSELF = (1, 1), (1, 1)  # the window of a pooling that changes nothing
 
@@ -85,13 +85,11 @@ class Ref:
 class Segment:
     """A part of a network that follows from one tensor.
 
-    entry: the node whose result that is. steps: those of the Image, where it is the network's
-    input; None for features. layers: in order of computation; the first reads the images, or is
+    steps: those of the Image, where that is the network's input; None for features. layers: in order of computation; the first reads the images, or is
     the features themselves as blocks. exits: the layers whose `out` others read, none of which
     another layer of the segment reads.
     """
 
-    entry: fx.Node
     steps: tuple | None = None
     layers: list = field(default_factory=list)
     exits: list = field(default_factory=list)
@@ -110,6 +108,25 @@ class Segment:
         """How many channels there are of the images or features."""
         first = self.layers[0]
         return first.channels if first.conv is None else first.conv.in_channels
+
+    def filled(self):
+        """The share of the products in blocks of 32 channels that are not with zeros."""
+        pixels, done, paid = {}, 0, 0
+        for layer in self.layers:
+            here = pixels[layer.source.layer] if layer.source else 1.0
+            if layer.adaptive:
+                here = 0
+            else:
+                _, stride, _, _ = layer.geometry
+                here /= stride[0] * stride[1]
+            pixels[layer] = here
+            if layer.conv is not None:
+                products = here * layer.conv.weight[0, 0].numel()
+                out, into = layer.conv.weight.shape[:2]
+                done += products * out * into
+                patched = layer.source is None or layer.depthwise
+                paid += products * _up(out) * (into if patched else _up(into))
+        return done / paid
 
     def close(self, refs):
         """Keeps the layers that these results need, and gives each result an exit of its own, an
@@ -143,6 +160,11 @@ class Segment:
                 convolved.add(ref)
                 ref = layer.before = copied.out
             added.add(ref)
+
+
+def _up(channels):
+    """The channels of whole blocks."""
+    return -(-channels // 32) * 32
 
 
 def parts(norm):

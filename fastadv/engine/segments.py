@@ -25,8 +25,9 @@ class Lowering:
     sums, zero padding and average pooling; of the input also its normalisation.
 
     found: {node: its result} of what the segments compute, as an Image, a Ref or, for zero padding,
-    either of them with the zeros around it. segments: {layer: the segment that has it}. entries:
-    {node that torch computes: the Ref with which a segment begins there}. The methods that
+    either of them with the zeros around it. segments: {layer: the segment that has it}. begins:
+    {segment: the node that it reads}. entries: {node that torch computes: the Ref with which a
+    segment begins there}. The methods that
     FUNCTIONS and MODULES name take a node, and its module if it calls one, and return its result,
     or None where it is left to torch.
     """
@@ -34,7 +35,7 @@ class Lowering:
     def __init__(self, net, graph):
         self.net, self.graph = net, graph
         self.modules = dict(net.named_modules())
-        self.found, self.segments, self.entries = {}, {}, {}
+        self.found, self.segments, self.begins, self.entries = {}, {}, {}, {}
         for node in graph.nodes:
             value = self.value(node)
             if value is not None:
@@ -58,11 +59,17 @@ class Lowering:
         value = self.entries.get(node) if value is None else value
         return value if isinstance(value, Ref) else None
 
+    def begin(self, node, steps=None):
+        """A new segment that reads a node's result."""
+        segment = Segment(steps)
+        self.begins[segment] = node
+        return segment
+
     def enter(self, node, channels):
         """The Ref with which a segment begins at a node that torch computes."""
         if node not in self.entries:
             entry = FusedLayer(None, channels, window=ITSELF)
-            self.entries[node] = self.add_layer(entry, Segment(node))
+            self.entries[node] = self.add_layer(entry, self.begin(node))
         return self.entries[node]
 
     def convolve(self, node, conv):
@@ -71,7 +78,7 @@ class Lowering:
             return None
         segment = None
         if isinstance(source, Image) and conv.groups == 1 and conv.in_channels <= FEW:
-            source, segment = None, Segment(source.node, source.steps)
+            source, segment = None, self.begin(source.node, source.steps)
         elif not isinstance(source, Ref):
             source, pad = self.enter(node.args[0], conv.in_channels), (0, 0, 0, 0)
         top, left = pair(conv.padding)
@@ -93,7 +100,7 @@ class Lowering:
 
     def normalise(self, node, norm):
         source, single = node.args[0], len(node.args[0].users) == 1
-        if not norm.track_running_stats or source in self.found and not self.ref(source):
+        if not norm.track_running_stats or (source in self.found and not self.ref(source)):
             return None
         ref = self.ref(source) or self.enter(source, norm.num_features)
         layer = ref.layer

@@ -165,7 +165,7 @@ def test_what_is_not_the_same_is_captured_anew(model, player):
 
 def test_a_twin_of_a_gpu_is_captured(model, player, monkeypatch):
     """Its trunk is a module and writes its weights in place."""
-    monkeypatch.setattr(importlib.import_module("fastadv.engine.frozen"), "Trunk", Folded)
+    monkeypatch.setattr(importlib.import_module("fastadv.engine.lower"), "Trunk", Folded)
     captured, twin = graphs.Captured(pgd()), freeze(model)
     assert isinstance(twin.trunk, Folded)
     for seed in range(4):

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from networks import folded, network, twin
+from networks import Undecided, folded, network, twin
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -82,10 +82,15 @@ def trained(net):
     return net.eval().to(memory_format=torch.channels_last)
 
 
-# how a twin is made: with the trunk of a CPU, with that of other devices, without one
-EXECUTORS = {"plain": (freeze, parametrised), "folded": (folded, nn.Conv2d)}
+# How a twin is made: without a trunk, in torch's convolutions, in our kernels, and with a layer of
+# torch's between both.
+EXECUTORS = {
+    "plain": (freeze, Undecided),
+    "folded": (folded, nn.Conv2d),
+    "mixed folded": (folded, parametrised),
+}
 if _native.isas():
-    EXECUTORS["trunk"] = (twin, nn.Conv2d)
+    EXECUTORS |= {"trunk": (twin, nn.Conv2d), "mixed": (twin, parametrised)}
 
 
 @pytest.fixture(params=[(e, h) for e in EXECUTORS for h in HEADS], ids="-".join)
@@ -341,10 +346,10 @@ def test_a_refresh_refuses_nothing_that_is_not_of_the_twin():
     assert (x.grad == 2).all()
 
 
-def test_option_a_and_dense_networks():
+def test_networks_without_a_trunk():
     """What has no trunk at all."""
     torch.manual_seed(0)
-    for model in (models.get("resnet20", width=4), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))):
+    for model in (models.get("vit_tiny"), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))):
         made = freeze(trained(model))
         before = made(X)
         by_data_in_place(model)
