@@ -9,12 +9,12 @@ from .plan import parts
 
 
 class Folded(nn.Module):
-    """Images or features [B, C, H, W] -> features [B, C', H', W'], a tuple of them if the segment has
-    several exits; differentiable to what it reads only.
+    """Images or features [B, C, H, W] -> features [B, C', H', W'], a tuple of them if the segment
+    has several exits; differentiable to what it reads only.
 
     segment, image_affine, inner: as for Trunk. dtype: of the weights and of all activations,
-    float32 or bfloat16; activations are channels_last. Weights are those of the last `refresh()`, which overwrites them in place, so that captured CUDA
-    graphs and compiled code follow.
+    float32 or bfloat16; activations are channels_last. Weights are those of the last `refresh()`,
+    which overwrites them in place, so that captured CUDA graphs and compiled code follow.
     """
 
     opaque = False  # torch sees all that it does

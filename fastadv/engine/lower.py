@@ -86,8 +86,8 @@ def image_affine(net, segment):
 class Parts:
     """A network taken apart: the segments of its graph, and the nodes that torch computes.
 
-    entries: {segment: the node that it reads}. exits: {node: (number of its segment, number of its result there)} of the nodes of segments that
-    torch reads. torch: the nodes that torch computes, of those that it needs.
+    entries: {segment: the node that it reads}. exits: {node: (number of its segment, number of its
+    result there)} of the nodes of segments that torch reads. torch: the nodes that torch computes.
     """
 
     def __init__(self, net, graph):

@@ -85,9 +85,9 @@ class Ref:
 class Segment:
     """A part of a network that follows from one tensor.
 
-    steps: those of the Image, where that is the network's input; None for features. layers: in order of computation; the first reads the images, or is
-    the features themselves as blocks. exits: the layers whose `out` others read, none of which
-    another layer of the segment reads.
+    steps: those of the Image, where that is the network's input; None for features. layers: in
+    order of computation; the first convolves the images, or is the features themselves as blocks.
+    exits: the layers whose `out` others read; no layer of the segment reads it.
     """
 
     steps: tuple | None = None

@@ -55,6 +55,26 @@ class Sums(nn.Module):
         return self.fc(self.convs[4](f).mean((2, 3)))
 
 
+class Shared(nn.Module):
+    """One result added twice, an activation that is only added, a pooling that is convolved and
+    returned, and sums of what began with different tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        a = self.stem(x)
+        b = self.convs[0](F.relu(self.norm(a))) + a
+        c = self.convs[1](b) + a
+        d = F.relu(self.convs[2](c)) + self.convs[3](c)
+        e = F.avg_pool2d(self.convs[4](F.elu(d)), 2)
+        f = self.convs[5](e) + F.avg_pool2d(c, 2)
+        return self.fc(torch.cat((f.mean((2, 3)), e.mean((2, 3))), 1))
+
+
 class Gated(nn.Module):
     """What torch computes between segments: an unknown activation, a gate, slices, views, groups,
     concatenation, max pooling, GroupNorm in place; several classifiers."""
@@ -96,6 +116,7 @@ NETWORKS = {
     ),
     "plain": Plain,
     "sums": Sums,
+    "shared": Shared,
     "gated": Gated,
     "resnet20": lambda: models.get("resnet20"),
 }

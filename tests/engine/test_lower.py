@@ -14,6 +14,7 @@ from fastadv import freeze, models
 from fastadv.engine import frozen as frozen_module
 from fastadv.engine.folded import Folded
 from fastadv.engine.lower import lower
+from fastadv.engine.mixed import Mixed
 from fastadv.engine.plan import Unsupported
 from fastadv.engine.trunk import Trunk
 from fastadv.ops import _native
@@ -49,6 +50,22 @@ def test_every_convolutional_network_but_the_option_a_ones_has_a_trunk():
         trunk, _ = lower(net.eval(), torch.float32)
         convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
         assert sum(layer.conv is not None for layer in trunk.plan) == convolutions
+
+
+def test_the_rest_of_a_network_is_the_head_if_it_is_one_layer():
+    """In float32; of several linear layers the segments' dtype is that of all."""
+    x = torch.rand(2, 3, 8, 8)
+    for name, head in (("resnet20", [torch.float32]), ("gated", [torch.bfloat16] * 2)):
+        net = network(name)
+        trunk, rest = lower(net, torch.bfloat16)
+        assert isinstance(trunk, Mixed)
+        assert isinstance(rest, nn.Identity) == (name == "gated")
+        linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+        seen = []
+        for module in linear:
+            module.register_forward_hook(lambda *args, seen=seen: seen.append(args[-1].dtype))
+        rest(trunk(x))
+        assert seen == head
 
 
 class Tricky(nn.Module):
