@@ -43,7 +43,7 @@ docs: install
 	$(BIN)/sphinx-build -W --keep-going -q -E docs build/docs
 
 bench: install
-	$(BIN)/python -m pytest $(filter-out %attack.py %train_step.py %teacher_cache.py %evaluate.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave
+	$(BIN)/python -m pytest $(filter-out %attack.py %networks.py %train_step.py %teacher_cache.py %evaluate.py,$(wildcard benchmarks/bench_*.py)) --benchmark-autosave
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --suite ops [--only softmax_kl] [--seconds 3]
     python benchmarks/run.py --suite attack [--only resnet18]    # PGD-10 end to end
+    python benchmarks/run.py --suite networks [--only vgg16_bn]  # a query of many networks
     python benchmarks/run.py --suite train [--only adaad]        # whole training steps
     python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
     python benchmarks/run.py --suite eval                        # AutoAttack's standard version
@@ -25,6 +26,7 @@ from timing import RESULTS, exact, interleave, machine, summary
 
 SUITES = {
     "attack": ["bench_attack"],
+    "networks": ["bench_networks"],
     "train": ["bench_train_step"],
     "cache": ["bench_teacher_cache"],
     "eval": ["bench_evaluate"],

@@ -10,7 +10,7 @@ from timing import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
-SUITES = ("attack", "train", "cache", "eval", "ops")
+SUITES = ("attack", "networks", "train", "cache", "eval", "ops")
 COLUMNS = ("GB/s", "of copy", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
 COLUMNS += ("data", "teacher", "attack", "outer")
 
@@ -40,14 +40,14 @@ HEADLINES = (
 
 
 def newest(suite):
-    """{model of CPU: the rows of each op and shape of a suite, those of its newest run there}: a
-    run replaces only the rows of its own kind of machine."""
+    """{(model of CPU, instruction set): the rows of each op and shape of a suite, those of its
+    newest run there}: a run replaces only the rows of its own kind of machine."""
     rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
-    last = {(row["cpu"], row["op"], row["shape"]): row["time"] for row in rows}
+    last = {(row["cpu"], row["isa"], row["op"], row["shape"]): row["time"] for row in rows}
     found = {}
     for row in sorted(rows, key=lambda row: (row["cpu"], row["op"])):
-        if row["time"] == last[row["cpu"], row["op"], row["shape"]]:
-            found.setdefault(row["cpu"], []).append(row)
+        if row["time"] == last[row["cpu"], row["isa"], row["op"], row["shape"]]:
+            found.setdefault((row["cpu"], row["isa"]), []).append(row)
     return found
 
 

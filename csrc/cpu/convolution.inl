@@ -6,8 +6,17 @@
 // in one order whatever the threads. The gradient to the input is the same sum over transposed
 // taps and weights.
 
-constexpr int64_t chunk_pixels = 32;   // keeps a chunk's inputs and one block of weights in L2
-constexpr int64_t resident = 1 << 20;  // bytes of weights that stay in L2 as a whole
+constexpr int64_t chunk_pixels = 32;  // keeps a chunk's inputs and one block of weights in L2
+
+// Bytes of weights that stay in L2 as a whole: half of it, of 2 MB where its size is not known.
+static int64_t resident() {
+  int64_t size = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  size = known;
+#endif
+  return size > 0 ? size / 2 : 1 << 20;
+}
 
 // How many images a group has, of 16: fewer in the last one, none beyond it.
 static inline int images_of(const Convolution& c, int64_t group) {
@@ -31,7 +40,7 @@ static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads,
     const int64_t p1 = end < c.out_pixels ? end : c.out_pixels;
     const int64_t o0 = part * c.out_blocks / parts, o1 = (part + 1) * c.out_blocks / parts;
     body.task(2 * pair, [&](const auto& one) {
-      if (weight_bytes <= resident) {
+      if (weight_bytes <= resident()) {
         for (int64_t p = p0; p < p1; ++p) {
           for (int64_t o = o0; o < o1; ++o) one(p, o);
         }
@@ -45,15 +54,16 @@ static void for_outputs(const Convolution& c, int64_t weight_bytes, int threads,
 }
 
 // Calls body(N, row) for runs of N rows that together are the first `images`, N a constant: `most`
-// as long as there are so many, then powers of two. What lies beyond them is not read: it may hold denormals, which cost
-// hundreds of cycles each.
+// as long as there are so many, then powers of two. What lies beyond them is not read: it may hold
+// denormals, which cost hundreds of cycles each.
 template <int most, typename Body>
 static inline void for_rows(int images, const Body& body) {
   int row = 0;
   for (; row + most <= images; row += most) body(std::integral_constant<int, most>{}, row);
   if constexpr (most > 1) {
     if (row < images) {
-      for_rows<most == 6 ? 4 : most / 2>(images - row, [&](auto n, int next) { body(n, row + next); });
+      for_rows<most == 6 ? 4 : most / 2>(images - row,
+                                         [&](auto n, int next) { body(n, row + next); });
     }
   }
 }
@@ -141,10 +151,10 @@ static void sum_blocks(const Convolution& c, float* sums, int64_t group, const i
           tap = first_tap, block = first_block;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t source = c.taps[2 * tap], place = c.taps[2 * tap + 1];
-            multiply_add(sum,
-                         of_group + (source * c.in_blocks + block) * block_size +
-                             row * columns_of_block,
-                         weight + (place * c.in_blocks + block) * square + column * pair);
+            multiply_add(
+                sum,
+                of_group + (source * c.in_blocks + block) * block_size + row * columns_of_block,
+                weight + (place * c.in_blocks + block) * square + column * pair);
             if (++block == c.in_blocks) block = 0, ++tap;
           }
           for (int r = 0; r < n; ++r) {

@@ -2,6 +2,10 @@
 // its flags and FASTADV_ISA = scalar | avx2 | avx512 | avx512_bf16 | amx. Everything but the table
 // is internal: a weak symbol shared between the objects would let the linker put AVX-512 code into
 // the scalar path.
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include "../table.h"
 #include "ball.h"
 #include "blocks.h"

@@ -53,18 +53,21 @@ def _computed(net, segment, dtype, executor, inner=False):
 
 
 def fastest(segment, inner):
-    """The executor of a segment, by what benchmarks/bench_networks.py measured.
+    """The executor of a segment, by what benchmarks/bench_networks.py and bench_attack.py measured.
 
-    Trunk is faster where there are vectors of 512 bits, unless much of its blocks of 32 channels
-    stays empty, or few convolutions have to pay for rearranging features into blocks and back.
+    On a CPU with vectors of 512 bits that is Trunk, unless much of its blocks of 32 channels stays
+    empty, or few convolutions have to pay for rearranging features into blocks and back. With
+    vectors of 256 bits torch's dense convolutions are as fast, and its depthwise ones are not.
     """
-    if segment.weight.device.type != "cpu" or _native.isa() not in WIDE:
+    isa = _native.isa()
+    if segment.weight.device.type != "cpu" or isa == "scalar":
         return Folded
+    depthwise = any(layer.depthwise and layer.conv for layer in segment.layers)
     few = inner and len(segment.convolutions) < WORTH
-    return Folded if few or segment.filled() < FILLED else Trunk
+    wide = isa != "avx2" or depthwise
+    return Trunk if wide and not few and segment.filled() >= FILLED else Folded
 
 
-WIDE = "avx512", "avx512_bf16", "amx"
 WORTH = 4  # convolutions between two rearrangements
 FILLED = 0.6  # of all products of a segment
 
@@ -189,7 +192,9 @@ class Parts:
         """Whether a result is a tensor of its own that one node reads."""
         if len(node.users) > 1:
             return False
-        if node in self.exits or isinstance(self.modules.get(node.target), FRESH):
+        if node in self.exits:
+            return list(self.exits.values()).count(self.exits[node]) == 1
+        if isinstance(self.modules.get(node.target), FRESH):
             return True
         return self._writes(node) and self._alone(node.args[0])
 

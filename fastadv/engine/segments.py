@@ -27,7 +27,7 @@ class Lowering:
     found: {node: its result} of what the segments compute, as an Image, a Ref or, for zero padding,
     either of them with the zeros around it. segments: {layer: the segment that has it}. begins:
     {segment: the node that it reads}. entries: {node that torch computes: the Ref with which a
-    segment begins there}. The methods that
+    segment begins there}. same_as: {node: the one whose result it passes on}. The methods that
     FUNCTIONS and MODULES name take a node, and its module if it calls one, and return its result,
     or None where it is left to torch.
     """
@@ -36,6 +36,7 @@ class Lowering:
         self.net, self.graph = net, graph
         self.modules = dict(net.named_modules())
         self.found, self.segments, self.begins, self.entries = {}, {}, {}, {}
+        self.same_as = {}
         for node in graph.nodes:
             value = self.value(node)
             if value is not None:
@@ -64,6 +65,11 @@ class Lowering:
         segment = Segment(steps)
         self.begins[segment] = node
         return segment
+
+    def alone(self, node):
+        """Whether one node reads a result, under whatever name."""
+        before = self.same_as.get(node)
+        return len(node.users) == 1 and (before is None or self.alone(before))
 
     def enter(self, node, channels):
         """The Ref with which a segment begins at a node that torch computes."""
@@ -99,7 +105,7 @@ class Lowering:
         return layer.out
 
     def normalise(self, node, norm):
-        source, single = node.args[0], len(node.args[0].users) == 1
+        source, single = node.args[0], self.alone(node.args[0])
         if not norm.track_running_stats or (source in self.found and not self.ref(source)):
             return None
         ref = self.ref(source) or self.enter(source, norm.num_features)
@@ -116,7 +122,7 @@ class Lowering:
         return layer.active
 
     def activate(self, node, module, activation="relu", cap=float("inf")):
-        ref, single = self.ref(node.args[0]), len(node.args[0].users) == 1
+        ref, single = self.ref(node.args[0]), self.alone(node.args[0])
         inplace = module.inplace if module else node.target == "relu_" or any(node.kwargs.values())
         if ref is None or (inplace and not single):
             return None
@@ -133,7 +139,8 @@ class Lowering:
         return self.activate(node, module, activation="silu")
 
     def same(self, node, _):
-        return self.found.get(node.args[0]) if len(node.args[0].users) == 1 else None
+        self.same_as[node] = node.args[0]
+        return self.found.get(node.args[0])
 
     def dropout(self, node, _):
         return self.same(node, _) if node.kwargs.get("training") is False else None
@@ -142,14 +149,14 @@ class Lowering:
         refs = [self.ref(arg) for arg in node.args]
         if len(refs) != 2 or None in refs:
             return self.image_step(node, _)
-        if node.target in (operator.iadd, "add_") and len(node.args[0].users) > 1:
+        if node.target in (operator.iadd, "add_") and not self.alone(node.args[0]):
             return None
         homes = [self.segments[ref.layer] for ref in refs]
         if homes[0] is not homes[1]:
             return None
         order = sorted(range(2), key=lambda i: homes[0].layers.index(refs[i].layer))
         into, other = refs[order[1]], refs[order[0]]
-        layer, single = into.layer, len(node.args[order[1]].users) == 1
+        layer, single = into.layer, self.alone(node.args[order[1]])
         free = into.side == "out" and layer.before is None and layer.activation is None
         if not (free and single and layer is not other.layer and layer.conv is not None):
             return None
