@@ -1,4 +1,4 @@
-"""One forward pass and its input gradient, of networks in many styles; `--suite networks` of run.py.
+"""One query, a forward pass and its input gradient, of networks in many styles; `--suite networks`.
 
     python benchmarks/run.py --suite networks [--only vgg16_bn]
 

@@ -68,7 +68,7 @@ def fastest(segment, inner):
     return Trunk if wide and not few and segment.filled() >= FILLED else Folded
 
 
-WORTH = 4  # convolutions between two rearrangements
+WORTH = 8  # convolutions between two rearrangements
 FILLED = 0.6  # of all products of a segment
 
 
