@@ -68,7 +68,6 @@ def linf_ascent_kernel(
     grad_best,
     x_found,
     bad_gradients,
-    seen,
     grad,
     x,
     step_size,
@@ -76,19 +75,20 @@ def linf_ascent_kernel(
     better_found,
     restart,
     eps_per_sample,
-    size,
-    blocks,
     eps,
     weight,
     rest,
     lo,
     hi,
+    seen,
+    size,
+    blocks,
     BLOCK: tl.constexpr,
 ):
     """One block of one sample. x_adv, x_old, x_best, grad_best, x_found, grad, x: fp32 [samples,
-    size], dense; bad_gradients: int64, 0-dim; seen: int32 [samples], zeros; step_size: fp32
-    [samples]; better_best, better_found, restart: bool [samples]; eps_per_sample: fp32 [samples] or
-    None; blocks: programs per sample."""
+    size], dense; bad_gradients: int64, 0-dim; step_size: fp32 [samples]; better_best, better_found,
+    restart: bool [samples]; eps_per_sample: fp32 [samples] or None; seen: int32 [samples], zeros;
+    blocks: programs per sample."""
     sample = tl.program_id(0) // blocks
     begin = sample.to(tl.int64) * size
     x_adv, x_old, x_found = x_adv + begin, x_old + begin, x_found + begin
@@ -189,66 +189,29 @@ def l2_ascent_kernel(
         tl.store(x_adv + at, clamp(origin + delta * shrink, lo, hi), inside)
 
 
-def apgd_step_(
-    x_adv,
-    x_old,
-    x_best,
-    grad_best,
-    x_found,
-    bad_gradients,
-    grad,
-    x,
-    step_size,
-    better_best,
-    better_found,
-    restart,
-    eps_per_sample,
-    eps,
-    weight,
-    norm,
-    lo,
-    hi,
-):
-    """The step, in place. Tensors of another layout than x_adv, and x_adv where it is not dense,
-    are copied and written back."""
-    images = x_adv, x_old, x_best, grad_best, x_found
+def apgd_step_(*args):
+    """The step, in place, with the op's arguments. Tensors of another layout than x_adv, and x_adv
+    where it is not dense, are copied and written back."""
+    images, bad_gradients, (grad, x), rows = args[:5], args[5], args[6:8], args[8:13]
+    eps, weight, norm, lo, hi = args[13:]
+    x_adv = images[0]
     like = x_adv if is_dense(x_adv) else x_adv.contiguous()
     laid = [
         t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
         for t in (*images, grad, x)
     ]
-    rows = step_size, better_best, better_found, restart, eps_per_sample
     rows = [row if row is None else row.contiguous() for row in rows]
     samples = len(x_adv)
     size = x_adv.numel() // max(samples, 1)
-    numbers = eps, weight, 1 - weight, lo, hi
+    given = *laid[:5], bad_gradients, *laid[5:], *rows, eps, weight, 1 - weight, lo, hi
     with torch.cuda.device_of(x_adv):
         if norm == "linf":
             blocks = triton.cdiv(size, LINF["BLOCK"])
             seen = torch.zeros(samples, dtype=torch.int32, device=x.device)
-            linf_ascent_kernel[(samples * blocks,)](
-                *laid[:5],
-                bad_gradients,
-                seen,
-                *laid[5:],
-                *rows,
-                size,
-                blocks,
-                *numbers,
-                **LINF,
-                enable_fp_fusion=False,
-            )
+            kernel = linf_ascent_kernel[(samples * blocks,)]
+            kernel(*given, seen, size, blocks, **LINF, enable_fp_fusion=False)
         else:
-            l2_ascent_kernel[(samples,)](
-                *laid[:5],
-                bad_gradients,
-                *laid[5:],
-                *rows,
-                *numbers,
-                size,
-                **L2,
-                enable_fp_fusion=False,
-            )
+            l2_ascent_kernel[(samples,)](*given, size, **L2, enable_fp_fusion=False)
     for tensor, written in zip(images, laid, strict=False):
         if written is not tensor:
             tensor.copy_(written)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import exp, labels_of, launch, product, reciprocal, rows_of, tile, top_of
+from .rows import exp, labels_of, launch, product, read, reciprocal, rows_of, tile, top_of
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def cross_entropy_kernel(
     mass, far = others, others
     for first in tl.range(0, C, BLOCK):
         column, at, inside = tile(row, first, batch, C, BLOCK)
-        gap = tl.load(logits + at, inside, -float("inf")).to(tl.float32) - top[:, None]
+        gap = read(logits, at, inside) - top[:, None]
         others += tl.where(column == label[:, None], 0.0, exp(gap))
         q = _weights(target, label, column, at, inside, keep, even)
         mass += q
@@ -75,7 +75,7 @@ def cross_entropy_kernel(
         at_label = (1.0 - keep - even - others * scale)[:, None]
         for first in tl.range(0, C, BLOCK):
             column, at, inside = tile(row, first, batch, C, BLOCK)
-            gap = tl.load(logits + at, inside, -float("inf")).to(tl.float32) - top[:, None]
+            gap = read(logits, at, inside) - top[:, None]
             q = _weights(target, label, column, at, inside, keep, even)
             slope = exp(gap) * (mass * scale)[:, None] - q
             if y is not None:

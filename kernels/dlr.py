@@ -10,7 +10,7 @@ pi: the order of a row's logits, of equals the first. n, d and the slopes are fp
 import triton
 import triton.language as tl
 
-from .rows import LEAST, labels_of, launch, rank, ranked, rows_of, tile
+from .rows import LEAST, labels_of, launch, rank, ranked, read, rows_of, tile
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def dlr_kernel(
     b, c = a, a
     for start in tl.range(0, C, BLOCK):
         column, at, inside = tile(row, start, batch, C, BLOCK)
-        new = rank(tl.load(logits + at, inside, -float("inf")).to(tl.float32), column)
+        new = rank(read(logits, at, inside), column)
         c = tl.maximum(c, tl.minimum(b, new))
         b = tl.maximum(b, tl.minimum(a, new))
         a = tl.maximum(a, new)

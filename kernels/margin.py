@@ -6,7 +6,7 @@ loss_i = max_{c != y_i} z_c - z_{y_i};  grad_i = +1 at the first maximum, -1 at 
 import triton
 import triton.language as tl
 
-from .rows import LEAST, labels_of, launch, rank, ranked, rows_of, tile
+from .rows import labels_of, launch, rows_of, strongest_other, tile
 
 
 @triton.jit
@@ -25,12 +25,7 @@ def margin_kernel(
     """
     row = rows_of(ROWS)
     label, own = labels_of(y, logits, row, batch, C)
-    best = tl.full([ROWS, BLOCK], LEAST, tl.int64)
-    for first in tl.range(0, C, BLOCK):
-        column, at, inside = tile(row, first, batch, C, BLOCK)
-        z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
-        best = tl.maximum(best, rank(tl.where(column == label[:, None], -float("inf"), z), column))
-    top, other = ranked(tl.max(best, 1))
+    top, other = strongest_other(logits, label, row, batch, C, ROWS, BLOCK)
     tl.store(loss + row, tl.where(label >= 0, top - own, float("nan")), row < batch)
     if grad is not None:
         one = tl.where((label >= 0) & (top != -float("inf")), 1.0, 0.0)[:, None]

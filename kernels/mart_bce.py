@@ -10,7 +10,7 @@ a row after its sums is fp64: logarithms of nearly 1.
 import triton
 import triton.language as tl
 
-from .rows import LEAST, exp, labels_of, launch, rank, ranked, rows_of, tile
+from .rows import exp, labels_of, launch, read, rows_of, strongest_other, tile
 
 
 @triton.jit
@@ -28,18 +28,13 @@ def mart_bce_kernel(
     int64 [batch]. A label outside [0, C): NaN, gradient 0."""
     row = rows_of(ROWS)
     label, own = labels_of(y, logits, row, batch, C)
-    best = tl.full([ROWS, BLOCK], LEAST, tl.int64)
-    for first in tl.range(0, C, BLOCK):
-        column, at, inside = tile(row, first, batch, C, BLOCK)
-        z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
-        best = tl.maximum(best, rank(tl.where(column == label[:, None], -float("inf"), z), column))
-    strongest, other = ranked(tl.max(best, 1))
+    strongest, other = strongest_other(logits, label, row, batch, C, ROWS, BLOCK)
     top = tl.maximum(own, strongest)
     sure, likeliest = exp(own - top).to(tl.float64), exp(strongest - top).to(tl.float64)
     neither = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(0, C, BLOCK):
         column, at, inside = tile(row, first, batch, C, BLOCK)
-        z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
+        z = read(logits, at, inside)
         named = (column == label[:, None]) | (column == other[:, None])
         neither += tl.where(named, 0.0, exp(z - top[:, None]))
     neither = tl.sum(neither, 1).to(tl.float64)
@@ -53,7 +48,7 @@ def mart_bce_kernel(
         shrink = ((1.0 - k) / total).to(tl.float32)
         for first in tl.range(0, C, BLOCK):
             column, at, inside = tile(row, first, batch, C, BLOCK)
-            z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
+            z = read(logits, at, inside)
             slope = exp(z - top[:, None]) * shrink[:, None]
             slope = tl.where(column == other[:, None], at_other[:, None], slope)
             slope = tl.where(column == label[:, None], at_label[:, None], slope)

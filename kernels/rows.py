@@ -74,12 +74,18 @@ def tile(row, first, batch, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read(logits, at, inside):
+    """One tile of logits as fp32, -inf past the end of the rows."""
+    return tl.load(logits + at, inside, -float("inf")).to(tl.float32)
+
+
+@triton.jit
 def top_of(logits, row, batch, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest logit of each row, fp32 [ROWS]."""
     top = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
     for first in tl.range(0, C, BLOCK):
         _, at, inside = tile(row, first, batch, C, BLOCK)
-        top = tl.maximum(top, tl.load(logits + at, inside, -float("inf")).to(tl.float32))
+        top = tl.maximum(top, read(logits, at, inside))
     return tl.max(top, 1)
 
 
@@ -128,3 +134,16 @@ def ranked(rank):
     order = (rank >> 32).to(tl.int32)
     bits = order ^ ((order >> 31) & _LARGEST)
     return bits.to(tl.float32, bitcast=True), rank.to(tl.int32) ^ _LARGEST
+
+
+@triton.jit
+def strongest_other(
+    logits, label, row, batch, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(logit fp32, column int32) [ROWS] of the largest logit of each row but its label's."""
+    best = tl.full([ROWS, BLOCK], LEAST, tl.int64)
+    for first in tl.range(0, C, BLOCK):
+        column, at, inside = tile(row, first, batch, C, BLOCK)
+        others = tl.where(column == label[:, None], -float("inf"), read(logits, at, inside))
+        best = tl.maximum(best, rank(others, column))
+    return ranked(tl.max(best, 1))

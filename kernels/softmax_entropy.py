@@ -12,13 +12,13 @@ small as that.
 import triton
 import triton.language as tl
 
-from .rows import exp, launch, product, rows_of, tile, top_of
+from .rows import exp, launch, product, read, rows_of, tile, top_of
 
 
 @triton.jit
 def _terms(logits, at, inside, top, temperature, total, offset, log_top):
     """(q, a or log(q + o), g) of one tile; q is 0 past the end of the rows."""
-    z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
+    z = read(logits, at, inside)
     a = (z - top) / temperature
     q = exp(a) / total
     log_q, slope = a, a
@@ -49,7 +49,7 @@ def softmax_entropy_kernel(
     largest, entropy, mean = rest, rest, rest  # largest: how many classes have the largest logit
     for first in tl.range(0, C, BLOCK):
         _, at, inside = tile(row, first, batch, C, BLOCK)
-        z = tl.load(logits + at, inside, -float("inf")).to(tl.float32)
+        z = read(logits, at, inside)
         rest += tl.where(z == top, 0.0, exp((z - top) / temperature))
         largest += tl.where(z == top, 1.0, 0.0)
     total = tl.sum(rest, 1).to(tl.float64) + tl.sum(largest, 1)

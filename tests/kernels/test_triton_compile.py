@@ -77,7 +77,7 @@ def test_what_fits_in_a_tile_is_read_once(report, arch):
     """Whatever the passes over it: 1000 bfloat16 are one access of 128 threads."""
     for name, code in pairs(report, arch):
         if "C=1000 bfloat16" in name:
-            tensors = 2 if name.startswith("tile_kernel") else 1
+            tensors = 2 if name.startswith("softmax_kl") else 1
             loads = re.findall(r"\bLDG\.E\.128\b", code["sass"])
             assert len(loads) == tensors, f"{name}: {loads}"
 
