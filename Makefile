@@ -12,7 +12,8 @@ install: $(STAMP)
 # The compiled module is rebuilt whenever a C++ file changes.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
 	touch $@
 
 demo: install

@@ -2,11 +2,14 @@
 their gradient to the images fast, and nothing else.
 
 - `frozen`: the twin itself, and when it follows the model.
-- `trace`, `lower`, `plan`: the network becomes a graph, and the leading part of the graph, the
-  trunk, a plan of layers: each is a convolution with all that follows it up to the next one.
-- `trunk`: runs a plan on CPUs, in kernels of our own, forward and backward; its weights are in
+- `trace`, `segments`, `plan`: the network becomes a graph, and the parts of it that the engine
+  computes, its segments, become layers: each is a convolution with all that follows it up to the
+  next one.
+- `lower`: puts the network together again, each segment by its fastest executor.
+- `trunk`: runs a segment on CPUs, in kernels of our own, forward and backward; its weights are in
   `packed`, its memory in `workspace`, its index tables in `taps`.
-- `folded`: runs a plan on other devices, in torch's convolutions.
+- `folded`: runs a segment on any device, in torch's convolutions.
+- `mixed`: runs a network that torch computes in part.
 - `student`: makes a network in training faster, instead of its frozen twin.
 - `query`, `features`: ask any network for its logits or its features.
 """

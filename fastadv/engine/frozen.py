@@ -38,11 +38,15 @@ class InPrecision(nn.Module):
 
     def forward(self, x):
         x = cast_to(self.net, x)
-        low = self.dtype == torch.bfloat16 and dtype_of(self.net) == torch.float32
+        low = self.is_low() and dtype_of(self.net) == torch.float32
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low):
             logits = logits_of(self.net(x))
         exact = torch.float64 in (self.dtype, dtype_of(self.net))
         return logits.to(torch.float64 if exact else torch.float32)
+
+    def is_low(self):
+        """Whether it computes in bfloat16."""
+        return self.dtype == torch.bfloat16
 
 
 class Frozen(InPrecision):
@@ -67,20 +71,22 @@ class Frozen(InPrecision):
         self.refreshes = 0
         self.trunk, self._head = None, []
         on_cpu = all(p.is_cpu for p in self.net.parameters())
+        # Without the kernels nobody knows what the CPU has.
+        known = on_cpu and not _native.missing
+        self._widened = known and _native.isa() not in _native.WITH_BF16
         backends = ("auto", "native") if on_cpu else ("auto", "native", "triton", "cuda")
-        if _library.backend() not in backends or (on_cpu and _native.missing):
+        if _library.backend() not in backends or self.dtype == torch.float64:
             return
-        if self.dtype == torch.float64:
-            return
-        low = self.dtype == torch.bfloat16
-        if on_cpu and _native.isa() not in _native.WITH_BF16:
-            low = False  # bfloat16 would be computed in float32, and gain nothing
         try:
-            trunk, head = lower(self.net, torch.bfloat16 if low else torch.float32)
+            trunk, head = lower(self.net, torch.bfloat16 if self.is_low() else torch.float32)
             vars(self)["trunk"] = trunk  # so that it is no submodule either
             self._head.append(head)
         except Unsupported as reason:
             self._go_without(reason)
+
+    def is_low(self):
+        """Whether it computes in bfloat16: not on a CPU that has no products of it."""
+        return self.dtype == torch.bfloat16 and not self._widened
 
     def train(self, mode=True):
         """Stays in eval mode whatever is asked."""
@@ -264,15 +270,15 @@ def freeze(model, dtype=None):
     float64 (in plain torch, with float64 logits); None for the model's own. Raises ValueError for
     another dtype, TypeError if the model is no module.
 
-    BatchNorm is folded into further copies of the convolutions' weights. On a CPU with AVX2 the
-    convolutions run in kernels of our own (`fastadv.engine`), differentiable once; they compute in
-    float32 or, if that is the dtype and the processor multiplies it (AMX or AVX512-BF16), in
-    bfloat16. On other processors and devices they
-    run in torch's convolutions, in `dtype` and channels_last, with weights that keep their
-    addresses. In float32, the logits agree with the model's to rounding.
+    Convolutions run with BatchNorm folded into further copies of their weights: in kernels of our
+    own (`fastadv.engine`), differentiable once, where those are faster on this CPU (see
+    `engine.lower.fastest`), otherwise in torch's convolutions, in `dtype` and channels_last, with
+    weights that keep their addresses. What the engine does not know, torch computes in between. On
+    a CPU without products of bfloat16 (which AMX and AVX512-BF16 have) a twin in bfloat16 computes
+    in float32. In float32, the logits agree with the model's to rounding.
 
-    A network that the engine does not know (see `engine.lower`) runs in its own modules: a warning
-    then says once what is unknown, and `trunk` is None. So does every network under a torch.func
+    A network that cannot be traced (see `engine.lower`) runs in its own modules: a warning then
+    says once why, and `trunk` is None. So does every network under a torch.func
     transform or a forward-mode derivative.
     """
     return Frozen(original(model), dtype)

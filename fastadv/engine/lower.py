@@ -59,7 +59,7 @@ def fastest(segment, inner):
     empty, or few convolutions have to pay for rearranging features into blocks and back. With
     vectors of 256 bits torch's dense convolutions are as fast, and its depthwise ones are not.
     """
-    isa = _native.isa()
+    isa = "scalar" if _native.missing else _native.isa()
     if segment.weight.device.type != "cpu" or isa == "scalar":
         return Folded
     depthwise = any(layer.depthwise and layer.conv for layer in segment.layers)

@@ -9,9 +9,11 @@ from torch import nn
 from fastadv import freeze, models
 from fastadv.attacks import PGD
 from fastadv.engine.frozen import InPrecision
+from fastadv.ops import _native
+from fastadv.testing import using_isa
 
 
-@pytest.fixture(params=["resnet18", "resnet20"])  # with a trunk of the engine and without
+@pytest.fixture(params=["resnet18", "resnet20"])  # of one segment and of several
 def model(request):
     torch.manual_seed(0)
     net = models.get(request.param, width=4)
@@ -242,3 +244,13 @@ def test_weights_are_loaded_into_the_model_not_its_twin(model):
     twin = freeze(model)
     with pytest.raises(RuntimeError, match=r"load into the model, then call refresh\(\)"):
         twin.load_state_dict(twin.state_dict())
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_bfloat16_is_computed_where_the_processor_has_it(isa):
+    """And in float32 elsewhere, which is faster there and nearer."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7)).eval()
+    x = torch.rand(4, 3, 4, 4)
+    with using_isa(isa):
+        twin = freeze(model, torch.bfloat16)
+    assert torch.equal(twin(x), model(x)) == (isa not in _native.WITH_BF16)
