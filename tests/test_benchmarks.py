@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import evaluate
+from fastadv import evaluate, freeze
 from fastadv.attacks import suite
 from fastadv.data.dataset import ImageSet
 
@@ -53,6 +53,36 @@ def test_the_attack_benchmark_refuses_a_wrong_attack(bench, monkeypatch):
     monkeypatch.setattr(module, "STEP_SIZE", 1 / 255)
     with pytest.raises(AssertionError):
         module.case("resnet18", batch=2, width=4).gate()
+
+
+SMALL = ("mnist_cnn", "resnet20", "densenet_bc_40", "shufflenet")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_networks_benchmark_on_two_images(bench, name):
+    (size,) = {size for net, _, size in bench("bench_networks").NETWORKS if net == name}
+    case = bench("bench_networks").case(name, 2, size)
+    rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
+    plain = ["published", "channels_last", "bf16 autocast"]
+    assert [*rows] == [*plain, "fastadv_fp32", "fastadv_bf16"]
+
+
+@pytest.mark.slow
+def test_the_engine_computes_part_of_all_networks_but_the_transformer(bench):
+    module = bench("bench_networks")
+    for name, _, size in module.NETWORKS:
+        case = module.case(name, 2, size)
+        case.gate()
+        trunk = freeze(module.network(name, size)).trunk
+        assert (trunk is None) == (name == "vit_tiny"), name
+
+
+def test_the_networks_benchmark_refuses_a_wrong_twin(bench, monkeypatch):
+    module = bench("bench_networks")
+    wrong = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    monkeypatch.setattr(module, "freeze", lambda *_: wrong)
+    with pytest.raises(AssertionError):
+        module.case("mnist_cnn", 2, 32).gate()
 
 
 class Convolutions(TorchDispatchMode):
