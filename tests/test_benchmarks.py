@@ -55,7 +55,7 @@ def test_the_attack_benchmark_refuses_a_wrong_attack(bench, monkeypatch):
         module.case("resnet18", batch=2, width=4).gate()
 
 
-SMALL = ("mnist_cnn", "resnet20", "densenet_bc_40", "shufflenet")
+SMALL = ("mnist_cnn", "resnet20", "densenet_bc_40")
 
 
 @pytest.mark.parametrize("name", SMALL)
