@@ -164,8 +164,8 @@ class Scaled(nn.Module):
 def test_low_precision_under_transforms_is_that_of_autocast():
     torch.manual_seed(0)
     net, x = Scaled().eval(), torch.rand(3, 3, 8, 8)
-    frozen = freeze(net, torch.bfloat16)
-    found = func.grad(lambda v: loss(frozen, v))(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = func.grad(lambda v: loss(lambda w: net(w).float(), v))(x)
-    assert torch.equal(found, expected)
+    for made in (freeze(net, torch.bfloat16), InPrecision(net, torch.bfloat16)):
+        found = func.grad(lambda v, made=made: loss(made, v))(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=made.is_low()):
+            expected = func.grad(lambda v: loss(lambda w: net(w).float(), v))(x)
+        assert torch.equal(found, expected)
