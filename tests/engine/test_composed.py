@@ -10,6 +10,7 @@ from networks import Undecided, error, folded, network, results, twin
 from torch import func, nn
 
 from fastadv import freeze
+from fastadv.engine.frozen import InPrecision
 from fastadv.ops import _native
 
 CPU = pytest.param(
