@@ -19,7 +19,7 @@ BARS = (
     ("RSLAD step\n(cached)", "train", "RSLAD step", STEP, "published, bf16 autocast"),
     ("AdaAD\nstep", "train", "AdaAD step", STEP, "published, bf16 autocast"),
 )
-DRAWN = "Intel(R) Xeon(R) Processor"  # the CPU of the picture, one with AMX
+DRAWN = "Intel(R) Xeon(R) Processor", "amx"  # the CPU and instruction set of the picture
 OURS = ("fastadv_bf16", "fastadv bf16, warm cache", "fastadv bf16")
 LABELLED = {"at", "trades", "mart", "rslad", "mtard", "bmtard", "iad2", "advfunmatch", "vfd+trades"}
 
