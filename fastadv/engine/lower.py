@@ -97,28 +97,32 @@ class Parts:
         self.net, self.graph, self.modules = net, graph, dict(net.named_modules())
         lowering = Lowering(net, graph)
         found, home = lowering.found, lowering.segments
-        self.segments = [s for s in dict.fromkeys(home.values()) if s.convolutions]
-        if not self.segments:
-            raise Unsupported("it has no convolution that the engine knows")
+        segments = [s for s in dict.fromkeys(home.values()) if s.convolutions]
         refs = {
             node: ref
             for node, ref in found.items()
-            if isinstance(ref, Ref) and home[ref.layer] in self.segments
+            if isinstance(ref, Ref) and home[ref.layer] in segments
         }
         on_demand = {node for node, value in found.items() if not isinstance(value, Ref)}
-        self.entries = {segment: lowering.begins[segment] for segment in self.segments}
-        read = set(self.entries.values())  # by torch or by a segment
+        read = {lowering.begins[segment] for segment in segments}  # by torch or by a segment
         self.torch = set()
         for node in reversed(graph.nodes):
             if node not in refs and (node in read or node not in on_demand):
                 self.torch.add(node)
                 read.update(node.all_input_nodes)
-        self.exits = {}
-        for number, segment in enumerate(self.segments):
+        self.segments, self.entries, self.exits = [], {}, {}
+        for segment in segments:
             ends = {n: ref for n, ref in refs.items() if n in read and home[ref.layer] is segment}
+            if not ends:
+                continue  # a result that nobody asks for
             results = list(dict.fromkeys(ends.values()))
             segment.close(results)
+            number = len(self.segments)
             self.exits |= {node: (number, results.index(ref)) for node, ref in ends.items()}
+            self.segments.append(segment)
+            self.entries[segment] = lowering.begins[segment]
+        if not self.segments or not all(segment.convolutions for segment in self.segments):
+            raise Unsupported("it has no convolution that the engine knows")
 
     def split(self):
         """(boundary, head): the node with which the trunk ends, and a module that computes the

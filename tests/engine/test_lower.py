@@ -184,6 +184,7 @@ TRICKY = {
     "the other way": (Tricky(same, lambda net, x: 1 - x), True),
     "image twice": (Tricky(same, lambda net, x: x + x), True),
     "viewed": (Tricky(same, None, lambda net, x: x.view(x.size(0), -1)), True),
+    "in vain": (Tricky(lambda net, x: (net.second(F.elu(x)), x)[1]), True),
     "centred": (Tricky(same, None, lambda net, x: x.flatten(1) - net.factor.float()), True),
 }
 
