@@ -63,8 +63,8 @@ def test_the_networks_benchmark_on_two_images(bench, name):
     (size,) = {size for net, _, size in bench("bench_networks").NETWORKS if net == name}
     case = bench("bench_networks").case(name, 2, size)
     rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
-    plain = ["published", "channels_last", "bf16 autocast"]
-    assert [*rows] == [*plain, "fastadv_fp32", "fastadv_bf16"]
+    low = ["bf16 autocast"] if "left out" not in rows["published"] else []
+    assert [*rows] == ["published", "channels_last", *low, "fastadv_fp32", "fastadv_bf16"]
 
 
 @pytest.mark.slow
