@@ -23,7 +23,8 @@ class Folded(nn.Module):
     def __init__(self, segment, image_affine, dtype, inner=False):
         super().__init__()
         self.segment, self.plan = segment, segment.layers
-        self.image_affine, self.dtype, self.inner = image_affine, dtype, inner
+        self.image_affine = image_affine if segment.steps else None
+        self.dtype, self.inner = dtype, inner
         plan = self.plan
         number = {layer: n for n, layer in enumerate(plan)}
         # Refs as (number of the layer, side), which torch.compile can follow.
