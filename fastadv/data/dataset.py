@@ -66,9 +66,16 @@ def check_dataset(dataset: Dataset, name: str) -> Dataset:
     class says: its splits have images of one shape and labels of its classes."""
     if not isinstance(dataset, Dataset):
         raise UsageError(f"{name} returned a {type(dataset).__name__}, must return a data.Dataset")
+    if type(dataset.num_classes) is not int:
+        raise UsageError(f"{name}: num_classes is {dataset.num_classes!r}, must be an int")
+    splits = {which: getattr(dataset, which) for which in ("train", "val", "test")}
+    for which, split in splits.items():
+        for field in ("images", "labels", "index"):
+            if not isinstance(value := getattr(split, field, None), Tensor):
+                kind = type(value).__name__
+                raise UsageError(f"{name}: {which}.{field} is a {kind}, must be a tensor")
     shape = dataset.train.images.shape[1:]
-    for which in ("train", "val", "test"):
-        split = getattr(dataset, which)
+    for which, split in splits.items():
         images, count = split.images, len(split.images)
         alike = images.dim() == 4 and images.shape[1:] == shape
         if images.dtype != torch.uint8 or not alike or not count:
