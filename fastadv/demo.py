@@ -4,7 +4,6 @@ Trains a natural and a PGD-AT teacher, then small students that differ in nothin
 RSLAD from the robust teacher and PGD-AT, and attacks all four on held-out test images.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -15,13 +14,13 @@ from pathlib import Path
 import torch
 
 from . import data
-from .errors import UsageError, as_command
+from .errors import Parser, UsageError, as_command
 from .evaluate import PAPER, correct, from_run, table
 from .runs import log, parallel
 from .runs.checkpoint import atomic_write
 from .runs.config import Config
 from .train import train
-from .train.build import build_method
+from .train.build import build_method, build_student
 from .train.cli import fresh_folder
 from .train.recipes import digits_student, digits_teacher
 
@@ -103,8 +102,9 @@ def compare(rslad, at):
 def with_teachers(config):
     """A config of the digits with the teachers that it lacks, trained under runs/ where that was
     not done before. The processes of a `parallel.group()` must all call it."""
-    given = {}
-    for which in build_method(config).teachers:
+    teachers, given = build_method(config).teachers, {}
+    build_student(config, data.load("digits"))  # before minutes of training for nothing
+    for which in teachers:
         if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
             continue
         out = Path("runs") / f"digits-{which.replace('_', '-')}"
@@ -122,11 +122,7 @@ def with_teachers(config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadv.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m fastadv.demo", description=__doc__)
     parser.parse_args(argv)
     with parallel.group():
         if parallel.world() > 1:

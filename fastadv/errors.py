@@ -1,5 +1,6 @@
 """What a user can mend, told apart from what is wrong in fastadv itself."""
 
+import argparse
 import contextlib
 import sys
 
@@ -11,6 +12,18 @@ class UsageError(ValueError):
 
 class MissingPackage(UsageError, ImportError):
     """An optional package that is not installed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse.ArgumentParser as all commands have it: flags must be written out, and a wrong
+    one ends the command in a line that names it, with no usage of a hundred flags around it."""
+
+    def __init__(self, *args, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists all flags\n")
 
 
 @contextlib.contextmanager

@@ -29,6 +29,13 @@ def test_two_commands_run_it(tmp_path, monkeypatch, command):
         command([])
 
 
+def test_no_teacher_is_trained_for_a_student_that_there_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("a teacher is trained"))
+    with pytest.raises(UsageError, match="resnet81"):
+        main(["--data", "digits", "--method", "rslad", "--student", "resnet81"])
+
+
 @pytest.mark.slow
 def test_demo_makes_students_robust(tmp_path):
     done = subprocess.run(TRAIN, cwd=tmp_path, capture_output=True, text=True, check=False)

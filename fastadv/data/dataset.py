@@ -63,12 +63,22 @@ def cut(full: ImageSet, *sizes: int, seed: int) -> list[ImageSet]:
 
 def check_dataset(dataset: Dataset, name: str) -> Dataset:
     """`dataset` as the reader `name` returned it. Raises UsageError unless it is a Dataset as the
-    class says: its splits have images of one shape and labels of its classes."""
+    class says: its splits have images of one shape, labels of its classes and an index that names
+    each image."""
     if not isinstance(dataset, Dataset):
         raise UsageError(f"{name} returned a {type(dataset).__name__}, must return a data.Dataset")
+    for field, least, most in (("num_classes", 1, 2**31), ("padding", 0, 2**10), ("flips", 1, 2)):
+        value = getattr(dataset, field)
+        if type(value) is not int or not least <= value <= most:
+            raise UsageError(f"{name}: {field} is {value!r}, must be an int in [{least}, {most}]")
+    splits = {which: getattr(dataset, which) for which in ("train", "val", "test")}
+    for which, split in splits.items():
+        for field in ("images", "labels", "index"):
+            if not isinstance(value := getattr(split, field, None), Tensor):
+                kind = type(value).__name__
+                raise UsageError(f"{name}: {which}.{field} is a {kind}, must be a tensor")
     shape = dataset.train.images.shape[1:]
-    for which in ("train", "val", "test"):
-        split = getattr(dataset, which)
+    for which, split in splits.items():
         images, count = split.images, len(split.images)
         alike = images.dim() == 4 and images.shape[1:] == shape
         if images.dtype != torch.uint8 or not alike or not count:
@@ -85,7 +95,23 @@ def check_dataset(dataset: Dataset, name: str) -> Dataset:
                 f"{name}: {which}.labels lie in {least}..{most}, must be in "
                 f"0..{dataset.num_classes - 1}"
             )
+        _check_index(split, f"{name}: {which}.index")
     return dataset
+
+
+def _check_index(split: ImageSet, what: str) -> None:
+    """Raises UsageError unless the index of `split` names each image: a teacher cache would take
+    images of one number for one image. An image may be there more than once."""
+    least, most = int(split.index.min()), int(split.index.max())
+    if least < 0 or most >= 2**32:
+        raise UsageError(f"{what} lies in {least}..{most}, must be in 0..{2**32 - 1}")
+    numbers, place = split.index.unique(return_inverse=True)
+    if len(numbers) == len(split):
+        return
+    one = torch.empty_like(numbers)
+    one[place] = torch.arange(len(split))
+    if not torch.equal(split.images[one[place]], split.images):
+        raise UsageError(f"{what} has the same number for different images: number each by itself")
 
 
 def check_classes(dataset: Dataset) -> Dataset:

@@ -12,7 +12,6 @@ misclassifies its example in fp32, and the example lies within ball and box, wha
 the search has. With --out the same command again goes on where it was stopped.
 """
 
-import argparse
 import hashlib
 import os
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from .. import data, models
 from ..attacks import suite
-from ..errors import UsageError, as_command, values_from_user
+from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, number, versions
@@ -42,11 +41,7 @@ class Subject:
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadv.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m fastadv.evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint", nargs="+", help="of runs, whose folder means best, or .pt files"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import models
-from ..attacks.checks import described
+from ..attacks.checks import described, whole
 from ..engine.query import cast_to, evaluating, logits_of
 from ..errors import UsageError
 from ..runs import checkpoint
@@ -33,7 +33,7 @@ def from_run(path):
     _, metadata = checkpoint.load(path)
     try:
         config = Config.from_json(json.dumps(metadata["config"]))
-        classes, channels = metadata["num_classes"], metadata["in_channels"]
+        classes, channels = (whole(k, metadata[k], 1) for k in ("num_classes", "in_channels"))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: its header is not that of a run ({error})") from error
     model = models.load(config.student, path, classes, channels, config.student_width)

@@ -77,17 +77,19 @@ class Record:
 
     def _load(self):
         tensors, metadata = checkpoint.load(self._state)
-        if metadata.keys() != {"key", "costs"}:
-            raise UsageError(f"{self._state} is not an evaluation's state")
-        for name in self.key | metadata["key"]:
-            theirs, mine = metadata["key"].get(name), self.key.get(name)
+        try:
+            key, costs = metadata["key"].copy(), metadata["costs"].items()
+            self.costs = {name: Cost(**cost) for name, cost in costs}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{self._state} is not an evaluation's state") from error
+        for name in self.key | key:
+            theirs, mine = key.get(name), self.key.get(name)
             if theirs != mine:
                 raise UsageError(
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
                     f"{mine!r}: choose another --out"
                 )
         self.verdicts = tensors
-        self.costs = {name: Cost(**cost) for name, cost in metadata["costs"].items()}
 
     def stage(self, name):
         """(verdicts, cost) of a stage, made where there is none."""

@@ -102,6 +102,12 @@ def options(cls):
     return found
 
 
+def _are_names(value):
+    """Whether it is a name, or names: a tuple, or the list that a config.json makes of one."""
+    names = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(name, str) for name in names)
+
+
 def _check(method, option, value, default):
     """Raises UsageError unless the value is of the default's kind. No number may be negative, none
     of `POSITIVE` 0, and none of `SHARES` above 1."""
@@ -113,11 +119,10 @@ def _check(method, option, value, default):
         right, kind = number and 0 <= value <= most and value < math.inf, f"a number {kind}"
         if option in POSITIVE:
             right, kind = right and value > 0, "a number above 0"
+    elif _are_names(default):
+        right, kind = _are_names(value), "a name, or names with commas"
     else:
-        # Lists are what a config.json makes of tuples.
-        names = value if isinstance(value, (tuple, list)) else [value]
-        right = all(isinstance(name, str) for name in names)
-        kind = "a name, or names with commas"
+        return  # an option of a user's own, of which no kind is known
     if not right:
         raise UsageError(f"{option} of method {method} is {value!r}, must be {kind}")
 

@@ -10,10 +10,11 @@ from torch import nn
 from .. import losses
 from ..attacks import APGD, PGD
 from ..engine.features import forward_features
-from ..engine.frozen import Frozen, InPrecision, freeze, refresh
+from ..engine.frozen import Frozen, InPrecision, freeze, original, refresh
 from ..engine.query import ask
 from ..errors import UsageError
 from ..ops._logits import int64_labels, wide
+from ..ops._torch import uncompiled, version
 
 
 class Answering(nn.Module):
@@ -70,17 +71,38 @@ class Nets:
                 raise ValueError(f"{name} is in train mode, must be in eval mode: freeze({name})")
         for one in fields(self):
             setattr(self, one.name, answering(getattr(self, one.name)))
+        self._copied = {}  # {teacher: the state of its model at the last refresh here}
 
-    def attacked(self, attack_bn):
-        """These nets with the student that the attack queries, twins refreshed."""
-        if attack_bn == "train":
-            return self
+    def refresh_teachers(self):
+        """Refreshes the teachers that are twins of a model which has changed since the last time:
+        one in training, say. Most teachers never change, and a refresh copies them whole."""
+        for name in ("teacher", "clean_teacher"):
+            twin = uncompiled(getattr(self, name))
+            if isinstance(twin, Frozen):
+                state = state_of(original(twin))
+                if state is None or state != self._copied.get(name):
+                    refresh(twin)
+                    self._copied[name] = state
+
+    def with_twin(self):
+        """These nets with the student's twin, refreshed, in the place of the student."""
         if self.student_twin is None:
             raw = self.student.net if isinstance(self.student, Answering) else self.student
             self.student_twin = freeze(raw)
-        for net in (self.student_twin, self.teacher, self.clean_teacher):
-            refresh(net)
+        refresh(self.student_twin)
         return replace(self, student=self.student_twin)
+
+
+@torch.no_grad()
+def state_of(net):
+    """A value that differs after training of `net`, by whatever code. Address and version of each
+    tensor do not tell alone: fused optimisers and writes to `.data` count no version, so its first
+    number stands beside them. None on a device where a look at numbers would wait."""
+    tensors = [*net.parameters(), *net.buffers()]
+    if not all(tensor.is_cpu for tensor in tensors):
+        return None
+    firsts = (tensor.as_strided((), ()).item() if tensor.numel() else 0 for tensor in tensors)
+    return [(t.data_ptr(), version(t), first) for t, first in zip(tensors, firsts, strict=True)]
 
 
 class AdversarialImages:
@@ -194,9 +216,9 @@ class Method(nn.Module):
         """The objective that the attack maximises, [B]."""
         raise NotImplementedError
 
-    def attacked(self, nets):
+    def queried(self, nets):
         """The networks as `inner` queries them in one attack."""
-        return nets.attacked(self.attack_bn)
+        return nets if self.attack_bn == "train" else nets.with_twin()
 
     def outer(self, nets, batch, state):
         """(loss, new state): the loss that the student minimises on batch.x and batch.x_adv."""
@@ -204,9 +226,10 @@ class Method(nn.Module):
 
     def perturb(self, nets, batch, state, start=None):
         """x_adv [B, ...] for this batch; x itself where the method is not adversarial."""
+        nets.refresh_teachers()
         if not self.adversarial:
             return batch.x
-        nets = self.attacked(nets)
+        nets = self.queried(nets)
         targets = self.targets(nets, batch, state)
         inner = partial(self.inner, nets)
         return self.attack.ascend(inner, batch.x, *targets, start=start, index=batch.index)
@@ -248,8 +271,8 @@ class MismatchAttack(Method):
             )
         self.teacher_every = teacher_every
 
-    def attacked(self, nets):
-        nets = super().attacked(nets)
+    def queried(self, nets):
+        nets = super().queried(nets)
         if self.teacher_every == 1:
             return nets
         return replace(nets, teacher=StaleTeacher(nets.teacher, self.teacher_every))

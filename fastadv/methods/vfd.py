@@ -89,8 +89,8 @@ class VFD(Method):
     def end_epoch(self, state):
         return self.base.end_epoch(state)
 
-    def attacked(self, nets):
-        return self.base.attacked(nets)
+    def queried(self, nets):
+        return self.base.queried(nets)
 
     def targets(self, nets, batch, state):
         return self.base.targets(nets, batch, state)

@@ -231,7 +231,13 @@ def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
 def _verified_metadata(path: str | Path, tensors: dict, header: dict) -> dict:
     if _crc32(tensors, header["fastadv"]) != header.get("crc32"):
         raise UsageError(f"{path}: damaged: the contents do not match their checksum")
-    return json.loads(header["fastadv"])
+    try:
+        metadata = json.loads(header["fastadv"])
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{path}: not a fastadv checkpoint (its 'fastadv' entry is no object)")
+    return metadata
 
 
 def _torch_load(path: Path) -> object:

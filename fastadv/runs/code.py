@@ -18,7 +18,7 @@ def bring_in(flag, text, register):
     what the module itself raises passes through.
     """
     module, _, name = text.partition(":") if isinstance(text, str) else ("", "", "")
-    if not (module and name):
+    if not (module and name) or module.startswith("."):  # which is relative to no package here
         kind = "Class" if "method" in flag else "function"
         raise UsageError(f"{flag} is {text!r}, must be module:{kind}")
     try:

@@ -17,6 +17,7 @@ import torch
 from ..engine.features import forward_features
 from ..engine.frozen import original, refresh
 from ..errors import UsageError, values_from_user
+from ..ops._torch import version
 from . import store
 from .identity import differences, identity
 
@@ -267,7 +268,7 @@ class TeacherCache:
         net = original(self.teacher)
         tensors = itertools.chain(net.parameters(), net.buffers())
         modes = any(module.training for module in self.teacher.modules())
-        return modes, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return modes, [(tensor.data_ptr(), version(tensor)) for tensor in tensors]
 
     def _turn_off(self, error):
         self.writable = False
@@ -279,6 +280,12 @@ def _check(teacher, loader, dtype):
         raise ValueError("teacher is in train mode, must be in eval mode, such as freeze(teacher)")
     if any(parameter.requires_grad for parameter in teacher.parameters()):
         raise ValueError("teacher has trainable parameters, must have none: freeze(teacher)")
+    net = original(teacher)
+    if any(tensor.is_inference() for tensor in (*net.parameters(), *net.buffers())):
+        raise ValueError(
+            "teacher has tensors of torch.inference_mode, whose changes nobody counts: make or load"
+            " it outside"
+        )
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}, must be torch.float16 or torch.float32")
     if loader.views >= 2**32:

@@ -10,7 +10,6 @@ r"""python -m fastadv.teacher_cache: fill, verify, list and clear out caches of 
 DIR is the folder of all caches, or the folder of one.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .. import data
-from ..errors import UsageError, as_command
+from ..errors import Parser, UsageError, as_command
 from ..runs.config import device
 from ..train import cli
 from ..train.build import build_loader, build_method, build_teacher
@@ -183,14 +182,10 @@ def count(text):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadv.teacher_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m fastadv.teacher_cache", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="fill|verify|info|prune")
     for command in (fill, verify, info, prune):
-        one = commands.add_parser(command.__name__, help=command.__doc__, allow_abbrev=False)
+        one = commands.add_parser(command.__name__, help=command.__doc__)
         one.add_argument("directory", metavar="DIR")
         one.set_defaults(command=command, takes_rest=command in (fill, verify))
         if command in (fill, verify):

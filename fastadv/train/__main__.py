@@ -20,11 +20,13 @@ from .loop import train
 
 
 def hint(config):
-    """A sentence on the flag that would make this run several times as fast here, or None."""
+    """A sentence on the flag that would make this run faster here, or None."""
     parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
     fast = config.device == "cpu" and isa() in _native.WITH_BF16
     if fast and parts == {"fp32"} and config.data != "digits":
-        return f"this CPU has {isa()}: --precision bf16 is several times as fast as float32"
+        return (
+            f"this CPU has {isa()}: --precision bf16 is faster for most networks"
+        )
     return None
 
 

@@ -49,11 +49,17 @@ def build_method(config):
     return method
 
 
-def build_nets(config, dataset, method):
-    """(methods.Nets, the bare student)."""
+def build_student(config, dataset):
+    """The student with fresh weights. Raises UsageError if it does not take the data's images."""
     channels = dataset.train.images.shape[1]
     student = models.get(config.student, dataset.num_classes, channels, config.student_width)
     check_fits(student, dataset, config.student)
+    return student
+
+
+def build_nets(config, dataset, method):
+    """(methods.Nets, the bare student)."""
+    student = build_student(config, dataset)
     student.to(config.device, memory_format=torch.channels_last)
     teachers = {}
     for which in ("teacher", "clean_teacher"):

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from .. import data, methods, models
-from ..errors import UsageError
+from ..errors import Parser, UsageError
 from ..runs.code import bring_in
 from ..runs.config import PLACES, PRECISIONS, Config, number
 from .recipes import digits_student, recipe, recipes
@@ -105,11 +105,10 @@ def saved(folder):
 
 
 def parser(description):
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m fastadv.train",
         description=description,
         epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, such as vfd+at",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--recipe", help="a published recipe; flags override its fields")
     result.add_argument("--list-recipes", action="store_true", help="what there is, and exit")
@@ -150,13 +149,17 @@ def parser(description):
                 flag(field.name) + "-from",
                 default=argparse.SUPPRESS,
                 metavar=kind,
-                help="the same of a user's own, imported from module",
+                help=f"instead of {flag(field.name)}: your own, which this name imports",
             )
     return result
 
 
 def epochs(text):
-    return tuple(int(epoch) for epoch in text.split(",") if epoch)
+    try:
+        return tuple(int(epoch) for epoch in text.split(",") if epoch)
+    except ValueError:
+        message = f"{text!r} is not a list of epochs such as 100,150"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def value(text):

@@ -182,7 +182,7 @@ def test_the_student_is_asked_through_a_wrapper_of_itself():
     assert Nets(copy.deepcopy(net)).student != seen
     twin = freeze(net)
     assert Nets(net, teacher=twin).teacher is twin
-    assert type(Nets(net).attacked("eval").student.net) is Net
+    assert type(Nets(net).with_twin().student.net) is Net
     other = copy.deepcopy(seen)
     assert other.linear.weight is not net.linear.weight
     assert torch.equal(other(x), seen(x))
@@ -231,6 +231,55 @@ def test_every_attack_sees_the_networks_of_now(name):
         fresh = method.perturb(Nets(student, freeze(teacher)), Batch(x, y), {}, start=x)
         assert torch.equal(found, fresh)
         assert not torch.equal(found, before)
+
+
+def trained(net):
+    """Ways to change a network; versions of tensors do not tell of most."""
+    fused = torch.optim.SGD(net.parameters(), 0.5, fused=True)
+
+    def by_optimiser():
+        fused.zero_grad()
+        net(images()[0]).logits.square().sum().backward()
+        fused.step()
+        fused.zero_grad()
+
+    def by_average():
+        for p in net.parameters():
+            p.data.mul_(0.5)
+
+    def by_loading():
+        net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True)
+
+    return by_optimiser, by_average, by_loading
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("way", range(3))
+def test_a_teacher_is_refreshed_when_its_model_has_changed(way, mode):
+    (x, y), (student, teacher, _) = images(), networks()
+    twin, change = freeze(teacher), trained(teacher)[way]
+    method = methods.get("rslad", attack=PGD(EPS, EPS / 4, 1), attack_bn=mode)
+    nets, counts = Nets(student, twin), []
+    change()  # before the first attack: its twin is older than the model
+    for changed in (False, False, True, False):
+        if changed:
+            change()
+        batch = Batch(x, y)
+        method.perturb(nets, batch, {})
+        assert torch.equal(batch.teacher_logits(nets), freeze(teacher)(x))
+        counts.append(twin.refreshes)
+    first, *others = counts
+    assert others == [first, first + 1, first + 1]
+
+
+def test_a_teacher_of_a_method_without_attack_is_refreshed_too():
+    (x, y), (student, teacher, _) = images(), networks()
+    nets, method = Nets(student, torch.compile(freeze(teacher), backend="eager")), "funmatch"
+    for _ in range(2):
+        trained(teacher)[1]()
+        batch = Batch(x, y)
+        methods.get(method).perturb(nets, batch, {})
+        assert torch.equal(batch.teacher_logits(nets), freeze(teacher)(x))
 
 
 def test_an_images_start_is_its_own():

@@ -137,3 +137,19 @@ def test_a_batch_without_adversarial_images_says_so(setup, name):
     else:
         assert method.outer(nets, bare, state)[0].isfinite()
         assert method.perturb(nets, bare, state) is bare.x
+
+
+def test_options_of_a_method_of_ones_own_may_be_of_any_kind(monkeypatch):
+    """No kind is known of a default such as None; where one is, it is the value's too."""
+
+    class Own(methods.Method):
+        def __init__(self, scale=None, sizes=(1.0, 2.0), layers=("a",), **options):
+            super().__init__(**options)
+            self.given = scale, sizes, layers
+
+    monkeypatch.setattr(methods, "OWN", {})
+    methods.register("own", Own)
+    given = {"scale": 3.0, "sizes": (2.0, 3.0), "layers": ["b", "c"]}
+    assert methods.get("own", **given).given == (*given.values(),)
+    with pytest.raises(UsageError, match="layers of method own is 3, must be a name, or names"):
+        methods.get("own", layers=3)

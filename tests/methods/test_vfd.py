@@ -161,7 +161,7 @@ def test_one_mode_and_one_schedule_seen_from_both(setup, base, side):
     for mode in ("train", "eval"):
         assigned.attack_bn = mode
         assert method.attack_bn == method.base.attack_bn == mode
-        seen = method.attacked(nets).student
+        seen = method.queried(nets).student
         assert (seen is nets.student) == (mode == "train")
 
 

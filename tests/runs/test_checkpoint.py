@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastadv.errors import UsageError
 from fastadv.runs import checkpoint
 
 
@@ -337,3 +338,13 @@ def test_an_entry_that_is_no_named_tensor(tmp_path, weights):
     torch.save(weights | {"epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: entry 'epoch' is int"):
         checkpoint.read_weights(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"text"', "null"])
+def test_metadata_is_an_object(tmp_path, text):
+    """Also where the checksum of a foreign file is right."""
+    path, tensors = tmp_path / "w.safetensors", {"model.a": torch.zeros(2)}
+    save_file(tensors, path, {"fastadv": text, "crc32": checkpoint._crc32(tensors, text)})
+    for read in (checkpoint.load, checkpoint.read_weights):
+        with pytest.raises(UsageError, match="w.safetensors: .*its 'fastadv' entry is no object"):
+            read(path)

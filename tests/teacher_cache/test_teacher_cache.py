@@ -15,6 +15,7 @@ from torch import nn
 from fastadv import data, freeze, methods, models
 from fastadv.data.dataset import ImageSet
 from fastadv.engine.features import forward_features
+from fastadv.engine.frozen import Frozen
 from fastadv.runs.config import Config
 from fastadv.teacher_cache import BLOCK, RESERVE, TeacherCache, store
 from fastadv.teacher_cache.__main__ import main
@@ -263,7 +264,9 @@ def test_strong_augmentation_is_part_of_the_key(options, fields):
     assert set(differences(one, other)) == fields
 
 
-def test_precision_names_and_type_are_part_of_the_key():
+def test_precision_names_and_type_are_part_of_the_key(monkeypatch):
+    # As on a processor with products of bfloat16.
+    monkeypatch.setattr(Frozen, "is_low", lambda self: self.dtype == torch.bfloat16)
     loader, net = make_loader(), Net()
     base = TeacherCache(freeze(net), loader).identity
     for options, field in (
@@ -677,3 +680,22 @@ def test_a_cache_is_of_the_model_as_it_is_now():
     teacher.refresh()
     torch.testing.assert_close(found, teacher(x), rtol=1e-3, atol=1e-3)
     assert torch.equal(cache.lookup(index, view, x)["logits"], found)
+
+
+def test_a_teacher_whose_changes_nobody_counts_is_refused():
+    with torch.inference_mode():
+        net = Net()
+    for teacher in (freeze(net), net.eval().requires_grad_(False)):
+        with pytest.raises(ValueError, match="teacher has tensors of torch.inference_mode"):
+            TeacherCache(teacher, make_loader())
+
+
+def test_rows_are_of_the_precision_that_the_processor_has(monkeypatch):
+    """A twin in bfloat16 computes in float32 where there are no products of bfloat16."""
+    loader, found = make_loader(), []
+    for low in (True, False):
+        monkeypatch.setattr(Frozen, "is_low", lambda _, low=low: low)
+        teacher = freeze(Net(), torch.bfloat16)
+        found.append(identity(teacher, loader, {}))
+    assert [one["teacher"]["precision"] for one in found] == ["bfloat16", "float32"]
+    assert differences(*found) == ["teacher.precision"]

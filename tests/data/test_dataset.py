@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+from fastadv import data
+from fastadv.data.dataset import check_dataset
+from fastadv.errors import UsageError
+
+
+def split(count=4):
+    images = torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+    return data.ImageSet(images, torch.arange(count), torch.arange(count))
+
+
+def dataset(num_classes=4, padding=1, flips=1, **changed):
+    splits = {which: split() for which in ("train", "val", "test")} | changed
+    return data.Dataset("mine", num_classes, padding, flips, **splits)
+
+
+def test_a_whole_data_set_is_returned_as_it_is():
+    whole = dataset()
+    assert check_dataset(whole, "mine") is whole
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"num_classes": "ten"}, "num_classes is 'ten', must be an int in "),
+        ({"num_classes": 0}, "num_classes is 0, must be an int in "),
+        ({"padding": -1}, r"padding is -1, must be an int in \[0, "),
+        ({"flips": 3}, r"flips is 3, must be an int in \[1, 2\]"),
+        ({"num_classes": None}, "num_classes is None, must be an int"),
+        ({"num_classes": np.int64(4)}, "num_classes is .*4.*, must be an int"),
+        ({"train": None}, "train.images is a NoneType, must be a tensor"),
+        (
+            {"val": data.ImageSet(split().images.numpy(), split().labels, split().index)},
+            "val.images is a ndarray, must be a tensor",
+        ),
+        (
+            {"test": data.ImageSet(split().images, [0, 1, 2, 3], split().index)},
+            "test.labels is a list, must be a tensor",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_named(wrong, match):
+    with pytest.raises(UsageError, match=f"^mine: {match}"):
+        check_dataset(dataset(**wrong), "mine")
+
+
+def numbered(index):
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8)
+    return data.ImageSet(images, torch.arange(4), torch.tensor(index))
+
+
+@pytest.mark.parametrize("index", [[0, 0, 0, 0], [7, 5, 6, 5]])
+def test_an_index_names_one_image(index):
+    """A teacher cache would give the outputs of one for the other."""
+    with pytest.raises(UsageError, match="^mine: val.index has the same number for different im"):
+        check_dataset(dataset(val=numbered(index)), "mine")
+
+
+@pytest.mark.parametrize("index", [[-1, 0, 1, 2], [0, 1, 2, 2**32]])
+def test_an_index_is_a_number_of_32_bits(index):
+    with pytest.raises(UsageError, match="^mine: test.index lies in .*, must be in 0..4294967295"):
+        check_dataset(dataset(test=numbered(index)), "mine")
+
+
+def test_an_image_may_be_there_twice():
+    twice = numbered([9, 2, 5, 7]).take(torch.tensor([0, 3, 0, 1, 3]))
+    assert check_dataset(dataset(train=twice), "mine").train is twice
