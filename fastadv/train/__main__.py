@@ -24,9 +24,7 @@ def hint(config):
     parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
     fast = config.device == "cpu" and isa() in _native.WITH_BF16
     if fast and parts == {"fp32"} and config.data != "digits":
-        return (
-            f"this CPU has {isa()}: --precision bf16 is faster for most networks"
-        )
+        return f"this CPU has {isa()}: --precision bf16 is faster for most networks"
     return None
 
 
