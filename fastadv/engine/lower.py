@@ -139,6 +139,12 @@ class Parts:
         if len(read) != 1 or len(linear) > 1:
             return None, nn.Identity()
         (boundary,) = read
+        for node in filter(self._writes, after):
+            root = node.all_input_nodes[0]
+            while root in after and root.args and isinstance(root.args[0], fx.Node):
+                root = root.args[0]
+            if root.op == "get_attr":
+                raise Unsupported(f"{node.name} changes a tensor that others may read")
         head = fx.Graph()
         copies = {boundary: head.placeholder("features")}
         for node in self.graph.nodes:
@@ -156,8 +162,8 @@ class Parts:
             if node in self.torch:
                 self._check(node)
                 copies[node] = copied = body.node_copy(node, copies.__getitem__)
-                if (node.op, node.target) == ("call_method", "view"):
-                    copied.target = "reshape"  # of channels_last maps there is no such view
+                if node.op == "call_method":  # of channels_last maps there may be no such view
+                    copied.target = VIEWS.get(node.target, node.target)
                 if node.op in ("call_module", "get_attr"):
                     root[node.target] = operator.attrgetter(node.target)(self.net)
             elif node in self.exits:
@@ -180,7 +186,9 @@ class Parts:
         name = getattr(node.target, "__name__", node.target)
         if name in LAYOUT:
             raise Unsupported(f"{name} depends on the memory layout")
-        if self._writes(node) and not self._alone(node.args[0]):
+        if "out" in node.kwargs or (
+            self._writes(node) and not self._alone(node.all_input_nodes[0])
+        ):
             raise Unsupported(f"{node.name} changes a tensor that others may read")
 
     def _writes(self, node):
@@ -190,7 +198,7 @@ class Parts:
         name = getattr(node.target, "__name__", node.target)
         in_place = name in WRITE or (name.endswith("_") and not name.endswith("__"))
         in_place = in_place and node.op in ("call_function", "call_method")
-        return in_place or node.kwargs.get("inplace") or "out" in node.kwargs
+        return in_place or node.kwargs.get("inplace")
 
     def _alone(self, node):
         """Whether a result is a tensor of its own that one node reads."""
@@ -200,12 +208,13 @@ class Parts:
             return list(self.exits.values()).count(self.exits[node]) == 1
         if isinstance(self.modules.get(node.target), FRESH):
             return True
-        return self._writes(node) and self._alone(node.args[0])
+        return self._writes(node) and self._alone(node.all_input_nodes[0])
 
 
 # Methods and functions whose result depends on the memory layout, and that write into a tensor.
 LAYOUT = {"as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr", "untyped_storage"}
 WRITE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 # Modules whose result is a new tensor.
 FRESH = (
     nn.Conv2d,

@@ -84,6 +84,7 @@ class Tricky(nn.Module):
         self.register_buffer("row", torch.rand(8))
         self.register_buffer("mean", torch.rand(1, 3, 1, 1))
         self.register_buffer("variance", torch.rand(3, 1, 1))
+        self.register_buffer("counter", torch.zeros(()))
         self.register_buffer("factor", torch.tensor(1.5, dtype=torch.float64))
 
     def forward(self, x):
@@ -122,6 +123,27 @@ def autocast(net, x):
         return net.second(x).float()
 
 
+def view_in_place(net, x):
+    y = F.elu(x)
+    y.flatten(1).relu_()
+    return net.second(y)
+
+
+def part_overwritten(net, x):
+    y = F.elu(net.second(x))
+    y[:, 1] = 0
+    return y
+
+
+def buffer_in_place(net, x):
+    net.counter.add_(1)
+    return F.elu(x) * net.counter
+
+
+def view_as_another(net, x):
+    return F.elu(x).view_as(x)
+
+
 def same(net, x):
     return x
 
@@ -136,6 +158,10 @@ TRICKY = {
     "autocast": (Tricky(autocast), False),
     "activated in place": (Tricky(activated_in_place), False),
     "image in place": (Tricky(same, image_in_place), False),
+    "view in place": (Tricky(view_in_place), False),
+    "part overwritten": (Tricky(part_overwritten), False),
+    "buffer in place": (Tricky(buffer_in_place), False),
+    "view as another": (Tricky(view_as_another), True),
     "statement in place": (Tricky(same, statement_in_place), False),
     "dropout before the norm": (
         Tricky(lambda net, x: net.second(F.relu(net.norm(net.dropout(x)))) + x),
