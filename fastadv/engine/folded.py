@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import fold_bn_
-from .plan import parts
+from .plan import Unsupported, parts
 
 
 class Folded(nn.Module):
@@ -64,6 +64,8 @@ class Folded(nn.Module):
                 buffer.copy_(values.view_as(buffer))
 
     def forward(self, x):
+        if self.inner and x.dim() != 4:
+            raise Unsupported(f"a convolution reads {x.dim()} dimensions, must be 4")
         if self.image_affine:
             x = torch.addcmul(self.shift, x, self.scale)
         x = x.to(self.dtype, memory_format=torch.channels_last)

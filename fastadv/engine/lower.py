@@ -11,7 +11,7 @@ from .folded import Folded
 from .mixed import Mixed, Part
 from .plan import Ref, Unsupported
 from .segments import Lowering
-from .trace import trace
+from .trace import IN_PLACE, trace
 from .trunk import Trunk
 
 
@@ -96,7 +96,7 @@ class Parts:
     def __init__(self, net, graph):
         self.net, self.graph, self.modules = net, graph, dict(net.named_modules())
         lowering = Lowering(net, graph)
-        found, home = lowering.found, lowering.segments
+        found, home, self.same_as = lowering.found, lowering.segments, lowering.same_as
         segments = [s for s in dict.fromkeys(home.values()) if s.convolutions]
         refs = {
             node: ref
@@ -139,6 +139,10 @@ class Parts:
         if len(read) != 1 or len(linear) > 1:
             return None, nn.Identity()
         (boundary,) = read
+        for node in after:
+            self._check_name(node)
+            if "out" in node.kwargs:
+                raise Unsupported(f"{node.name} changes a tensor that others may read")
         for node in filter(self._writes, after):
             root = node.all_input_nodes[0]
             while root in after and root.args and isinstance(root.args[0], fx.Node):
@@ -157,7 +161,7 @@ class Parts:
         """A module that computes the boundary's result of images; computed: what computes each
         segment."""
         body, copies, calls = fx.Graph(), {}, {}
-        root = {f"segments.{number}": Part(each) for number, each in enumerate(computed)}
+        root = {f"{OURS}.{number}": Part(each) for number, each in enumerate(computed)}
         for node in self.graph.nodes:
             if node in self.torch:
                 self._check(node)
@@ -171,25 +175,36 @@ class Parts:
                 segment = self.segments[number]
                 if number not in calls:
                     calls[number] = body.call_module(
-                        f"segments.{number}", (copies[self.entries[segment]],)
+                        f"{OURS}.{number}", (copies[self.entries[segment]],)
                     )
                 copies[node] = calls[number]
                 if len(segment.exits) > 1:
                     copies[node] = body.call_function(operator.getitem, (calls[number], place))
         if boundary is not None:
-            body.output(body.call_method("float", (copies[boundary],)))
+            # As the model's own would be, in dtype and layout: a head may view them.
+            result = body.call_method("float", (copies[boundary],))
+            body.output(body.call_method("contiguous", (result,)))
         return fx.GraphModule(root, body).eval()
 
     def _check(self, node):
         """Raises Unsupported for a node that depends on when, or in which layout, it runs: one that
         looks into the memory, or writes where others may read."""
+        self._check_name(node)
         name = getattr(node.target, "__name__", node.target)
+        sizes = all(isinstance(size, (int, tuple, list, fx.Node)) for size in node.args[1:])
+        if name == "view" and (node.kwargs or not sizes):
+            raise Unsupported("view is given another dtype, or sizes by name")
         if name in LAYOUT:
             raise Unsupported(f"{name} depends on the memory layout")
-        if "out" in node.kwargs or (
-            self._writes(node) and not self._alone(node.all_input_nodes[0])
-        ):
+        shared = self._writes(node) and not self._alone(node.all_input_nodes[0])
+        if shared or "out" in node.kwargs:
             raise Unsupported(f"{node.name} changes a tensor that others may read")
+
+    def _check_name(self, node):
+        """Raises Unsupported for a part of the network whose name the graph's module needs."""
+        top = node.target.partition(".")[0] if node.op in ("call_module", "get_attr") else ""
+        if top == OURS or hasattr(fx.GraphModule, top) or top in ("graph", "code", "meta"):
+            raise Unsupported(f"{top} is a name that a torch.fx.GraphModule needs")
 
     def _writes(self, node):
         """Whether a node that torch computes changes a tensor in place."""
@@ -202,7 +217,8 @@ class Parts:
 
     def _alone(self, node):
         """Whether a result is a tensor of its own that one node reads."""
-        if len(node.users) > 1:
+        before = self.same_as.get(node)
+        if len(node.users) > 1 or (before is not None and not self._alone(before)):
             return False
         if node in self.exits:
             return list(self.exits.values()).count(self.exits[node]) == 1
@@ -213,7 +229,8 @@ class Parts:
 
 # Methods and functions whose result depends on the memory layout, and that write into a tensor.
 LAYOUT = {"as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr", "untyped_storage"}
-WRITE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+WRITE = {"setitem", *(name.strip("_") for name in IN_PLACE)}
+OURS = "fastadv_segments"
 VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 # Modules whose result is a new tensor.
 FRESH = (

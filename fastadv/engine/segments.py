@@ -202,6 +202,8 @@ class Lowering:
         if ref is None or odd or len(node.args) > 3 or len(node.all_input_nodes) > 1:
             return None
         window = pair(size), pair(size if stride is None else stride)
+        if window == ITSELF:
+            return self.same(node, None)
         return self.add_layer(FusedLayer(ref, ref.layer.channels, window=window))
 
     def adaptive_pool(self, node, module):

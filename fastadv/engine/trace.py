@@ -19,7 +19,8 @@ def trace(net, kind):
             raise Unsupported(f"{name or type(net).__name__} has hooks")
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     try:
-        with torch.autocast(autocast, enabled=False):  # the caller's is not the network's
+        # The caller's modes are not the network's.
+        with torch.autocast(autocast, enabled=False), torch.enable_grad():
             graph = Tracer(autocast).trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
@@ -44,6 +45,8 @@ class Tracer(fx.Tracer):
     def create_node(self, *args, **kwargs):
         if torch.is_autocast_enabled(self.autocast):
             raise Unsupported("its forward enters autocast, which a trace would forget")
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise Unsupported("its forward enters no_grad, which a trace would forget")
         return super().create_node(*args, **kwargs)
 
 
@@ -57,8 +60,13 @@ def _in_place(function):
     return note
 
 
+_ARITHMETIC = "add sub mul truediv floordiv mod pow and or xor lshift rshift"
+IN_PLACE = [f"__i{name}__" for name in _ARITHMETIC.split()]
+
+
 class Proxy(fx.Proxy):
-    __iadd__ = _in_place(operator.iadd)
-    __isub__ = _in_place(operator.isub)
-    __imul__ = _in_place(operator.imul)
-    __itruediv__ = _in_place(operator.itruediv)
+    pass
+
+
+for _name in IN_PLACE:
+    setattr(Proxy, _name, _in_place(getattr(operator, _name)))

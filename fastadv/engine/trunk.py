@@ -7,6 +7,7 @@ import torch
 from ..ops import _blocks, _native
 from ..ops._torch import batched, transformed
 from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of, from_blocks, to_blocks
+from .plan import Unsupported
 from .workspace import Workspace
 
 
@@ -80,8 +81,10 @@ class Trunk:
     @torch.compiler.disable
     def __call__(self, x):
         channels = self.segment.channels
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]")
+        if x.dim() != 4 or x.shape[1] != channels or not len(x):
+            raise (Unsupported if self.inner else ValueError)(
+                f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]"
+            )
         with FOLDING:
             if self.stale:
                 self.fold()

@@ -140,6 +140,30 @@ def buffer_in_place(net, x):
     return F.elu(x) * net.counter
 
 
+def alias_in_place(net, x):
+    y = net.norm(x)
+    z = net.identity(y)
+    z.mul_(2)
+    return net.second(y)
+
+
+def pool_in_place(net, x):
+    z = F.avg_pool2d(x, 1).mul_(2)
+    return F.elu(x) + z
+
+
+def power_in_place(net, x):
+    k = y = F.elu(x)
+    y **= 2
+    return k
+
+
+def without_gradient(net, x):
+    with torch.no_grad():
+        gate = net.second(x)
+    return F.elu(x) * gate
+
+
 def view_as_another(net, x):
     return F.elu(x).view_as(x)
 
@@ -161,6 +185,18 @@ TRICKY = {
     "view in place": (Tricky(view_in_place), False),
     "part overwritten": (Tricky(part_overwritten), False),
     "buffer in place": (Tricky(buffer_in_place), False),
+    "alias in place": (Tricky(alias_in_place), False),
+    "pool in place": (Tricky(pool_in_place), False),
+    "power in place": (Tricky(power_in_place), False),
+    "without gradient": (Tricky(without_gradient), False),
+    "pooled and viewed": (
+        Tricky(same, None, lambda net, x: F.max_pool2d(x, 2).view(x.size(0), -1)),
+        True,
+    ),
+    "viewed behind torch": (
+        Tricky(lambda net, x: F.elu(x), None, lambda net, x: x.view(x.size(0), -1)),
+        True,
+    ),
     "view as another": (Tricky(view_as_another), True),
     "statement in place": (Tricky(same, statement_in_place), False),
     "dropout before the norm": (
