@@ -18,9 +18,9 @@ from .errors import Parser, UsageError, as_command
 from .evaluate import PAPER, correct, from_run, table
 from .runs import log, parallel
 from .runs.checkpoint import atomic_write
-from .runs.config import Config
+from .runs.config import Config, device
 from .train import train
-from .train.build import build_method, build_student
+from .train.build import build_loader, build_method, build_student
 from .train.cli import fresh_folder
 from .train.recipes import digits_student, digits_teacher
 
@@ -103,7 +103,10 @@ def with_teachers(config):
     """A config of the digits with the teachers that it lacks, trained under runs/ where that was
     not done before. The processes of a `parallel.group()` must all call it."""
     teachers, given = build_method(config).teachers, {}
-    build_student(config, data.load("digits"))  # before minutes of training for nothing
+    digits = data.load("digits")
+    device(config.device)  # all that may be refused, before minutes of training for nothing
+    build_student(config, digits)
+    build_loader(config, digits)
     for which in teachers:
         if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
             continue

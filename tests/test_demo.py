@@ -29,11 +29,22 @@ def test_two_commands_run_it(tmp_path, monkeypatch, command):
         command([])
 
 
-def test_no_teacher_is_trained_for_a_student_that_there_is_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--student resnet81",
+        "--method rslat",
+        "--set betta=1",
+        "--cutout 99",
+        "--eps 8",
+        "--device gpu",
+    ],
+)
+def test_no_teacher_is_trained_for_a_run_that_is_refused(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("a teacher is trained"))
-    with pytest.raises(UsageError, match="resnet81"):
-        main(["--data", "digits", "--method", "rslad", "--student", "resnet81"])
+    with pytest.raises(UsageError, match=wrong.split()[1].partition("=")[0]):
+        main(["--data", "digits", "--method", "rslad", *wrong.split()])
 
 
 @pytest.mark.slow

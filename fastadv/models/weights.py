@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..runs import checkpoint
+from . import weight_files
 from .dm_wide_resnet import DMWideResNet, published_statistics
 from .zoo import NETWORKS, get
 
@@ -55,7 +56,7 @@ def load(
     `load_weights` raise.
     """
     model = get(name, num_classes, in_channels, width)
-    forms = checkpoint.read_forms(path)
+    forms = weight_files.read(path)
     _, statistics = _fitting(path, forms, _own(model))
     if statistics and not hasattr(model, "STATISTICS"):
         model = Normalized(model, torch.zeros(in_channels), torch.ones(in_channels))
@@ -64,18 +65,18 @@ def load(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Copy the weights in `path` (see `checkpoint.read_weights`) into `model`, in place.
+    """Copy the weights in `path` (see `weight_files.read`) into `model`, in place.
 
-    They go by the first of the names `checkpoint.forms` that `model` has; so a wrapper of a network
-    takes what it has written itself. `sub_block1.*`, which TRADES files carry unused, is ignored,
-    BatchNorm batch counters may be absent, and torchvision's `downsample` and `fc` stand for
-    `shortcut` and `linear`. Statistics of the input (`checkpoint.STATISTICS`: `mu` and `sigma`,
+    They go by the first of the names `weight_files.forms` that `model` has; so a wrapper of a
+    network takes what it has written itself. `sub_block1.*`, which TRADES files carry unused, is
+    ignored, BatchNorm batch counters may be absent, and torchvision's `downsample` and `fc` stand
+    for `shortcut` and `linear`. Statistics of the input (`weight_files.STATISTICS`: `mu`, `sigma`,
     `normalize.mean` and `normalize.std`, ...) go where a `Normalized` or DeepMind network keeps its
     own, which stay as they are when the file has none. Raises one UsageError that names missing,
     unexpected and misshapen keys, or statistics that `model` has no place for, and then leaves
-    `model` untouched; errors of `read_weights` pass through.
+    `model` untouched; errors of `weight_files.read` pass through.
     """
-    _fill(model, path, checkpoint.read_forms(path))
+    _fill(model, path, weight_files.read(path))
 
 
 def export(model: nn.Module, path: str | Path) -> None:
@@ -117,7 +118,7 @@ def _fitting(
     has the names of `ours`, else in the last."""
     for form in forms:
         theirs = form.keys() - ours.keys()
-        names = next((pair for pair in checkpoint.STATISTICS if theirs & set(pair)), ())
+        names = next((pair for pair in weight_files.STATISTICS if theirs & set(pair)), ())
         weights = {k: v for k, v in form.items() if k in ours or not k.startswith(UNUSED)}
         weights = _renamed({k: v for k, v in weights.items() if k not in names}, ours)
         if _names(weights) == _names(ours):

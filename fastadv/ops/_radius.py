@@ -27,8 +27,8 @@ def check_radius(eps, norm, lo, hi):
     """Raises on one radius that makes no sense, or is in the wrong unit."""
     if isinstance(eps, str):
         raise TypeError(f"eps is {eps!r}, must be a number or a tensor")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps:g}, must be at least 0")
     limit = hi - lo if math.isfinite(hi - lo) else 1.0  # images live in [0, 1] unless the box says
-    if norm == "linf" and eps > limit:
-        raise ValueError(f"eps is {eps:g}, must be in [0, {limit}] (did you mean {eps:g}/255?)")
+    limit = limit if norm == "linf" else math.inf
+    if not 0 <= eps <= limit:
+        hint = f" (did you mean {eps:g}/255?)" if eps > limit else ""
+        raise ValueError(f"eps is {eps:g}, must be in [0, {limit}]{hint}")

@@ -12,20 +12,9 @@ import sys
 
 from .. import demo
 from ..errors import as_command
-from ..info import isa
-from ..ops import _native
 from ..runs import parallel
 from .cli import parse
 from .loop import train
-
-
-def hint(config):
-    """A sentence on the flag that would make this run faster here, or None."""
-    parts = {config.precision_attack, config.precision_outer, config.precision_teacher}
-    fast = config.device == "cpu" and isa() in _native.WITH_BF16
-    if fast and parts == {"fp32"} and config.data != "digits":
-        return f"this CPU has {isa()}: --precision bf16 is faster for most networks"
-    return None
 
 
 def main(argv):
@@ -37,9 +26,6 @@ def main(argv):
         parallel.barrier()  # all have chosen a fresh folder before one of them makes it
         if config.data == "digits":
             config = demo.with_teachers(config)
-        advice = None if resume else hint(config)
-        if advice and parallel.rank() == 0:
-            print(advice)
         train(config, resume)
         if parallel.rank() == 0:
             print(f"run folder: {config.out}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastadv import evaluate, export, freeze, models
+from fastadv.models import weight_files
 from fastadv.runs import Config, checkpoint
 from fastadv.train import train
 
@@ -148,7 +149,7 @@ def test_load_is_ready_for_inference(path, x, name):
     assert torch.equal(loaded(x), model(x))
 
 
-@pytest.mark.parametrize("names", checkpoint.STATISTICS)
+@pytest.mark.parametrize("names", weight_files.STATISTICS)
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1)])
 def test_statistics_beside_a_network_that_has_none(path, x, names, prefix, shape):
@@ -165,7 +166,7 @@ def test_statistics_beside_a_network_that_has_none(path, x, names, prefix, shape
         models.load_weights(model, path)
 
 
-@pytest.mark.parametrize("names", checkpoint.STATISTICS)
+@pytest.mark.parametrize("names", weight_files.STATISTICS)
 def test_statistics_for_a_network_that_has_its_own(path, x, names):
     model = jitter(models.get("dm_wrn10_1", width=4))
     weights = {k: v for k, v in model.state_dict().items() if k not in ("mean", "std")}

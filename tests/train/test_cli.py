@@ -1,16 +1,18 @@
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastadv import data, demo, methods, models
+from fastadv import UsageError, data, demo, methods, models
 from fastadv.runs.config import Config, number
 from fastadv.train import train
 from fastadv.train.__main__ import main
 from fastadv.train.build import build_method, build_nets
 from fastadv.train.cli import fresh_folder, parse
+from fastadv.train.loop import BF16_GAINS
 from fastadv.train.recipes import digits_teacher, recipe, recipes
 
 
@@ -197,17 +199,48 @@ def test_numbers(text):
         number(text)
 
 
-def test_bfloat16_is_suggested_where_it_is_fast(npz, tmp_path, monkeypatch, capsys):
-    line = f"--data npz --data-dir {npz} --method natural --student digits_net --epochs 1"
-    line += " --milestones ,"
-    for isa, option, said in (
-        ("amx", "", True),
-        ("avx512_bf16", "", True),
-        ("avx512", "", False),
-        ("amx", "--precision bf16", False),
+def test_bfloat16_is_suggested_where_attacks_gain_by_it(npz, tmp_path, monkeypatch, capsys):
+    line = f"--data npz --data-dir {npz} --student digits_net --epochs 1 --steps 1 --milestones ,"
+    for run, (isa, options, gain) in enumerate(
+        [
+            ("amx", "--method at", "2 to 9"),
+            ("avx512_bf16", "--method at", "2"),
+            ("avx512", "--method at", None),
+            ("amx", "--method at --precision bf16", None),
+            ("amx", "--method at --attack-bn train", None),  # the student itself is attacked
+            ("amx", "--method natural", None),
+            ("amx", "--method at --student vit_tiny", None),  # which the engine does not take
+        ]
     ):
-        monkeypatch.setattr("fastadv.train.__main__.isa", lambda isa=isa: isa)
-        main([*line.split(), *option.split(), "--out", str(tmp_path / (isa + option))])
-        assert ("--precision bf16 is faster for most networks" in capsys.readouterr().out) == said
-    main(["--resume", str(tmp_path / "amx")])
+        monkeypatch.setattr("fastadv.train.loop.isa", lambda isa=isa: isa)
+        main([*line.split(), *options.split(), "--out", str(tmp_path / str(run))])
+        said = [text for text in capsys.readouterr().out.splitlines() if "--precision" in text]
+        start = f"this CPU has {isa}: --precision bf16 makes attacks about {gain} times as fast"
+        assert [text.startswith(start) for text in said] == ([True] if gain else []), options
+    monkeypatch.setattr("fastadv.train.loop.isa", lambda: "amx")
+    main(["--resume", str(tmp_path / "0")])
     assert "--precision" not in capsys.readouterr().out
+
+
+def test_the_suggestion_is_what_was_measured():
+    """README's rows of PGD-10 end in: fastadv fp32, fastadv bf16, measured."""
+    gains = {}
+    for row in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
+        if row.startswith("| PGD-10, "):
+            *_, fp32, bf16, measured = row.strip("| ").split(" | ")
+            gain = float(bf16.rstrip("x")) / float(fp32.rstrip("x"))
+            gains.setdefault(measured.split()[1].rstrip(","), []).append(gain)
+    rounded = {isa: sorted({f"{min(of):.0f}", f"{max(of):.0f}"}) for isa, of in gains.items()}
+    assert {isa: " to ".join(of) for isa, of in rounded.items()} == BF16_GAINS
+
+
+def test_advice_waits_until_a_run_is_accepted(npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastadv.train.loop.isa", lambda: "amx")
+    line = f"--method at --data npz --data-dir {npz} --student digits_net --epochs 1 --steps 1"
+    (tmp_path / "config.json").write_text("a run")
+    for wrong in (f"--out {tmp_path}", "--cutout 99", "--set no_such=1", "--student vit_tinny"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of milestones that one epoch does not reach
+            with pytest.raises((UsageError, FileExistsError)):
+                main([*line.split(), *wrong.split()])
+        assert "--precision" not in capsys.readouterr().out

@@ -18,9 +18,14 @@ import pytest
 import torch
 from torch import serialization
 
-from fastadv.runs import checkpoint
+from fastadv.models import weight_files
 
 WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.num_batches_tracked": torch.tensor(7)}
+
+
+def read(path):
+    """The weights under the shortest of their names."""
+    return weight_files.read(path)[-1]
 
 
 class Written:
@@ -146,7 +151,7 @@ HARMLESS = {
 def test_what_lies_beside_the_weights_is_passed_over(tmp_path, case, writer):
     path = tmp_path / "a.pt"
     write(path, {"extra": HARMLESS[case](), "state_dict": WEIGHTS}, writer)
-    assert same(checkpoint.read_weights(path))
+    assert same(read(path))
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
@@ -156,16 +161,16 @@ def test_numpy_1_and_2_write_other_names(tmp_path, core):
     rewrite(path, lambda data: data.replace(b"numpy._core.", f"numpy.{core}.".encode()))
     with zipfile.ZipFile(path) as archive:
         assert f"numpy.{core}.multiarray\nscalar".encode() in archive.read("a/data.pkl")
-    assert same(checkpoint.read_weights(path))
+    assert same(read(path))
 
 
-@pytest.mark.parametrize("box", checkpoint.CONTAINERS)
+@pytest.mark.parametrize("box", weight_files.CONTAINERS)
 def test_weights_in_a_mapping_of_another_kind(tmp_path, box):
     path = tmp_path / "a.pt"
     write(path, {box: Made(Named("easydict", "EasyDict"), items=dict(WEIGHTS)), "n": 1})
-    assert same(checkpoint.read_weights(path))
+    assert same(read(path))
     write(path, collections.defaultdict(dict, {box: collections.defaultdict(int, WEIGHTS)}))
-    assert same(checkpoint.read_weights(path))
+    assert same(read(path))
 
 
 def test_nothing_else_becomes_allowed(tmp_path, monkeypatch):
@@ -178,9 +183,9 @@ def test_nothing_else_becomes_allowed(tmp_path, monkeypatch):
         write(path, {"net": WEIGHTS, "extra": extra})
         if refused:
             with pytest.raises(ValueError, match="refused: it holds pickled code"):
-                checkpoint.read_weights(path)
+                read(path)
         else:
-            assert same(checkpoint.read_weights(path))
+            assert same(read(path))
         assert set(serialization.get_safe_globals()) == before
 
 
@@ -259,7 +264,7 @@ def test_code_is_refused_and_not_run(tmp_path, case, writer):
     else:
         write(path, content, writer)
     with pytest.raises(ValueError, match=r"evil\.pt: refused: it holds pickled code") as caught:
-        checkpoint.read_weights(path)
+        read(path)
     assert "weights_only" not in str(caught.value)  # torch's own text suggests running the code
     assert not bait.exists()
 
@@ -297,7 +302,7 @@ def test_hostile_arguments_are_never_looked_at(tmp_path, case, writer):
     path = tmp_path / "odd.pt"
     for name in ("extra", "net", "model"):  # before and in the place of a container
         write(path, {name: ARGUMENTS[case], "state_dict": WEIGHTS}, writer)
-        assert same(checkpoint.read_weights(path))
+        assert same(read(path))
 
 
 def test_weights_in_an_ordered_dict_with_methods_of_its_own(tmp_path):
@@ -305,7 +310,7 @@ def test_weights_in_an_ordered_dict_with_methods_of_its_own(tmp_path):
     weights = Made(collections.OrderedDict, items=WEIGHTS, state=own)
     for content in (weights, Made(collections.OrderedDict, items={"net": weights}, state=own)):
         write(tmp_path / "odd.pt", content)
-        assert same(checkpoint.read_weights(tmp_path / "odd.pt"))
+        assert same(read(tmp_path / "odd.pt"))
 
 
 # In the place of a weight; what is said of it.
@@ -332,25 +337,25 @@ def test_weights_are_plain_tensors(tmp_path, case):
     value = value() if callable(value) else value  # whose making warns
     write(tmp_path / "odd.pt", {"net": {"a": value, "b": torch.ones(1)}})
     with pytest.raises(ValueError, match=rf"odd\.pt: .*{message}"):
-        checkpoint.read_weights(tmp_path / "odd.pt")
+        read(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("content", [np.ones(3), ARGS, {"net": ARGS}, [ARGS]])
 def test_extras_are_no_weights(tmp_path, content):
     write(tmp_path / "none.pt", content)
     with pytest.raises(ValueError, match=r"none\.pt: no model weights"):
-        checkpoint.read_weights(tmp_path / "none.pt")
+        read(tmp_path / "none.pt")
 
 
 def test_a_tensor_with_attributes_is_its_numbers(tmp_path):
     tensor = torch.ones(2)
     tensor.detach = tensor.note = 5
     write(tmp_path / "a.pt", {"a": tensor, "b": torch.nn.Parameter(torch.ones(1))})
-    read = checkpoint.read_weights(tmp_path / "a.pt")
-    assert [type(value) for value in read.values()] == [torch.Tensor, torch.Tensor]
-    assert torch.equal(read["a"], torch.ones(2))
-    assert not hasattr(read["a"], "note")
-    assert not read["b"].requires_grad
+    found = read(tmp_path / "a.pt")
+    assert [type(value) for value in found.values()] == [torch.Tensor, torch.Tensor]
+    assert torch.equal(found["a"], torch.ones(2))
+    assert not hasattr(found["a"], "note")
+    assert not found["b"].requires_grad
 
 
 PLACE = ("storage", torch.FloatStorage, "0", "cpu", 1)
@@ -372,7 +377,7 @@ def test_storages_that_are_not_there(tmp_path, key, writer):
     path = tmp_path / "odd.pt"
     write(path, {"net": {"a": Stored(key)}, "rest": torch.ones(1)}, writer)
     with pytest.raises(ValueError, match=r"odd\.pt: "):
-        checkpoint.read_weights(path)
+        read(path)
 
 
 def test_a_tensor_larger_than_its_storage(tmp_path):
@@ -380,7 +385,7 @@ def test_a_tensor_larger_than_its_storage(tmp_path):
     parts = Made(torch._utils._rebuild_tensor_v2, Stored(PLACE), 0, (HUGE,), (1,), False, {})
     write(path, {"net": {"a": parts}, "rest": torch.ones(1)})
     with pytest.raises(ValueError, match=r"odd\.pt: truncated, damaged"):
-        checkpoint.read_weights(path)
+        read(path)
 
 
 def repacked(path, compression):
@@ -397,11 +402,11 @@ def test_archives_that_unfold_are_refused(tmp_path):
     path = tmp_path / "bomb.pt"
     write(path, {"net": WEIGHTS, "rest": torch.zeros(100_000)})
     repacked(path, zipfile.ZIP_STORED)
-    assert same(checkpoint.read_weights(path))
+    assert same(read(path))
     size = len(repacked(path, zipfile.ZIP_DEFLATED))
     assert size < 10_000
     with pytest.raises(ValueError, match=rf"bomb\.pt: .*its {size} bytes would unfold to 40"):
-        checkpoint.read_weights(path)
+        read(path)
 
 
 def test_entries_that_share_their_bytes_are_refused(tmp_path):
@@ -415,19 +420,19 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path):
     last[12:16] = (9 * len(listed)).to_bytes(4, "little")
     path.write_bytes(content[:directory] + 9 * listed + last)
     with pytest.raises(ValueError, match=r"bomb\.pt: .* bytes would unfold to"):
-        checkpoint.read_weights(path)
+        read(path)
 
 
 def test_a_torchscript_program_is_called_one(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: .*a TorchScript program; save its state dict"):
-        checkpoint.read_weights(tmp_path / "a.pt")
+        read(tmp_path / "a.pt")
 
 
 def test_threads_that_load_leave_torchs_own_list_as_it_was(tmp_path):
     before = serialization.get_safe_globals()
     torch.save({"state_dict": WEIGHTS}, tmp_path / "weights.pt")
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(checkpoint.read_weights, [tmp_path / "weights.pt"] * 64))
-    assert all(weights.keys() == WEIGHTS.keys() for weights in read)
+        found = list(pool.map(read, [tmp_path / "weights.pt"] * 64))
+    assert all(weights.keys() == WEIGHTS.keys() for weights in found)
     assert serialization.get_safe_globals() == before
