@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from stand_ins import Wrapped
 from torch import nn
 
 from fastadv import attacks, compat, evaluate
@@ -162,15 +163,6 @@ def test_labels_leave_the_model_as_it_was(batch):
     assert compat.PGD(lambda v: net(v), steps=1)(x, y).shape == x.shape
     assert repr(compat.PGD(net)).startswith("PGD(eps=0.031")
     assert len(labels) == 12
-
-
-class Wrapped(nn.Module):
-    def __init__(self, net, wrap):
-        super().__init__()
-        self.net, self.wrap = net, wrap
-
-    def forward(self, x):
-        return self.wrap(self.net(x))
 
 
 KINDS = [compat.FGSM, compat.PGD, compat.PGDL2, compat.APGD]

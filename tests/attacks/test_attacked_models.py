@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from stand_ins import Wrapped
 from torch import nn
 
 from fastadv.attacks import APGD, FAB, FGSM, PGD, Square
@@ -36,17 +37,6 @@ OUTPUTS = {
     "object": lambda z: types.SimpleNamespace(logits=z, hidden_states=(z, z)),
     "named tuple": lambda z: collections.namedtuple("Output", "logits aux")(z, z + 1),
 }
-
-
-class Wrapped(nn.Module):
-    """What a network returns, in something else."""
-
-    def __init__(self, net, wrap):
-        super().__init__()
-        self.net, self.wrap = net, wrap
-
-    def forward(self, x):
-        return self.wrap(self.net(x))
 
 
 class ByHand(nn.Module):

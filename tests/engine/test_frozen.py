@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from stand_ins import Wrapped
 from torch import nn
 
 from fastadv import freeze, models
@@ -99,17 +100,6 @@ def test_refuses_other_precisions():
             ValueError, match=f"{dtype}, must be that of the net's parameters, {own}"
         ):
             InPrecision(nn.Linear(2, 2).to(own), dtype)
-
-
-class Wrapped(nn.Module):
-    """A network that returns its logits in something, with features."""
-
-    def __init__(self, net, wrap):
-        super().__init__()
-        self.net, self.wrap = net, wrap
-
-    def forward(self, x):
-        return self.wrap(self.net(x))
 
 
 Named = collections.namedtuple("Named", ("loss", "logits"))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_ins import Wrapped
 from torch import nn
 
 from fastadv import evaluate
@@ -172,19 +173,24 @@ def test_passes_are_counted(model, split):
     assert counted["pgd-5-3"] == (left, (3 * 6 + 1) * left + right["pgd-5-3"], 3 * 5 * left)
 
 
+class Stopped(nn.Module):
+    """Interrupted in the third call."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return self.net(x)
+
+
 def test_no_number_for_images_that_were_not_attacked(model, split):
-    class Stopped(nn.Module):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            if self.calls == 3:
-                raise KeyboardInterrupt
-            return model(x)
-
     record = Record(len(split))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(Stopped(), split, stages(["clean"], EPS), batch_size=16, record=record)
+        evaluate.run(Stopped(model), split, stages(["clean"], EPS), batch_size=16, record=record)
     with pytest.raises(ValueError, match="clean: 48 of 80 images were not attacked yet"):
         record.right("clean")
     assert (record.stage("clean")[0][:32] != UNKNOWN).all()
@@ -401,15 +407,6 @@ def model_of(pixels):
     return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 2))
 
 
-class Wrapped(nn.Module):
-    def __init__(self, net, wrap):
-        super().__init__()
-        self.net, self.wrap = net, wrap
-
-    def forward(self, x):
-        return self.wrap(self.net(x))
-
-
 @pytest.mark.parametrize(
     "wrap", [lambda z: {"logits": z}, lambda z: (z, z[:, :, None]), lambda z: [z]]
 )
@@ -606,17 +603,8 @@ def test_a_folder_has_everything_as_soon_as_a_run_ends(model, split, tmp_path):
 
 
 def test_a_run_that_fails_keeps_what_it_has(model, split, tmp_path):
-    class Stopped(nn.Module):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            if self.calls == 3:
-                raise KeyboardInterrupt
-            return model(x)
-
     record = Record(len(split), folder=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(Stopped(), split, stages(["clean"], EPS), batch_size=16, record=record)
+        evaluate.run(Stopped(model), split, stages(["clean"], EPS), batch_size=16, record=record)
     verdicts, _ = Record(len(split), folder=tmp_path).stage("clean")
     assert (verdicts != UNKNOWN).sum() == 32

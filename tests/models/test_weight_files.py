@@ -6,39 +6,11 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_weights import WEIGHTS, read, same
+from stand_ins import Dropper
 
 from fastadv.models import weight_files
 from fastadv.runs import checkpoint
-
-
-class Dropper:
-    """Pickles into a call that creates the file at `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.fixture
-def weights():
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "conv1.weight": torch.randn(4, 3, 3, 3, generator=generator),
-        "bn1.num_batches_tracked": torch.tensor(7),
-    }
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(
-        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
-    )
-
-
-def read(path):
-    """The weights under the shortest of their names."""
-    return weight_files.read(path)[-1]
 
 
 def test_an_absent_file(tmp_path):
@@ -46,36 +18,36 @@ def test_an_absent_file(tmp_path):
         read(tmp_path / "gone.pt")
 
 
-def test_only_the_model_of_a_checkpoint_is_taken(tmp_path, weights):
+def test_only_the_model_of_a_checkpoint_is_taken(tmp_path):
     path = tmp_path / "a.safetensors"
-    tensors = {f"model.{k}": v for k, v in weights.items()}
+    tensors = {f"model.{k}": v for k, v in WEIGHTS.items()}
     checkpoint.save(path, tensors | {"optimizer.0": torch.zeros(2)}, {})
-    assert same(read(path), weights)
+    assert same(read(path))
     checkpoint.save(path, {"optimizer.0": torch.zeros(2)}, {})
     with pytest.raises(ValueError, match="no model weights"):
         read(path)
 
 
-def test_plain_safetensors(tmp_path, weights):
-    save_file({f"module.{k}": v for k, v in weights.items()}, tmp_path / "a.safetensors")
-    assert same(read(tmp_path / "a.safetensors"), weights)
+def test_plain_safetensors(tmp_path):
+    save_file({f"module.{k}": v for k, v in WEIGHTS.items()}, tmp_path / "a.safetensors")
+    assert same(read(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "pth.tar"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files(tmp_path, weights, suffix, zipped):
+def test_torch_files(tmp_path, suffix, zipped):
     path = tmp_path / f"a.{suffix}"
-    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
-    assert same(read(path), weights)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    assert same(read(path))
 
 
 @pytest.mark.parametrize("box", weight_files.CONTAINERS)
-def test_containers_are_opened(tmp_path, weights, box):
+def test_containers_are_opened(tmp_path, box):
     optimizer = {"state": {0: torch.zeros(3)}}
-    torch.save({"epoch": 9, "optimizer": optimizer, box: weights}, tmp_path / "a.pt")
-    assert same(read(tmp_path / "a.pt"), weights)
-    torch.save({"model": {box: weights}}, tmp_path / "nested.pt")
-    assert same(read(tmp_path / "nested.pt"), weights)
+    torch.save({"epoch": 9, "optimizer": optimizer, box: WEIGHTS}, tmp_path / "a.pt")
+    assert same(read(tmp_path / "a.pt"))
+    torch.save({"model": {box: WEIGHTS}}, tmp_path / "nested.pt")
+    assert same(read(tmp_path / "nested.pt"))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +104,9 @@ def test_every_name_that_weights_may_go_by(tmp_path):
 
 
 @pytest.mark.parametrize("writer", ["zip", "legacy", "pickle"])
-def test_pickled_code_is_refused_and_not_run(tmp_path, weights, writer):
+def test_pickled_code_is_refused_and_not_run(tmp_path, writer):
     bait, path = tmp_path / "bait", tmp_path / "evil.pt"
-    content = {"state_dict": weights, "epoch": Dropper(bait)}
+    content = {"state_dict": WEIGHTS, "epoch": Dropper(bait)}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(Dropper(bait), protocol=2))
     else:
@@ -145,17 +117,17 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, weights, writer):
     assert not bait.exists()
 
 
-def test_refusal_names_the_class_it_found(tmp_path, weights):
-    torch.save({"net": weights, "momentum": Fraction(9, 10)}, tmp_path / "a.pt")
+def test_refusal_names_the_class_it_found(tmp_path):
+    torch.save({"net": WEIGHTS, "momentum": Fraction(9, 10)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"pickled code \(fractions\.Fraction\), not only tensors"):
         read(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("length", [0, 1, 2, 10, 100, 600, -1])
-def test_truncated_torch_files(tmp_path, weights, zipped, length):
+def test_truncated_torch_files(tmp_path, zipped, length):
     path = tmp_path / "cut.pt"
-    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"cut\.pt: truncated"):
         read(path)
@@ -183,7 +155,7 @@ def test_a_container_that_holds_itself(tmp_path):
         read(tmp_path / "loop.pt")
 
 
-def test_an_entry_that_is_no_named_tensor(tmp_path, weights):
-    torch.save(weights | {"epoch": 3}, tmp_path / "a.pt")
+def test_an_entry_that_is_no_named_tensor(tmp_path):
+    torch.save(WEIGHTS | {"epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: entry 'epoch' is int"):
         read(tmp_path / "a.pt")

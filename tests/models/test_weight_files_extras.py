@@ -16,16 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from small_weights import WEIGHTS, read, same
 from torch import serialization
 
 from fastadv.models import weight_files
-
-WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.num_batches_tracked": torch.tensor(7)}
-
-
-def read(path):
-    """The weights under the shortest of their names."""
-    return weight_files.read(path)[-1]
 
 
 class Written:
@@ -86,10 +80,6 @@ def rewrite(path, change):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
             archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
-
-
-def same(found):
-    return found.keys() == WEIGHTS.keys() and all(torch.equal(found[k], WEIGHTS[k]) for k in found)
 
 
 def madrys_schedule():

@@ -1,7 +1,18 @@
-"""Networks and losses that the tests of several attacks share."""
+"""Networks, losses and files that tests of several parts share."""
 
 import torch
 from torch import nn
+
+
+class Wrapped(nn.Module):
+    """A network that returns its logits in something else."""
+
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
 
 
 class Calls(nn.Module):
@@ -37,3 +48,13 @@ class Holes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return ctx.saved_tensors[0], None
+
+
+class Dropper:
+    """Pickles into a call that creates the file at `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
