@@ -10,7 +10,7 @@ from torch import nn
 from .. import losses
 from ..engine.features import forward_features
 from ..engine.query import evaluating
-from ..errors import UsageError, values_from_user
+from ..errors import UsageError
 from .base import Method
 
 DISTANCES = ("mse", "l2", "cosine")
@@ -50,9 +50,9 @@ class VFD(Method):
             raise UsageError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
         self.base, self.distance, self.normalise = base, distance, normalise
         layers = (layers,) if isinstance(layers, str) else tuple(layers)
-        if not layers or len(set(layers)) < len(layers):
-            raise UsageError(f"layers is {layers}, must be one name or more, each once")
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
+        if len({*self.layers}) < max(1, len(layers)) or "" in dict(self.layers):
+            raise UsageError(f"layers is {layers}, must be one name or more, each once")
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
         self.adversarial, self.loss_scale = base.adversarial, base.loss_scale
@@ -72,9 +72,9 @@ class VFD(Method):
         if nets.clean_teacher is None:
             raise ValueError("nets.clean_teacher is None, must be a network for this method")
         names, teacher_names = zip(*self.layers, strict=True)
-        with values_from_user(), torch.no_grad(), evaluating(nets.student):
-            _, ours = forward_features(nets.student, x, names)
-            _, theirs = forward_features(nets.clean_teacher, x, teacher_names)
+        with torch.no_grad(), evaluating(nets.student):
+            ours = example("student", nets.student, x, names)
+            theirs = example("clean_teacher", nets.clean_teacher, x, teacher_names)
         for a, b in self.layers:
             self.projectors.append(projector(a, ours[a], b, theirs[b]))
 
@@ -144,12 +144,20 @@ class WithFeatures:
         return next(features for image, features in self.seen if image is x)
 
 
+def example(which, net, x, names):
+    """The features of x [B, C, H, W] in `net`, which an error calls `which`."""
+    try:
+        return forward_features(net, x, names)[1]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"layers of the {which}: {error}") from error
+
+
 def projector(name, ours, teacher_name, theirs):
     """The identity, or a linear map from the student's channels to the teacher's."""
     if ours.shape[2:] != theirs.shape[2:]:
         raise UsageError(
-            f"layers: student {name} is {list(ours.shape[1:])}, teacher {teacher_name} is "
-            f"{list(theirs.shape[1:])}: they must agree in all but channels"
+            f"layers: {name} of the student is {list(ours.shape[1:])}, {teacher_name} of the "
+            f"clean_teacher {list(theirs.shape[1:])}: they must agree in all but channels"
         )
     channels = ours.shape[1], theirs.shape[1]
     if channels[0] == channels[1]:

@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_ins import Wrapped
+from torch import nn
 
 from fastadv import methods, models
 from fastadv.attacks import PGD
 from fastadv.engine.features import forward_features
 from fastadv.engine.frozen import InPrecision
+from fastadv.errors import UsageError
 
 
 @pytest.fixture
@@ -182,15 +185,21 @@ def test_errors_name_what_is_wrong(setup):
     student, teacher, _, batch = setup
     with pytest.raises(ValueError, match="distance is 'l1', must be one of mse, l2, cosine"):
         methods.get("vfd+at", distance="l1")
-    for layers in ((), [], ("fc", "layer4", "fc")):
+    for layers in ((), [], ("fc", "layer4", "fc"), "", ("fc", ""), ":fc", ("fc", "fc:fc")):
         with pytest.raises(ValueError, match="layers is .*, must be one name or more, each once"):
             methods.get("vfd+at", layers=layers)
     for layers in (("fc", 1.0), 3.0, {"fc": 1}):
         with pytest.raises(ValueError, match="layers of method vfd.at is .*, must be a name"):
             methods.get("vfd+at", layers=layers)
-    with pytest.raises(ValueError, match="layer is 'layer9', must be penultimate, logits or"):
+    with pytest.raises(ValueError, match="layers of the student: layer is 'layer9', must be"):
         prepared("vfd+at", student, teacher, batch, layers="layer9")
-    with pytest.raises(ValueError, match="student layer3 is .*, teacher layer4 is .*channels"):
+    with pytest.raises(ValueError, match="layers of the clean_teacher: layer is 'layer9', must be"):
+        prepared("vfd+at", student, teacher, batch, layers="layer4:layer9")
+    pair = Wrapped(nn.Flatten(), lambda h: (h, h)), Wrapped(nn.Identity(), lambda pair: pair[0])
+    paired = nn.Sequential(*pair, nn.Linear(192, 10))
+    with pytest.raises(UsageError, match="layers of the student: layer '0' returns a tuple"):
+        prepared("vfd+at", paired, teacher, batch, layers="0:layer4")
+    with pytest.raises(ValueError, match="layer3 of the student is .*, layer4 of the .*channels"):
         prepared("vfd+at", student, teacher, batch, layers="layer3:layer4")
 
 
