@@ -1,15 +1,19 @@
-r"""python -m fastadv.evaluate: clean and robust accuracy of checkpoints.
+r"""python -m fastadv.evaluate: clean and robust accuracy of networks.
 
-python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
-python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 \
+    python -m fastadv.evaluate --checkpoint runs/rslad/best.safetensors --data-dir DIR
+    python -m fastadv.evaluate --checkpoint model_cifar_wrn.pt --model wrn34_10 \
         --data cifar10 --data-dir DIR --attacks paper,aa --precision bf16 --out results
-python -m fastadv.evaluate --model-from my_package.nets:robust_net --data cifar10 --data-dir DIR
+    python -m fastadv.evaluate --model-from my_package.nets:robust_net --data cifar10 --data-dir DIR
 
---attacks names attacks (pgd20, apgd-ce, square, pgd-50-10 for 50 steps and 10 restarts, and
-transfer-NAME with the gradients of --source) and suites: paper, quick, and aa, which is
-AutoAttack's standard version; "clean" comes first. An image counts as broken when the model itself
-misclassifies its example in fp32, and the example lies within ball and box, whatever --precision
-the search has. With --out the same command again goes on where it was stopped.
+--attacks names single attacks and suites. Attacks are fgsm, pgd20, cw, apgd-ce, square and others,
+pgd-50-10 (50 steps, 10 restarts), and transfer-NAME, which follows the gradients of --source.
+Suites are paper (the attacks of most papers), quick, and aa (AutoAttack's standard version). The
+clean accuracy always comes first.
+
+An image counts as broken when the network itself, in fp32, misclassifies its adversarial example,
+and the example lies within the radius and in [0, 1]; --precision speeds up the search alone.
+
+With --out the same command goes on where it was stopped.
 """
 
 import hashlib
@@ -25,7 +29,8 @@ from ..attacks import suite
 from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.code import bring_in
-from ..runs.config import PRECISIONS, Config, device, number, versions
+from ..runs.config import PRECISIONS, Config, device, versions
+from ..train.cli import NUMBER, WHOLE
 from . import networks, report, search, validity
 from .record import Record, open_examples
 
@@ -41,37 +46,74 @@ class Subject:
 
 
 def arguments(argv):
-    parser = Parser(prog="python -m fastadv.evaluate", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", nargs="+", help="of runs, whose folder means best, or .pt files"
+    parser = Parser(
+        prog="python -m fastadv.evaluate", usage="%(prog)s [FLAGS]", description=__doc__
     )
-    parser.add_argument("--model", help=f"architecture of foreign checkpoints: {models.KNOWN}")
-    parser.add_argument("--model-from", help="module:function to import and call for the network")
-    parser.add_argument(
+    add_networks(parser.add_argument_group("networks").add_argument)
+    add_images(parser.add_argument_group("images").add_argument)
+    add_attacks(parser.add_argument_group("attacks").add_argument)
+    add = parser.add_argument_group("output").add_argument
+    text = "folder for reports, figures and what a stopped evaluation goes on from"
+    add("--out", type=Path, metavar="DIR", help=text)
+    text = "write the adversarial examples (adversarial.npy) and a figure into --out"
+    add("--save-adversarial", action="store_true", help=text)
+    return parser.parse_args(argv)
+
+
+def add_networks(add):
+    add(
+        "--checkpoint",
+        nargs="+",
+        metavar="PATH",
+        help="runs, by their folder (whose best checkpoint is taken) or a .safetensors in it; with "
+        "--model or --model-from also weight files from elsewhere, such as a .pt",
+    )
+    text = f"architecture of checkpoints from elsewhere: {models.KNOWN}"
+    add("--model", metavar="NAME", help=text)
+    text = "channels of the stem of --model, if not the published ones"
+    add("--width", type=WHOLE, metavar="N", help=text)
+    add(
+        "--model-from",
+        metavar="module:function",
+        help="a network of your own: the function to import, which makes it; --checkpoint then "
+        "loads weights into it",
+    )
+    add(
         "--student-from",
         action="append",
         default=[],
-        help="module:function, where a run's student is one; again for a run of another",
+        metavar="module:function",
+        help="the function that a run was trained with by --student-from; give the flag again for "
+        "a run with another one",
     )
-    parser.add_argument("--width", type=int, help="its stem's channels, if not the published ones")
-    parser.add_argument("--source", help="run whose network transfer-NAME attacks follow")
-    parser.add_argument("--data", help=f"{data.KNOWN}; default: the run's")
-    parser.add_argument("--data-from", help="module:function of a reader, in the place of --data")
-    parser.add_argument("--data-dir", help="folder (or npz file) of the images; default: the run's")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--attacks", default="paper", help="comma separated; default: %(default)s")
-    parser.add_argument("--eps", type=number, help="radius; default: the run's, else 8/255 (linf)")
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the search")
-    parser.add_argument("--limit", type=int, help="only the first N images")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder of reports, figures and what is resumed")
-    parser.add_argument(
-        "--save-adversarial", action="store_true", help="adversarial.npy and a figure, in --out"
-    )
-    return parser.parse_args(argv)
+    text = "a run's checkpoint: transfer-NAME attacks follow its network's gradients"
+    add("--source", metavar="PATH", help=text)
+
+
+def add_images(add):
+    add("--data", metavar="NAME", help=f"{data.KNOWN}; default: the run's")
+    text = "in place of --data, a data set of your own: the function to import, which reads it"
+    add("--data-from", metavar="module:function", help=text)
+    text = "folder of the data set's files, or the .npz file; default: the run's"
+    add("--data-dir", metavar="PATH", help=text)
+    text = "validation images (held out from training) or test images; default: %(default)s"
+    add("--split", choices=("val", "test"), default="test", help=text)
+    add("--limit", type=WHOLE, metavar="N", help="only the first N images")
+
+
+def add_attacks(add):
+    text = "attacks and suites, see above; default: %(default)s"
+    add("--attacks", default="paper", metavar="NAME,NAME", help=text)
+    add("--eps", type=NUMBER, metavar="X", help="radius; default: the run's, else 8/255 (linf)")
+    text = "of the radius; default: %(default)s"
+    add("--norm", choices=("linf", "l2"), default="linf", help=text)
+    text = "what the search for examples computes in; default: %(default)s"
+    add("--precision", choices=PRECISIONS, default="fp32", help=text)
+    text = "images per batch, which changes no result; default: %(default)s"
+    add("--batch-size", type=WHOLE, default=256, metavar="N", help=text)
+    add("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: %(default)s")
+    text = "of the attacks' random starts; default: %(default)s"
+    add("--seed", type=WHOLE, default=0, metavar="N", help=text)
 
 
 def import_own(args):

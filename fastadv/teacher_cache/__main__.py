@@ -7,9 +7,12 @@ r"""python -m fastadv.teacher_cache: fill, verify, list and clear out caches of 
     python -m fastadv.teacher_cache info DIR
     python -m fastadv.teacher_cache prune DIR [--keep NAME ...]
 
-DIR is the folder of all caches, or the folder of one.
+A cache is a table of what one teacher says of a training set. It has one row for each view of each
+image; a view is one way in which the augmentation may crop and flip an image. DIR is the folder of
+all caches, or the folder of one.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +26,11 @@ from ..train import cli
 from ..train.build import build_loader, build_method, build_teacher
 from . import TeacherCache, store
 
+PROGRAM = "python -m fastadv.teacher_cache"
+
 
 def fill(args, rest):
-    """Computes all rows that are not there, view by view; a later call goes on where one ended."""
+    """Computes the rows that are missing, view by view; a later call goes on where one ended."""
     cache, loader = opened(args, rest)
     views = loader.views if args.views is None else min(args.views, loader.views)
     rows = torch.arange(len(loader.images))
@@ -45,7 +50,8 @@ def fill(args, rest):
 
 
 def verify(args, rest):
-    """Checks every checksum and, where a teacher is given, recomputes a random sample of rows."""
+    """Checks the checksum of every row and, where a teacher is given, computes a random sample of
+    the rows again."""
     bad = 0
     for folder in caches(args.directory):
         try:
@@ -116,7 +122,8 @@ def info(args, rest):
 
 
 def prune(args, rest):
-    """Deletes what cannot be read and clears damaged rows; with --keep deletes all other caches."""
+    """Deletes caches that cannot be read, and damaged rows of the others; with --keep also all
+    caches that are not named."""
     folders = store.caches(args.directory)
     kept = None if args.keep is None else {Path(name).name for name in args.keep}
     if unknown := (kept or set()) - {folder.name for folder in folders}:
@@ -161,7 +168,8 @@ def opened(args, rest):
     for flag in rest if args.run else ():
         if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS + cli.OWN_FLAGS:
             raise UsageError(f"--run takes the run's own settings: {flag} does not go with it")
-    config, _ = cli.parse(["--resume", args.run, *rest] if args.run else rest)
+    given = ["--resume", args.run, *rest] if args.run else rest
+    config, _ = cli.parse(given, prog=f"{PROGRAM} {args.command.__name__}")
     device(config.device)  # raises where this machine has none
     dataset = data.load(config.data, config.data_dir)
     teacher, loader = build_teacher(config, dataset, args.which), build_loader(config, dataset)
@@ -174,35 +182,65 @@ def opened(args, rest):
     return TeacherCache(teacher, loader, names, args.directory, dtype), loader
 
 
-def count(text):
-    """A whole number of at least 1; argparse makes a sentence of the ValueError for others."""
+def positive(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
+COUNT = cli.typed(positive, "a whole number of at least 1")
+
+
 def arguments(argv):
-    parser = Parser(prog="python -m fastadv.teacher_cache", description=__doc__)
+    parser = Parser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="fill|verify|info|prune")
     for command in (fill, verify, info, prune):
-        one = commands.add_parser(command.__name__, help=command.__doc__)
-        one.add_argument("directory", metavar="DIR")
-        one.set_defaults(command=command, takes_rest=command in (fill, verify))
+        text = " ".join(command.__doc__.split())
+        form = argparse.HelpFormatter  # which breaks long lines
+        one = commands.add_parser(
+            command.__name__, help=text, description=text, formatter_class=form
+        )
+        one.add_argument("directory", metavar="DIR", help="the folder of all caches, or of one")
+        one.set_defaults(command=command)
         if command in (fill, verify):
-            one.epilog = "all other flags are those of python -m fastadv.train"
-            one.add_argument("--run", metavar="RUN", help="the teacher and data of this run folder")
-            one.add_argument("--which", choices=("teacher", "clean_teacher"), default="teacher")
-            one.add_argument("--names", help="such as logits,penultimate; default: the method's")
+            add_teacher(one)
         if command is fill:
-            one.add_argument("--views", type=count, help="only the first so many views per image")
+            text = "compute only the first N views of each image; default: all"
+            one.add_argument("--views", type=COUNT, metavar="N", help=text)
         if command is verify:
-            one.add_argument("--sample", type=count, default=1000, help="rows to recompute")
+            text = "how many rows to compute again; default: %(default)s"
+            one.add_argument("--sample", type=COUNT, default=1000, metavar="N", help=text)
         if command is prune:
-            one.add_argument("--keep", nargs="+", metavar="NAME", help="delete all but these")
+            text = "delete all caches but these, which `info` lists"
+            one.add_argument("--keep", nargs="+", metavar="NAME", help=text)
     args, rest = parser.parse_known_args(argv)
-    if rest and not args.takes_rest:
-        parser.error(f"unknown: {' '.join(rest)}")
+    if rest and args.command not in (fill, verify):
+        one = commands.choices[args.command.__name__]
+        one.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
+
+
+def add_teacher(parser):
+    """Adds the flags of the commands that ask a teacher."""
+    parser.epilog = (
+        "Without --run the teacher and the data are given by the flags of python -m fastadv.train, "
+        "such as --teacher-checkpoint and --data. With --run, flags for places, such as "
+        "--data-dir, may go with it."
+    )
+    text = "the folder of a run: its teacher, data and augmentation"
+    parser.add_argument("--run", metavar="RUN", help=text)
+    parser.add_argument(
+        "--which",
+        choices=("teacher", "clean_teacher"),
+        default="teacher",
+        help="which teacher, of a run that has two; default: %(default)s",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="NAME,NAME",
+        help="which outputs of the teacher, such as logits,penultimate; default: what the method "
+        "reads",
+    )
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import data, methods, models
 from ..errors import Parser, UsageError
 from ..runs.code import bring_in
-from ..runs.config import PLACES, PRECISIONS, Config, number
+from ..runs.config import PATHS, PLACES, PRECISIONS, Config, number
 from .recipes import digits_student, recipe, recipes
 
 # The fields that may name code of a user's own, by a flag such as --student-from.
@@ -20,6 +20,10 @@ OWN = {
     "clean_teacher": models.register,
     "data": data.register,
 }
+# How the help explains these flags: what stands in place of the field's own.
+OWN_HELP = dict.fromkeys(OWN, "a network of your own: the function to import, which makes it")
+OWN_HELP["method"] = "a method of your own: the class to import"
+OWN_HELP["data"] = "a data set of your own: the function to import, which reads it"
 
 
 def flag(field):
@@ -30,9 +34,9 @@ PLACE_FLAGS = tuple(map(flag, PLACES))
 OWN_FLAGS = tuple(flag(field) + "-from" for field in OWN)
 
 
-def parse(argv, description=None):
-    """(Config, resume) from the command line."""
-    given = vars(parser(description).parse_args(argv))
+def parse(argv, description=None, prog="python -m fastadv.train"):
+    """(Config, resume) from the command line of `prog`."""
+    given = vars(parser(description, prog).parse_args(argv))
     if given.pop("list_recipes"):
         print(recipe_table())
         raise SystemExit
@@ -104,44 +108,52 @@ def saved(folder):
         raise UsageError(f"{path} is not the record of a run: {error}") from error
 
 
-def parser(description):
+def parser(description, prog="python -m fastadv.train"):
     result = Parser(
-        prog="python -m fastadv.train",
+        prog=prog,
+        usage="%(prog)s [FLAGS]",
         description=description,
         epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, such as vfd+at",
     )
-    result.add_argument("--recipe", help="a published recipe; flags override its fields")
-    result.add_argument("--list-recipes", action="store_true", help="what there is, and exit")
+    result.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="the settings of a paper, by a name that --list-recipes prints; flags override them",
+    )
+    result.add_argument(
+        "--list-recipes",
+        action="store_true",
+        help="print all recipes with their published accuracies, and exit",
+    )
     result.add_argument(
         "--resume",
         metavar="DIR",
-        help="go on with the run in this folder; of the flags below --device and paths of data, "
-        "teachers and cache may be given",
+        help="go on with the run in this folder, by its own settings; the flags that may go with "
+        f"it are {', '.join(PLACE_FLAGS)}, and --...-from for the run's own code",
     )
-    result.add_argument("--precision", choices=PRECISIONS, help="attack, outer and teacher at once")
+    result.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="sets --precision-attack, --precision-outer and --precision-teacher at once",
+    )
     result.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         dest="options",
-        help="an option of the method, such as beta=6, parity=true or layers=layer3,penultimate",
+        help="an option of the method, such as beta=6, parity=true or layers=layer3,penultimate; "
+        "give --set again for another option",
     )
-    types = {
-        float: number,
-        float | None: number,
-        int: int,
-        int | None: int,
-        tuple[int, ...]: epochs,
-    }
     for field in dataclasses.fields(Config):
         if field.name != "method_options":
-            shown = "" if field.default is None else f" (default: {field.default})"
+            read, metavar = TYPES.get(field.type, (str, "NAME"))
             result.add_argument(
                 flag(field.name),
-                type=types.get(field.type, str),
+                type=read,
                 default=argparse.SUPPRESS,
-                help=field.metadata["help"] + shown,
+                metavar="PATH" if field.name in (*PATHS, "out") else metavar,
+                help=field.metadata["help"] + default(field.default),
             )
         if field.name in OWN:
             kind = "[vfd+]module:Class" if field.name == "method" else "module:function"
@@ -149,17 +161,47 @@ def parser(description):
                 flag(field.name) + "-from",
                 default=argparse.SUPPRESS,
                 metavar=kind,
-                help=f"instead of {flag(field.name)}: your own, which this name imports",
+                help=f"in place of {flag(field.name)}, {OWN_HELP[field.name]}",
             )
     return result
 
 
+def default(value):
+    """How the help shows a field's default: as a flag would have it."""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, float):
+        value = f"{value:.4g}"
+    return "" if value is None else f" (default: {value})"
+
+
+def typed(convert, kind):
+    """`convert` as the type of a flag: where it raises ValueError, the command says that the text
+    is not `kind`."""
+
+    def read(text):
+        try:
+            return convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+
+    return read
+
+
 def epochs(text):
-    try:
-        return tuple(int(epoch) for epoch in text.split(",") if epoch)
-    except ValueError:
-        message = f"{text!r} is not a list of epochs such as 100,150"
-        raise argparse.ArgumentTypeError(message) from None
+    return tuple(int(epoch) for epoch in text.split(",") if epoch)
+
+
+WHOLE = typed(int, "a whole number")
+NUMBER = typed(number, "a number such as 0.031 or 8/255")
+# {type of a field: (that of its flag, how the help calls a value)}
+TYPES = {
+    float: (NUMBER, "X"),
+    float | None: (NUMBER, "X"),
+    int: (WHOLE, "N"),
+    int | None: (WHOLE, "N"),
+    tuple[int, ...]: (typed(epochs, "a list of epochs such as 100,150"), "N,N"),
+}
 
 
 def value(text):

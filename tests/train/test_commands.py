@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from small_runs import config
 
 from fastadv import UsageError, export
+from fastadv.evaluate import __main__ as evaluation
 from fastadv.runs import checkpoint, log
 from fastadv.teacher_cache import __main__ as cache
 from fastadv.train import __main__ as command
@@ -226,14 +228,59 @@ def test_a_folder_of_caches_is_one(tmp_path, command):
             cache.main([command, str(tmp_path)])
 
 
-@pytest.mark.parametrize("flag", ["fill --views", "verify --sample"])
-@pytest.mark.parametrize("count", ["0", "-2", "x", "1.5"])
-def test_counts_are_whole(tmp_path, capsys, flag, count):
-    command, name = flag.split()
+COMMANDS = {"train": command, "evaluate": evaluation, "teacher_cache": cache}
+NUMBER, WHOLE = "is not a number such as 0.031 or 8/255", "is not a whole number"
+WRONG_FLAGS = {
+    "train --milestones 10,x": "argument --milestones: '10,x' is not a list of epochs such as 100,",
+    "train --epochs 1.5": f"argument --epochs: '1.5' {WHOLE};",
+    "train --student-width many": f"argument --student-width: 'many' {WHOLE};",
+    "train --eps 8/x": f"argument --eps: '8/x' {NUMBER};",
+    "train --ema x": f"argument --ema: 'x' {NUMBER};",
+    "train --precision fp16": "argument --precision: invalid choice: 'fp16' ",
+    "train --epoch 3": "unrecognized arguments: --epoch 3;",  # flags are not completed
+    "evaluate --limit x": f"argument --limit: 'x' {WHOLE};",
+    "evaluate --eps x": f"argument --eps: 'x' {NUMBER};",
+    "evaluate --norm l1": "argument --norm: invalid choice: 'l1' ",
+    "evaluate --check x": "unrecognized arguments: --check x;",
+    "teacher_cache fill": "the following arguments are required: DIR;",
+    "teacher_cache fill DIR --view 3": "unrecognized arguments: --view 3;",
+    "teacher_cache fill DIR --eps x": f"argument --eps: 'x' {NUMBER};",
+    "teacher_cache info DIR --eps 1": "unrecognized arguments: --eps 1;",
+    **{
+        f"teacher_cache {flag} {count}": f"argument {flag.split()[-1]}: '{count}' {WHOLE} of at "
+        "least 1;"
+        for flag in ("fill DIR --views", "verify DIR --sample")
+        for count in ("0", "-2", "x", "1.5")
+    },
+}
+
+
+@pytest.mark.parametrize("line", WRONG_FLAGS)
+def test_a_wrong_flag_is_named_in_one_line(capsys, line):
+    name, *flags = line.split()
     with pytest.raises(SystemExit) as ended:
-        cache.main([command, str(tmp_path), name, count])
+        COMMANDS[name].main(flags)
     assert ended.value.code == 2
-    assert f"argument {name}: invalid count value: '{count}'" in capsys.readouterr().err
+    (text,) = capsys.readouterr().err.splitlines()
+    program = " ".join([name, *flags[:1]] if name == "teacher_cache" else [name])
+    assert text.startswith(f"error: {WRONG_FLAGS[line]}")
+    assert text.endswith(f"; `python -m fastadv.{program} --help` lists all flags")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train", "evaluate", "teacher_cache fill", "teacher_cache verify", "teacher_cache prune"],
+)
+def test_help_explains_every_flag(capsys, line):
+    name, *rest = line.split()
+    with pytest.raises(SystemExit):
+        COMMANDS[name].main([*rest, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    flags = [number for number, text in enumerate(lines) if text.startswith("  -")]
+    assert flags
+    for number in flags:
+        beside = re.match(r"  \S.*?  +\S", lines[number])
+        assert beside or lines[number + 1].startswith(" " * 12), lines[number]
 
 
 def test_damaged_weights_and_data_name_themselves(npz, tmp_path):
