@@ -16,6 +16,8 @@ from ..errors import UsageError
 from ..ops._logits import int64_labels, wide
 from ..ops._torch import uncompiled, version
 
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+
 
 class Answering(nn.Module):
     """Wraps a network for methods: images are cast to the dtype of its parameters, and it returns
@@ -96,13 +98,14 @@ class Nets:
 @torch.no_grad()
 def state_of(net):
     """A value that differs after training of `net`, by whatever code. Address and version of each
-    tensor do not tell alone: fused optimisers and writes to `.data` count no version, so its first
-    number stands beside them. None on a device where a look at numbers would wait."""
+    tensor do not tell alone, as fused optimisers and writes to `.data` count no version: the sum of
+    its bits stands beside them. It costs one read of the tensor; a refresh copies it, folds and
+    packs it. None on a device where a look at numbers would wait."""
     tensors = [*net.parameters(), *net.buffers()]
-    if not all(tensor.is_cpu for tensor in tensors):
+    if not all(tensor.is_cpu and tensor.dtype.itemsize in WHOLE for tensor in tensors):
         return None
-    firsts = (tensor.as_strided((), ()).item() if tensor.numel() else 0 for tensor in tensors)
-    return [(t.data_ptr(), version(t), first) for t, first in zip(tensors, firsts, strict=True)]
+    bits = (tensor.view(WHOLE[tensor.dtype.itemsize]).sum().item() for tensor in tensors)
+    return [(t.data_ptr(), version(t), total) for t, total in zip(tensors, bits, strict=True)]
 
 
 class AdversarialImages:

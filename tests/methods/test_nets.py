@@ -247,14 +247,18 @@ def trained(net):
         for p in net.parameters():
             p.data.mul_(0.5)
 
+    def by_one_number():
+        (*_, last) = net.parameters()
+        last.data[-1] += 0.5
+
     def by_loading():
         net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True)
 
-    return by_optimiser, by_average, by_loading
+    return by_optimiser, by_average, by_one_number, by_loading
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("way", range(3))
+@pytest.mark.parametrize("way", range(4))
 def test_a_teacher_is_refreshed_when_its_model_has_changed(way, mode):
     (x, y), (student, teacher, _) = images(), networks()
     twin, change = freeze(teacher), trained(teacher)[way]
