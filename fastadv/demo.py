@@ -20,7 +20,7 @@ from .runs import log, parallel
 from .runs.checkpoint import atomic_write
 from .runs.config import Config, device
 from .train import train
-from .train.build import build_loader, build_method, build_student
+from .train.build import build_loader, build_method, build_student, build_teacher, check_teachers
 from .train.cli import fresh_folder
 from .train.recipes import digits_student, digits_teacher
 
@@ -102,14 +102,20 @@ def compare(rslad, at):
 def with_teachers(config):
     """A config of the digits with the teachers that it lacks, trained under runs/ where that was
     not done before. The processes of a `parallel.group()` must all call it."""
-    teachers, given = build_method(config).teachers, {}
+    method = build_method(config)
     digits = data.load("digits")
     device(config.device)  # all that may be refused, before minutes of training for nothing
     build_student(config, digits)
     build_loader(config, digits)
-    for which in teachers:
+    check_teachers(config, method)
+    lacking = []
+    for which in method.teachers:
         if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
-            continue
+            build_teacher(config, digits, which)
+        else:
+            lacking.append(which)
+    given = {}
+    for which in lacking:
         out = Path("runs") / f"digits-{which.replace('_', '-')}"
         there = out.exists() and parallel.rank() == 0  # the first process decides for all
         if not parallel.total(torch.tensor(int(there))):

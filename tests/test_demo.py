@@ -47,6 +47,22 @@ def test_no_teacher_is_trained_for_a_run_that_is_refused(tmp_path, monkeypatch, 
         main(["--data", "digits", "--method", "rslad", *wrong.split()])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("rslad --clean-teacher resnet18", "clean_teacher is given, but method rslad has no"),
+        ("rslad --clean-teacher-checkpoint x.pt", "clean_teacher_checkpoint is given, but"),
+        ("mtard --teacher resnet18", "teacher_checkpoint is missing"),
+        ("mtard --teacher-checkpoint x.pt", "x.pt: no such file"),
+    ],
+)
+def test_no_teacher_is_trained_beside_one_that_is_refused(tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("a teacher is trained"))
+    with pytest.raises((UsageError, FileNotFoundError), match=said):
+        main(["--data", "digits", "--method", *line.split()])
+
+
 @pytest.mark.slow
 def test_demo_makes_students_robust(tmp_path):
     done = subprocess.run(TRAIN, cwd=tmp_path, capture_output=True, text=True, check=False)

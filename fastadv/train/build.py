@@ -16,6 +16,8 @@ from ..models.zoo import is_own
 from ..runs import parallel
 from ..runs.config import PRECISIONS
 
+TEACHERS = ("teacher", "clean_teacher")
+
 
 def build_method(config):
     """The method with its attack. Where the config has None, start and BatchNorm mode are the
@@ -59,21 +61,25 @@ def build_student(config, dataset):
 
 def build_nets(config, dataset, method):
     """(methods.Nets, the bare student)."""
+    check_teachers(config, method)
     student = build_student(config, dataset)
     student.to(config.device, memory_format=torch.channels_last)
-    teachers = {}
-    for which in ("teacher", "clean_teacher"):
-        if which in method.teachers:
-            teachers[which] = build_teacher(config, dataset, which)
-        for field in (which, f"{which}_checkpoint"):
-            if getattr(config, field) and which not in method.teachers:
-                raise UsageError(f"{field} is given, but method {config.method} has no {which}")
+    asked = [which for which in TEACHERS if which in method.teachers]
+    teachers = {which: build_teacher(config, dataset, which) for which in asked}
     nets = methods.Nets(
         student=FastStudent(student, PRECISIONS[config.precision_outer]),
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
         **teachers,
     )
     return nets, student
+
+
+def check_teachers(config, method):
+    """Raises UsageError for a teacher that is given but that the method does not have."""
+    for which in TEACHERS:
+        for field in (which, f"{which}_checkpoint"):
+            if getattr(config, field) and which not in method.teachers:
+                raise UsageError(f"{field} is given, but method {config.method} has no {which}")
 
 
 def build_teacher(config, dataset, which):
