@@ -9,6 +9,8 @@ from ..ops._torch import hooked
 from .plan import Unsupported
 
 
+@torch.inference_mode(False)  # the caller's modes are not the network's
+@torch.enable_grad()
 def trace(net, kind):
     """The graph of a network on this kind of device. Raises Unsupported where torch.fx cannot trace
     the network, or would leave out something that it does."""
@@ -19,8 +21,7 @@ def trace(net, kind):
             raise Unsupported(f"{name or type(net).__name__} has hooks")
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     try:
-        # The caller's modes are not the network's.
-        with torch.autocast(autocast, enabled=False), torch.enable_grad():
+        with torch.autocast(autocast, enabled=False):
             graph = Tracer(autocast).trace(net)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error

@@ -130,13 +130,13 @@ def import_own(args):
 def check(args):
     """Raises UsageError for flags that no evaluation can follow, before any work is done."""
     if not (args.checkpoint or args.model_from):
-        raise UsageError("checkpoint is missing: name a run's, or a network by --model-from")
+        raise UsageError("checkpoint is missing: give a run, or a network by --model-from")
     if len({*(args.checkpoint or ())}) < len(args.checkpoint or ()):
         raise UsageError(f"checkpoint has one twice: {', '.join(args.checkpoint)}")
     if args.model and args.model_from:
         raise UsageError("model and model-from are both given, must be one of them")
     if (args.model or args.model_from) and not args.data:
-        raise UsageError("data is missing: a network that is no run's does not name its own")
+        raise UsageError("data is missing: without a run, nothing says which data to take")
     if args.norm == "l2" and args.eps is None:
         raise UsageError("eps is missing, which norm l2 needs, such as 0.5")
     for name in ("limit", "batch_size"):
@@ -150,7 +150,7 @@ def check(args):
     with values_from_user():
         stages = suite.stages(args.attacks, eps, args.norm)
     if any(stage.transferred for stage in stages) and not args.source:
-        raise UsageError("source is missing, which transfer attacks need: a run's checkpoint")
+        raise UsageError("source is missing, must be a run's checkpoint for transfer attacks")
     device(args.device)
 
 

@@ -1,5 +1,6 @@
 """The parts of a training method: its networks, a batch, and the two problems, inner and outer."""
 
+import zlib
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -15,8 +16,6 @@ from ..engine.query import ask
 from ..errors import UsageError
 from ..ops._logits import int64_labels, wide
 from ..ops._torch import uncompiled, version
-
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 class Answering(nn.Module):
@@ -73,7 +72,7 @@ class Nets:
                 raise ValueError(f"{name} is in train mode, must be in eval mode: freeze({name})")
         for one in fields(self):
             setattr(self, one.name, answering(getattr(self, one.name)))
-        self._copied = {}  # {teacher: the state of its model at the last refresh here}
+        self._copied = {}  # {twin: the state of its model at the last refresh here}
 
     def refresh_teachers(self):
         """Refreshes the teachers that are twins of a model which has changed since the last time:
@@ -82,9 +81,9 @@ class Nets:
             twin = uncompiled(getattr(self, name))
             if isinstance(twin, Frozen):
                 state = state_of(original(twin))
-                if state is None or state != self._copied.get(name):
+                if state is None or state != self._copied.get(twin):
                     refresh(twin)
-                    self._copied[name] = state
+                    self._copied[twin] = state
 
     def with_twin(self):
         """These nets with the student's twin, refreshed, in the place of the student."""
@@ -95,17 +94,19 @@ class Nets:
         return replace(self, student=self.student_twin)
 
 
-@torch.no_grad()
 def state_of(net):
     """A value that differs after training of `net`, by whatever code. Address and version of each
-    tensor do not tell alone, as fused optimisers and writes to `.data` count no version: the sum of
-    its bits stands beside them. It costs one read of the tensor; a refresh copies it, folds and
+    tensor do not tell alone, as fused optimisers and writes to `.data` count no version: a checksum
+    of its bytes stands beside them. It costs one read of the tensor; a refresh copies it, folds and
     packs it. None on a device where a look at numbers would wait."""
     tensors = [*net.parameters(), *net.buffers()]
-    if not all(tensor.is_cpu and tensor.dtype.itemsize in WHOLE for tensor in tensors):
+    if not all(tensor.is_cpu for tensor in tensors):
         return None
-    bits = (tensor.view(WHOLE[tensor.dtype.itemsize]).sum().item() for tensor in tensors)
-    return [(t.data_ptr(), version(t), total) for t, total in zip(tensors, bits, strict=True)]
+    return [(t.data_ptr(), version(t), checksum(t)) for t in tensors]
+
+
+def checksum(tensor):
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 class AdversarialImages:

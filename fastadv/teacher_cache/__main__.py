@@ -167,7 +167,10 @@ def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
     for flag in rest if args.run else ():
         if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS + cli.OWN_FLAGS:
-            raise UsageError(f"--run takes the run's own settings: {flag} does not go with it")
+            raise UsageError(
+                f"--run takes the run's own settings: {flag} does not go with it, only "
+                f"{cli.WITH_RUN}"
+            )
     given = ["--resume", args.run, *rest] if args.run else rest
     config, _ = cli.parse(given, prog=f"{PROGRAM} {args.command.__name__}")
     device(config.device)  # raises where this machine has none

@@ -32,6 +32,10 @@ def flag(field):
 
 PLACE_FLAGS = tuple(map(flag, PLACES))
 OWN_FLAGS = tuple(flag(field) + "-from" for field in OWN)
+WITH_RUN = (
+    f"{', '.join(PLACE_FLAGS)}, for what lies elsewhere on this machine, and "
+    f"{', '.join(OWN_FLAGS)}, which name the run's own code again"
+)
 
 
 def parse(argv, description=None, prog="python -m fastadv.train"):
@@ -47,9 +51,7 @@ def parse(argv, description=None, prog="python -m fastadv.train"):
     if resume:
         if given.keys() - PLACES or name or precision or options:
             raise UsageError(
-                "--resume takes the run's own settings: no other flag goes with it but those of "
-                f"places, which may be others on another machine ({', '.join(PLACE_FLAGS)}), and "
-                f"those that name the run's own code once more ({', '.join(OWN_FLAGS)})"
+                f"--resume takes the run's own settings: no other flag goes with it but {WITH_RUN}"
             )
         config = saved(resume)
         for field, text in own.items():
@@ -67,7 +69,10 @@ def parse(argv, description=None, prog="python -m fastadv.train"):
             fields.pop(which, None)
     if given.get("data") == "digits":
         if name:
-            raise UsageError(f"--recipe is {name}, which is not for digits: they have settings")
+            raise UsageError(
+                f"--recipe is {name}, which is not for digits: leave it out, the digits have "
+                "settings of their own"
+            )
         fields = digits_student(given.get("method", Config.method))
         if given.get("student", fields["student"]) != fields["student"]:
             del fields["student_width"]

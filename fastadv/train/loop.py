@@ -135,7 +135,7 @@ def open_caches(config, method, nets, loader):
     if config.teacher_cache == "off" or not method.cacheable():
         return {}
     if loader.views == 2**32:
-        tqdm.write("teacher cache: off, for no view comes twice without --views-per-image")
+        tqdm.write("teacher cache: off, because without --views-per-image no view comes twice")
         return {}
     folder = None if config.teacher_cache == "memory" else config.teacher_cache
     dtype = getattr(torch, config.teacher_cache_dtype)
@@ -146,7 +146,8 @@ def open_caches(config, method, nets, loader):
         size = loader.views * len(loader.images) * width * dtype.itemsize
         if parallel.rank() == 0:
             where = cache.folder or "memory"
-            tqdm.write(f"{which}: cached in {where}, at most {size / 1e6:.1f} MB")
+            outputs = f"outputs of the {which.replace('_', ' ')}"
+            tqdm.write(f"teacher cache: {where} keeps the {outputs}, {size / 1e6:.1f} MB when full")
         caches[which] = cache
     return caches
 

@@ -81,7 +81,7 @@ def test_settings_give_way_to_flags():
     config, _ = parse(line.split())
     assert (config.method, config.eps) == ("at", 0.031)
     assert config.method_options == {"parity": True, "label_smoothing": 0.0}
-    with pytest.raises(ValueError, match="--recipe is .*, which is not for digits"):
+    with pytest.raises(ValueError, match="--recipe is .*, which is not for digits.*leave it out"):
         parse(["--recipe", "trades-cifar10-resnet18", "--data", "digits"])
 
 

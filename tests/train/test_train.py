@@ -210,7 +210,7 @@ def test_no_cache_where_no_view_comes_twice(npz, tmp_path, teacher, capsys):
     settings = with_teachers({"method": "funmatch", "policy": "autoaugment"}, teacher)
     rows = train(config(npz, tmp_path / "run", epochs=1, **settings))
     assert "teacher_cached" not in rows[0]
-    assert "teacher cache: off, for no view comes twice without --views-per-image" in (
+    assert "teacher cache: off, because without --views-per-image no view comes twice" in (
         capsys.readouterr().out
     )
 
