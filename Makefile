@@ -49,7 +49,7 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
-	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/kernels/emulate.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/kernels/*.cpp
 
 # The tests of the ops and of the CUDA kernels' emulation again, with the C++ under AddressSanitizer
 # and UndefinedBehaviorSanitizer.

@@ -19,6 +19,7 @@ from .evaluate import PAPER, correct, from_run, table
 from .runs import log, parallel
 from .runs.checkpoint import atomic_write
 from .runs.config import Config, device
+from .runs.folder import check_free
 from .train import train
 from .train.build import build_loader, build_method, build_student, build_teacher, check_teachers
 from .train.cli import fresh_folder
@@ -114,6 +115,8 @@ def with_teachers(config):
             build_teacher(config, digits, which)
         else:
             lacking.append(which)
+    if lacking and parallel.rank() == 0:
+        check_free(config.out)
     given = {}
     for which in lacking:
         out = Path("runs") / f"digits-{which.replace('_', '-')}"

@@ -3,13 +3,12 @@ r"""python -m fastadv.export: a run's network as a .pt file for RobustBench and 
 python -m fastadv.export --checkpoint runs/at-cifar10/best.safetensors --out model.pt
 """
 
-import argparse
 import re
 
 from torch import nn
 
 from . import models
-from .errors import as_command
+from .errors import Parser, as_command
 from .evaluate import from_run
 from .runs.code import bring_in
 
@@ -30,14 +29,14 @@ def robustbench_class(name):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadv.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, help="of a run: DIR/best.safetensors")
-    parser.add_argument("--out", required=True, help='file for torch.save of {"state_dict": ...}')
-    parser.add_argument("--student-from", help="module:function, where the run names one")
+    parser = Parser(prog="python -m fastadv.export", description=__doc__)
+    add = parser.add_argument
+    text = "a run, by its folder (whose best checkpoint is taken) or a .safetensors in it"
+    add("--checkpoint", required=True, metavar="PATH", help=text)
+    text = 'the file to write, as torch.save writes {"state_dict": ...}'
+    add("--out", required=True, metavar="PATH", help=text)
+    text = "the function that the run was trained with by --student-from"
+    add("--student-from", metavar="module:function", help=text)
     args = parser.parse_args(argv)
     if args.student_from:
         bring_in("student-from", args.student_from, models.register)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .errors import Parser
 from .ops import _library, _native
 
 
@@ -82,5 +83,10 @@ def report():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    Parser(prog="python -m fastadv.info", description=__doc__).parse_args(argv)
     print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -54,12 +54,15 @@ def test_no_teacher_is_trained_for_a_run_that_is_refused(tmp_path, monkeypatch, 
         ("rslad --clean-teacher-checkpoint x.pt", "clean_teacher_checkpoint is given, but"),
         ("mtard --teacher resnet18", "teacher_checkpoint is missing"),
         ("mtard --teacher-checkpoint x.pt", "x.pt: no such file"),
+        ("rslad --out taken", "out is taken, which holds a run: go on with it .--resume taken"),
     ],
 )
 def test_no_teacher_is_trained_beside_one_that_is_refused(tmp_path, monkeypatch, line, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("a teacher is trained"))
-    with pytest.raises((UsageError, FileNotFoundError), match=said):
+    Path("taken").mkdir()
+    Path("taken/config.json").touch()
+    with pytest.raises((UsageError, OSError), match=said):
         main(["--data", "digits", "--method", *line.split()])
 
 

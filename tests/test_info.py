@@ -26,6 +26,16 @@ def test_report_names_every_op_and_its_backend():
         assert not [line for line in table if line[at] == " "]
 
 
+def test_the_command_takes_no_flags(capsys):
+    info.main([])
+    assert capsys.readouterr().out == info.report() + "\n"
+    for flag, status, said in (("--help", 0, "A bug report"), ("--all", 2, "error: unrecognized")):
+        with pytest.raises(SystemExit) as ended:
+            info.main([flag])
+        assert ended.value.code == status
+        assert said in "".join(capsys.readouterr())
+
+
 def test_report_begins_with_what_a_bug_report_needs():
     """Names and values in two columns, so that it is read at a glance."""
     lines = info.report().splitlines()

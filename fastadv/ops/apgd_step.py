@@ -41,32 +41,14 @@ def _check_in_place(*args):
     expect_apart(dict(zip(_MUTATED, args[:5], strict=True)), {"grad": args[6], "x": args[7]})
 
 
-def reference(
-    x_adv,
-    x_old,
-    x_best,
-    grad_best,
-    x_found,
-    bad_gradients,
-    grad,
-    x,
-    step_size,
-    better_best,
-    better_found,
-    restart,
-    eps_per_sample,
-    eps,
-    weight,
-    norm,
-    lo,
-    hi,
-):
+def reference(x_adv, x_old, x_best, grad_best, x_found, bad_gradients, grad, x, *rest):
     """Keeps x_adv where better_* [B], takes up x_best where restart [B], then z = P(x_adv +
     step_size d), P(x_adv + weight (z - x_adv) + (1 - weight) (x_adv - x_old)). Shapes [B, ...].
 
     d is sign(g) or g / ||g||, g the gradient with 0 for elements that are not finite. Croce
     & Hein 2020.
     """
+    step_size, better_best, better_found, restart, eps_per_sample, eps, weight, norm, lo, hi = rest
     if eps_per_sample is not None:
         eps = per_sample(eps_per_sample, x)
     finite = grad.isfinite()

@@ -70,11 +70,21 @@ class Config:
     data: str = _flag("cifar10", "digits, cifar10, cifar100, svhn or npz")
     data_dir: str | None = _flag(None, "folder of the data set's files, or the .npz file")
     student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
-    student_width: int | None = _flag(None, "channels of its stem, for narrow networks")
-    teacher: str | None = _flag(None, "architecture of a checkpoint that fastadv did not write")
-    teacher_checkpoint: str | None = _flag(None, "robust teacher: a run's .safetensors or a .pt")
-    clean_teacher: str | None = _flag(None, "architecture of such a clean teacher's checkpoint")
-    clean_teacher_checkpoint: str | None = _flag(None, "naturally trained teacher, the same files")
+    student_width: int | None = _flag(
+        None, "channels of the student's first convolution, if not the published number"
+    )
+    teacher: str | None = _flag(
+        None, "the robust teacher's network, where fastadv did not write its checkpoint"
+    )
+    teacher_checkpoint: str | None = _flag(
+        None, "the robust teacher's weights: a run's .safetensors, or a .pt from elsewhere"
+    )
+    clean_teacher: str | None = _flag(
+        None, "the clean teacher's network, where fastadv did not write its checkpoint"
+    )
+    clean_teacher_checkpoint: str | None = _flag(
+        None, "the weights of the clean teacher, which was trained without attacks"
+    )
     eps: float = _flag(8 / 255, "radius, such as 8/255")
     step_size: float | None = _flag(None, "attack step; eps/4 if not given")
     steps: int = _flag(10, "attack steps in training")
@@ -85,13 +95,13 @@ class Config:
     policy: str = _flag(
         "none", "strong augmentation: none, autoaugment, randaugment or trivialaugment"
     )
-    randaugment_n: int = _flag(2, "operations per image of randaugment")
-    randaugment_m: float = _flag(9.0, "their strength, 0 to 30")
+    randaugment_n: int = _flag(2, "how many operations randaugment applies to an image")
+    randaugment_m: float = _flag(9.0, "strength of randaugment's operations, 0 to 30")
     cutout: int = _flag(0, "side of a grey square in pixels, even")
     mixup: float = _flag(0.0, "alpha of mixup's Beta distribution, such as 1")
     cutmix: float = _flag(0.0, "alpha of cutmix's Beta distribution, such as 1")
     views_per_image: int | None = _flag(
-        None, "augmentations of an image, which take turns by epoch"
+        None, "how many augmented views an image has; they take turns by epoch"
     )
     epochs: int = _flag(200, "passes over the training set")
     batch_size: int = _flag(128, "images per step")
@@ -113,7 +123,9 @@ class Config:
     teacher_cache: str = _flag(
         "runs/teacher-cache", "folder of teacher outputs that all runs share, or memory, or off"
     )
-    teacher_cache_dtype: str = _flag("float16", "of what it stores: float16, or float32, exact")
+    teacher_cache_dtype: str = _flag(
+        "float16", "how it stores outputs: float16, or float32, exactly"
+    )
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")

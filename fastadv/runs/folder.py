@@ -41,10 +41,7 @@ class Run:
         """Makes the folder. Raises FileExistsError when there is a run in it."""
         if parallel.rank():
             return
-        if (self.folder / "config.json").exists():
-            raise FileExistsError(
-                f"out is {self.folder}, which holds a run: use --resume {self.folder}"
-            )
+        check_free(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -136,6 +133,15 @@ class Run:
             "config": dataclasses.asdict(self.config),
         }
         checkpoint.save(self.folder / name, tensors, metadata)
+
+
+def check_free(folder):
+    """Raises FileExistsError when there is a run in the folder."""
+    if (Path(folder) / "config.json").exists():
+        raise FileExistsError(
+            f"out is {folder}, which holds a run: go on with it (--resume {folder}; resume=True in "
+            "Python), or give another folder"
+        )
 
 
 def _with_prefix(tensors, prefix):

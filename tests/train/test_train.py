@@ -340,7 +340,7 @@ def test_bfloat16_trains(npz, tmp_path, teacher):
 def test_a_folder_with_a_run_is_refused(npz, tmp_path):
     train(config(npz, tmp_path / "run", epochs=1))
     before = (tmp_path / "run/last.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a run: use --resume"):
+    with pytest.raises(FileExistsError, match="holds a run: go on with it .--resume"):
         train(config(npz, tmp_path / "run", epochs=1))
     assert (tmp_path / "run/last.safetensors").read_bytes() == before
 
