@@ -1,5 +1,7 @@
 """From a network to a torch.fx graph that does the same."""
 
+import copy
+import itertools
 import operator
 
 import torch
@@ -20,14 +22,32 @@ def trace(net, kind):
         if hooked(module):
             raise Unsupported(f"{name or type(net).__name__} has hooks")
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
+    # Its forward may store what it computes, which in a trace is no tensor: in a copy, then.
+    traced = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+    before = attributes(traced)
     try:
         with torch.autocast(autocast, enabled=False):
-            graph = Tracer(autocast).trace(net)
+            graph = Tracer(autocast).trace(traced)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
+    if not same(before, attributes(traced)):
+        raise Unsupported("its forward sets attributes, which a trace would forget")
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Unsupported("it makes tensors of its own, which a trace would fix")
     return graph
+
+
+def attributes(net):
+    """[(name, value)] of all that the modules of a network keep."""
+    modules = net.modules()
+    kept = ({**vars(m), **m._parameters, **m._buffers, **m._modules} for m in modules)
+    return [item for one in kept for item in one.items()]
+
+
+def same(first, second):
+    """Whether two lists of `attributes` have the same names and objects."""
+    pairs = itertools.zip_longest(first, second, fillvalue=("", None))
+    return all(a == b and x is y for (a, x), (b, y) in pairs)
 
 
 class Tracer(fx.Tracer):
@@ -39,6 +59,12 @@ class Tracer(fx.Tracer):
     def __init__(self, autocast):
         super().__init__()
         self.autocast = autocast
+
+    def create_args_for_root(self, *args, **kwargs):
+        """With the defaults of the forward's further arguments, which a twin is never given."""
+        fn, (root, *given) = super().create_args_for_root(*args, **kwargs)
+        further = (arg.node.args[0] if arg.node.args else arg for arg in given[1:])
+        return fn, [root, *given[:1], *further]
 
     def proxy(self, node):
         return Proxy(node, self)

@@ -275,6 +275,99 @@ def test_nothing_is_lowered_wrongly(name, executor):
         assert frozen.trunk is None  # which only shows in use
 
 
+class Optional(Tricky):
+    """Has further arguments, which nobody gives; fx would make unknown tensors of them."""
+
+    def forward(self, x, mask=None, factor=2.0, *rest, gate=None, **named):
+        for other in (mask, gate):
+            x = x if other is None else x * other
+        return super().forward(x * factor if factor > 1 else x)
+
+
+class Counting(Tricky):
+    """Depends on how often it was called."""
+
+    def forward(self, x):
+        self.counter += 1
+        return super().forward(x) * self.counter
+
+
+class Keeping(Tricky):
+    """Keeps its image, as those do whose features are read afterwards."""
+
+    def forward(self, x):
+        self.seen = x
+        return super().forward(self.seen)
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(Optional, True), (Counting, False), (Keeping, False)])
+def test_what_a_forward_takes_and_keeps_beside_the_image(kind, taken):
+    net, x = kind(same).eval(), torch.rand(2, 3, 8, 8)
+    frozen = freeze(net)
+    assert (frozen.trunk is not None) == taken
+    for _ in range(2):
+        torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)
+    assert kind is not Keeping or frozen.net.seen is x
+
+
+class Named(nn.Module):
+    """A convolution, and around it modules whose names a torch.fx.GraphModule has for itself."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.names = [name + end for end in ("", "_0")]
+        for named in self.names:
+            self.add_module(named, nn.ELU())
+
+    def forward(self, x):
+        before, after = (self.get_submodule(name) for name in self.names)
+        return after(self.conv(before(x))).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "fastadv_segments", "elu"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_names_of_modules_stay_apart_from_those_of_graphs(name, which):
+    net, x = Named(name).eval(), torch.rand(2, 3, 8, 8)
+    if which:
+        net.names.reverse()
+    frozen = freeze(net)
+    assert (frozen.trunk is None) == (name != "elu")
+    torch.testing.assert_close(frozen(x), net(x))
+
+
+def out_of_an_argument(net, x):
+    return torch.mul(x, 2.0, out=torch.empty_like(x))
+
+
+def into_a_buffer(net, x):
+    return torch.mul(net.image.mean(), 2.0, out=net.counter) * x
+
+
+@pytest.mark.parametrize("written", [out_of_an_argument, into_a_buffer])
+def test_what_is_written_to_an_argument_is_written(written):
+    for where in range(3):
+        steps = [lambda _, x: F.elu(x)] * 3
+        steps[where] = written
+        before, between, after = steps
+        net = Tricky(between, before, lambda net, x, f=after: f(net, x).mean((2, 3))).eval()
+        frozen, x = freeze(net), torch.rand(2, 3, 8, 8)
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(frozen(x), net(x))
+
+
+@pytest.mark.parametrize("executor", [Trunk, Folded])
+def test_images_of_other_shapes_are_the_models_to_judge(executor):
+    """No image at all, one without a batch, and one channel that the normalisation makes three."""
+    net = Tricky(lambda _, x: F.elu(x), lambda net, x: x - net.mean, lambda _, x: x.mean((-2, -1)))
+    for shape in ((0, 3, 8, 8), (3, 8, 8), (2, 1, 8, 8)):
+        x, frozen = torch.rand(shape), twin(net.eval(), executor=executor)
+        torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises((RuntimeError, ValueError)):
+        frozen(torch.rand(2, 4, 8, 8))
+
+
 def test_what_waits_for_a_module_gets_it():
     frozen, x = freeze(network("resnet18")), torch.rand(2, 3, 8, 8)
     calls = []
