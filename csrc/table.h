@@ -36,7 +36,8 @@
   KERNEL(void, pgd_step, PgdStep)                      \
   KERNEL(void, random_start, RandomStart)              \
   KERNEL(void, softmax_entropy, SoftmaxEntropy)        \
-  KERNEL(void, softmax_kl, SoftmaxKL)
+  KERNEL(void, softmax_kl, SoftmaxKL)                  \
+  KERNEL(void, winograd, Winograd)
 
 namespace fastadv {
 

@@ -19,8 +19,8 @@ static int64_t resident() {
 }
 
 // How many images a group has, of 16: fewer in the last one, none beyond it.
-static inline int images_of(const Convolution& c, int64_t group) {
-  const int64_t left = c.images - group * rows;
+static inline int images_of(int64_t images, int64_t group) {
+  const int64_t left = images - group * rows;
   return left < 0 ? 0 : left < rows ? static_cast<int>(left) : rows;
 }
 
@@ -233,7 +233,7 @@ struct Dense {
 
   template <typename Loop>
   void task(int64_t group, const Loop& loop) const {
-    const int images[] = {images_of(c, group), images_of(c, group + 1)};
+    const int images[] = {images_of(c.images, group), images_of(c.images, group + 1)};
     with_finish<T>(c.finish, [&](auto finish) {
       alignas(64) float sums[2 * block_size];
 #if defined(__AMX_BF16__)
@@ -289,7 +289,7 @@ struct Depthwise {
       alignas(64) float sums[block_size];
       loop([&](int64_t p, int64_t o) {
         for (int64_t g = first; g < first + 2; ++g) {
-          const int images = images_of(c, g);
+          const int images = images_of(c.images, g);
           if (!images) break;
           sum_channels<T>(c, sums, g, images, p, o);
           const int64_t block = (g * c.out_pixels + p) * c.out_blocks + o;

@@ -30,6 +30,7 @@ namespace {
 #include "random_start.inl"
 #include "softmax_entropy.inl"
 #include "softmax_kl.inl"
+#include "winograd.inl"
 }  // namespace
 
 #define FASTADV_STRING_(x) #x

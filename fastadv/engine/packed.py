@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..ops import _blocks
 from ..ops.fold_bn import bn_affine
 from .plan import parts
+from .winograd import at_points
 
 IMAGES, CHANNELS = 16, 32  # of a block
 
@@ -17,17 +18,17 @@ IMAGES, CHANNELS = 16, 32  # of a block
 class PackedLayer:
     """The tensors of one FusedLayer, as of the last `fold`; None for what the layer does not have.
 
-    weights: (of the forward pass, of the backward pass). bias: fp32, with the BatchNorm's shift in
+    weights: (of the forward pass, of the backward pass). points: the same for Winograd. bias: fp32, with the BatchNorm's shift in
     it. scale, shift: fp32, of the layer's `affine`.
     """
 
     def __init__(self, layer):
         self.layer = layer
-        self.weights = self.bias = self.scale = self.shift = None
+        self.weights = self.points = self.bias = self.scale = self.shift = None
 
-    def fold(self, dtype):
-        """Makes all four from the present parameters; dtype: of the weights of a dense convolution,
-        those of depthwise ones are fp32."""
+    def fold(self, dtype, winograd):
+        """Makes all from the present parameters, `points` in place of `weights` if `winograd`.
+        dtype: of the weights of a dense convolution, those of depthwise ones are fp32."""
         layer = self.layer
         if layer.affine is not None:
             scale, shift = affine(layer.affine)
@@ -48,11 +49,20 @@ class PackedLayer:
             return
         # The first layer is a product with patches: its channels and taps are one dimension.
         weight = weight.flatten(1)[:, :, None] if layer.source is None else weight.flatten(2)
-        outs, ins, taps = blocks_of(len(weight)), blocks_of(weight.shape[1]), weight.shape[2]
-        if self.weights is None or self.weights[0].dtype != dtype:
-            count = outs * ins * taps * CHANNELS**2
-            self.weights = tuple(torch.empty(count, dtype=dtype, device="cpu") for _ in range(2))
-        _blocks.fold(*self.weights, weight, scale)
+        if winograd:
+            self.points = self.points or room(weight, 36, dtype)
+            forward, backward = self.points
+            _blocks.fold(forward, None, at_points(weight), scale)
+            _blocks.fold(None, backward, at_points(weight.flip(2)), scale)
+        else:
+            self.weights = self.weights or room(weight, weight.shape[2], dtype)
+            _blocks.fold(*self.weights, weight, scale)
+
+
+def room(weight, taps, dtype):
+    """Memory for both layouts of a weight [O, I, ...] with so many taps."""
+    count = blocks_of(len(weight)) * blocks_of(weight.shape[1]) * taps * CHANNELS**2
+    return tuple(torch.empty(count, dtype=dtype, device="cpu") for _ in range(2))
 
 
 def blocks_of(channels):

@@ -7,6 +7,7 @@ reads by which tap, and which element of an image is where in the patches of the
 import numpy as np
 import torch
 
+from . import winograd
 from .packed import CHANNELS, IMAGES, blocks_of
 from .plan import Unsupported
 
@@ -16,10 +17,11 @@ class LayerTaps:
 
     size, output: (height, width) that the layer reads and writes. pixels: those of the output.
     mean: what an average pooling has for weights, fp32 [taps, channels]; None for a convolution.
+    tilings: those of `_blocks.winograd`, forward and backward, where that computes the layer.
     """
 
-    def __init__(self, layer, size, output):
-        self.pixels, self.mean = output[0] * output[1], None
+    def __init__(self, layer, size, output, dtype):
+        self.pixels, self.mean, self.tilings = output[0] * output[1], None, None
         if layer.source is None and layer.conv is not None:  # a product with patches
             out = source = np.arange(self.pixels)
             size, tap, taps = output, np.zeros_like(out), 1
@@ -35,6 +37,9 @@ class LayerTaps:
             taps = len(weights)
             channels = blocks_of(layer.channels) * CHANNELS
             self.mean = weights[:, None].expand(-1, channels).contiguous()
+        if dtype == torch.float32 and winograd.pays(layer, len(out), output):
+            left, _, top, _ = layer.padding
+            self.tilings = (*size, top, left, *output), (*output, 2 - top, 2 - left, *size)
         self.forward = lists(out, source, tap, self.pixels, taps)
         self.backward = lists(source, out, tap, size[0] * size[1], taps)
 

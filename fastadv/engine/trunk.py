@@ -32,7 +32,7 @@ class Trunk:
         plan = self.plan
         self.packed = {layer: PackedLayer(layer) for layer in plan}
         self.workspace = None  # for the latest shape and layout of images
-        self.refreshes, self.stale = 0, True
+        self.refreshes, self.folded = 0, set()  # the keys of workspaces
         self.exits = segment.exits
         self.number = number = {layer: n for n, layer in enumerate(plan)}
         self.readers = {}  # {Ref: the layers that read it}
@@ -52,14 +52,14 @@ class Trunk:
         """Has the weights folded anew when they are next needed, and the backward passes of earlier
         forward passes refused."""
         self.refreshes += 1
-        self.stale = True
+        self.folded.clear()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fold(self):
-        """Folds and packs the weights."""
-        for packed in self.packed.values():
-            packed.fold(self.dtype)
+    def fold(self, workspace):
+        """Folds and packs the weights that images of the workspace's shape need."""
+        for packed, taps in zip(self.packed.values(), workspace.taps, strict=True):
+            packed.fold(self.dtype, taps.tilings is not None)
         if self.image_affine:
             scale, shift = self.image_affine()
             taps = self.plan[0].conv.weight[0, 0].numel()
@@ -68,7 +68,7 @@ class Trunk:
             self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
             self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
             self.per_channel = scale
-        self.stale = False
+        self.folded.add(workspace.key)
 
     @property
     def weight(self):
@@ -85,14 +85,14 @@ class Trunk:
             raise (Unsupported if self.inner else ValueError)(
                 f"x has shape {tuple(x.shape)}, must be [B, {channels}, H, W]"
             )
-        with FOLDING:
-            if self.stale:
-                self.fold()
         x = x.resolve_neg()
         x = x if _native.is_dense(x) else x.contiguous()
         key, workspace = (x.shape[1:], x.stride()[1:]), self.workspace
         if workspace is None or workspace.key != key:
-            workspace = self.workspace = Workspace(self.plan, x, key)
+            workspace = self.workspace = Workspace(self.plan, x, key, self.dtype)
+        with FOLDING:
+            if key not in self.folded:
+                self.fold(workspace)
         return _Run.apply(x, self, workspace)
 
     def __getstate__(self):
@@ -127,7 +127,7 @@ class Trunk:
                     slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
                     finish["slope"] = slopes[layer] = workspace.memory.take(*slope)
             if layer.source is not None or "out" in finish or "active" in finish:
-                self._convolve(blocks, len(x), layer, taps, 0, blocks_of(layer.channels), finish)
+                self._convolve(blocks, len(x), layer, workspace, 0, blocks_of(layer.channels), finish)
             for dead in self.forward_ends[self.number[layer]]:
                 del results[dead]
         found = []
@@ -195,13 +195,25 @@ class Trunk:
         taps = workspace.taps[self.number[reader]]
         out = workspace.blocks(len(grad), len(taps.backward[0]) - 1, channels, self.dtype)
         finish = finish | {"out": out, "backward": True}
-        self._convolve(grad, batch, reader, taps, 1, blocks_of(channels), finish)
+        self._convolve(grad, batch, reader, workspace, 1, blocks_of(channels), finish)
         return out
 
-    def _convolve(self, blocks, batch, layer, taps, direction, out_blocks, finish):
+    def _convolve(self, blocks, batch, layer, workspace, direction, out_blocks, finish):
         """A layer's convolution or pooling, forward (direction 0) or backward (1), and its finish:
         all that the kernel does to a sum before it writes it."""
-        weights = self.packed[layer].weights
+        packed, taps = self.packed[layer], workspace.taps[self.number[layer]]
+        if taps.tilings is not None:
+            _blocks.winograd(
+                blocks,
+                batch,
+                packed.points[direction],
+                taps.tilings[direction],
+                out_blocks,
+                workspace.points(blocks.shape[2] + out_blocks),
+                **finish,
+            )
+            return
+        weights = packed.weights
         _blocks.convolution(
             blocks,
             batch,

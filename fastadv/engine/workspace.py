@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import torch
 
+from ..ops import _native
 from .packed import CHANNELS, IMAGES, blocks_of
 from .plan import Unsupported
 from .taps import LayerTaps, image_offsets, output_size, patch_offsets
@@ -17,9 +18,9 @@ class Workspace:
     become patches, and back. sizes: {layer: (height, width) of its `out`}.
     """
 
-    def __init__(self, plan, x, key):
+    def __init__(self, plan, x, key, dtype):
         self.key = self.shape, self.strides = key
-        self.taps, self.memory = [], Memory()
+        self.taps, self.memory, self.scratch = [], Memory(), None
         self.sizes = sizes = {}
         for layer in plan:
             size = sizes[layer.source.layer] if layer.source else tuple(x.shape[2:])
@@ -31,7 +32,15 @@ class Workspace:
             if layer.source is None and layer.conv is not None:
                 self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *layer.geometry)
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
-            self.taps.append(LayerTaps(layer, size, sizes[layer]))
+            self.taps.append(LayerTaps(layer, size, sizes[layer], dtype))
+
+    def points(self, blocks):
+        """Memory in which `_blocks.winograd` works; blocks: of channels, in and out."""
+        size = blocks * _native.constant("winograd_units") * IMAGES * CHANNELS
+        size *= torch.get_num_threads() * _native.constant("winograd_points")
+        if self.scratch is None or self.scratch.numel() < size:
+            self.scratch = torch.empty(size, device="cpu")
+        return self.scratch
 
     def blocks(self, groups, pixels, channels, dtype):
         """Memory for the blocks of `groups` groups of images."""

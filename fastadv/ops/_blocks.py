@@ -29,6 +29,23 @@ def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dt
     )
 
 
+def winograd(blocks, images, weight, tiling, out_blocks, memory, **finish):
+    """The same for a 3 x 3 convolution of stride 1 in float32, by Winograd's F(4 x 4, 3 x 3); see
+    `Winograd` in csrc/engine.h. tiling: (height and width of what is read, zeros above and to the
+    left of it, height and width of what is written)."""
+    in_blocks = blocks.shape[2]
+    run(
+        "winograd",
+        CPU,
+        *contiguous(CPU, torch.float32, blocks=blocks, weight=weight, memory=memory),
+        images,
+        *tiling,
+        in_blocks,
+        out_blocks,
+        *_finish(torch.float32, **finish),
+    )
+
+
 def _finish(
     dtype,
     *,
@@ -57,16 +74,18 @@ def _finish(
 
 
 def fold(forward, backward, weight, scale):
-    """Writes both layouts of a convolution's weight [O, I, taps], fp32, times scale [O] or None."""
+    """Writes both layouts of a convolution's weight [O, I, taps], fp32, times scale [O] or None;
+    the one that is None is left out."""
+    dtype = (backward if forward is None else forward).dtype
     run(
         "fold",
         CPU,
-        *contiguous(CPU, forward.dtype, forward=forward, backward=backward),
+        *contiguous(CPU, dtype, forward=forward, backward=backward),
         *addresses(CPU, torch.float32, weight=weight),
         *contiguous(CPU, torch.float32, scale=scale),
         *weight.shape,
         *weight.stride(),
-        DTYPES[forward.dtype],
+        DTYPES[dtype],
     )
 
 
