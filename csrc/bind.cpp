@@ -159,7 +159,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("images_per_block") = images_per_block;
   module.attr("channels_per_block") = channels_per_block;
   module.attr("winograd_points") = winograd_points;
-  module.attr("winograd_units") = winograd_units;
+  module.attr("winograd_rows") = winograd_rows;
 #define FASTADV_BIND(result, name, arguments) bind(module, #name, &Table::name);
   FASTADV_KERNELS(FASTADV_BIND)
 #ifdef FASTADV_HAS_CUDA

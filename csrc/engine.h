@@ -38,23 +38,31 @@ struct Convolution {
   Finish finish;
 };
 
-// A dense 3 x 3 convolution of stride 1 by Winograd, see cpu/winograd.inl. Works on
-// `winograd_units` tiles of 4 x 4 outputs at a time, each at 36 points.
-constexpr int winograd_points = 36, winograd_units = 4;
+// A dense 3 x 3 convolution of stride 1 by Winograd, see cpu/winograd.inl: tiles of 4 x 4 outputs,
+// `winograd_rows` of them at a time, each at 36 points.
+constexpr int winograd_points = 36, winograd_rows = 64;
 
 struct Winograd {
   const float *in, *weight;  // in: blocks; weight: [out_blocks, 36, in_blocks, 32, 32]
-  float* memory;             // [threads, 36, in_blocks + out_blocks, units * 16, 32], to work in
+  float* memory;             // [threads, 36, in_blocks + out_blocks, winograd_rows, 32], to work in
   int64_t images, height, width, top, left, out_height, out_width, in_blocks, out_blocks;
   Finish finish;
 };
 
-// Both layouts of a convolution's weight, see cpu/fold.inl.
+// Both layouts of a convolution's weight, see cpu/fold.inl; those of `fold_points` are fp32, of 9
+// taps at Winograd's 36 points.
 struct Fold {
-  void *forward, *backward;  // null where not wanted
-  const float* weight;       // [out_channels, in_channels, taps]
-  const float* scale;        // [out_channels] or null
+  void *forward, *backward;
+  const float* weight;  // [out_channels, in_channels, taps]
+  const float* scale;   // [out_channels] or null
   int64_t out_channels, in_channels, taps, out_stride, in_stride, tap_stride;
+  DType dtype;
+};
+
+// Maps in channels_last, dtype [images, pixels, channels], and their blocks.
+struct Maps {
+  void *maps, *blocks;
+  int64_t images, pixels, channels;
   DType dtype;
 };
 

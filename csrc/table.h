@@ -29,6 +29,8 @@
   KERNEL(int64_t, dlr, Labelled)                       \
   KERNEL(void, feature_distance, FeatureDistance)      \
   KERNEL(void, fold, Fold)                             \
+  KERNEL(void, fold_points, Fold)                      \
+  KERNEL(void, from_blocks, Maps)                      \
   KERNEL(int64_t, margin, Labelled)                    \
   KERNEL(int64_t, mart_bce, Labelled)                  \
   KERNEL(void, patches, Patches)                       \
@@ -37,6 +39,7 @@
   KERNEL(void, random_start, RandomStart)              \
   KERNEL(void, softmax_entropy, SoftmaxEntropy)        \
   KERNEL(void, softmax_kl, SoftmaxKL)                  \
+  KERNEL(void, to_blocks, Maps)                        \
   KERNEL(void, winograd, Winograd)
 
 namespace fastadv {

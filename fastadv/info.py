@@ -14,6 +14,8 @@ from . import __version__
 from .errors import Parser
 from .ops import _library, _native
 
+SWITCHES = "FASTADV_BACKEND", "FASTADV_CPU_ISA", "FASTADV_WINOGRAD"
+
 
 def isa():
     """The CPU instruction set in use, or None without the compiled module."""
@@ -75,7 +77,7 @@ def report():
         "",
         *(f"{name:{widths[0]}}  {on_cpu:{widths[1]}}  {on_cuda}" for name, on_cpu, on_cuda in rows),
         "",
-        *(f"{name}={os.environ.get(name, '')}" for name in ("FASTADV_BACKEND", "FASTADV_CPU_ISA")),
+        *(f"{name}={os.environ.get(name, '')}" for name in SWITCHES),
     ]
     for extra in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(extra) is None:

@@ -33,8 +33,8 @@ static void fold_block(T* forward, T* backward, const float* weight, const float
   for (int o = 0; o < side; ++o) {
     for (int i = 0; i < side; ++i) by_in[i][o] = by_out[o][i];
   }
-  if (forward) interleave(forward, by_in);
-  if (backward) interleave(backward, by_out);
+  interleave(forward, by_in);
+  interleave(backward, by_out);
 }
 
 template <typename T>
@@ -47,8 +47,8 @@ static void fold_as(const Fold& f, int threads) {
     const int64_t o = task / in_blocks, i = task % in_blocks;
     const int64_t outs = f.out_channels - o * side, ins = f.in_channels - i * side;
     for (int64_t t = 0; t < f.taps; ++t) {
-      fold_block(forward ? forward + ((o * f.taps + t) * in_blocks + i) * square : nullptr,
-                 backward ? backward + ((i * f.taps + t) * out_blocks + o) * square : nullptr,
+      fold_block(forward + ((o * f.taps + t) * in_blocks + i) * square,
+                 backward + ((i * f.taps + t) * out_blocks + o) * square,
                  f.weight + o * side * f.out_stride + i * side * f.in_stride + t * f.tap_stride,
                  f.scale ? f.scale + o * side : nullptr, outs < side ? outs : side,
                  ins < side ? ins : side, f.out_stride, f.in_stride);

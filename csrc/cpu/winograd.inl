@@ -6,12 +6,13 @@
 // err twice as much. Blocks as for `convolution`; sums are fp32, over input channels in one order
 // whatever the threads. The gradient to the input is the same with the flipped, transposed weights.
 
-constexpr int in_side = 6, out_side = 4;  // of a tile, of what is read and written
-constexpr int64_t chunk_rows = winograd_units * rows;
+constexpr int in_side = 6, out_side = 4, taps_side = 3;  // of a tile read and written, of a kernel
+constexpr int64_t chunk_rows = winograd_rows;
+constexpr float point_a = 0.75f, point_b = 1.5f, aa = point_a * point_a, bb = point_b * point_b;
 
 // B^T d of six vectors.
 static inline void to_points(F (&d)[in_side]) {
-  constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
+  constexpr float a = point_a, b = point_b;
   const F even_a = fma(splat(-bb), d[2], d[4]), odd_a = fma(splat(-bb), d[1], d[3]);
   const F even_b = fma(splat(-aa), d[2], d[4]), odd_b = fma(splat(-aa), d[1], d[3]);
   d[0] = fma(splat(aa * bb), d[0], fma(splat(-aa - bb), d[2], d[4]));
@@ -22,12 +23,72 @@ static inline void to_points(F (&d)[in_side]) {
 
 // A^T m of six vectors, in the first four.
 static inline void from_points(F (&m)[in_side]) {
-  constexpr float a = 0.75f, b = 1.5f;
+  constexpr float a = point_a, b = point_b;
   const F sum_a = m[1] + m[2], dif_a = m[1] - m[2], sum_b = m[3] + m[4], dif_b = m[3] - m[4];
   m[0] = m[0] + sum_a + sum_b;
   m[1] = fma(splat(a), dif_a, splat(b) * dif_b);
-  m[2] = fma(splat(a * a), sum_a, splat(b * b) * sum_b);
-  m[3] = fma(splat(a * a * a), dif_a, fma(splat(b * b * b), dif_b, m[5]));
+  m[2] = fma(splat(aa), sum_a, splat(bb) * sum_b);
+  m[3] = fma(splat(a * aa), dif_a, fma(splat(b * bb), dif_b, m[5]));
+}
+
+// G g of three vectors. Row p of G is (1, p, p^2) / the product of p - q over the other points q.
+static inline void weights_to_points(const F (&g)[taps_side], F (&u)[in_side]) {
+  constexpr float by_a = 2 * aa * (aa - bb), by_b = 2 * bb * (bb - aa);
+  const F even_a = splat(1 / by_a) * fma(splat(aa), g[2], g[0]),
+          odd_a = splat(point_a / by_a) * g[1];
+  const F even_b = splat(1 / by_b) * fma(splat(bb), g[2], g[0]),
+          odd_b = splat(point_b / by_b) * g[1];
+  u[0] = splat(1 / (aa * bb)) * g[0], u[5] = g[2];
+  u[1] = even_a + odd_a, u[2] = even_a - odd_a, u[3] = even_b + odd_b, u[4] = even_b - odd_b;
+}
+
+// G g G^T of [32, 32] kernels [3, 3], flipped or not, whose 36 results lie `stride` apart.
+static void kernels_to_points(const float (*taps)[columns_of_block][columns_of_block], bool flipped,
+                              float* to, int64_t stride) {
+  for (int e = 0; e < columns_of_block * columns_of_block; e += W) {
+    F by_row[taps_side][in_side], column[in_side];
+    for (int y = 0; y < taps_side; ++y) {
+      F g[taps_side];
+      for (int x = 0; x < taps_side; ++x) {
+        const int tap = y * taps_side + x;
+        g[x] = load(&taps[flipped ? 8 - tap : tap][0][0] + e);
+      }
+      weights_to_points(g, by_row[y]);
+    }
+    for (int x = 0; x < in_side; ++x) {
+      weights_to_points({by_row[0][x], by_row[1][x], by_row[2][x]}, column);
+      for (int y = 0; y < in_side; ++y) store(to + (y * in_side + x) * stride + e, column[y]);
+    }
+  }
+}
+
+// As `fold`, of 3 x 3 kernels, which become 36 weights each; the backward ones are flipped.
+static void fold_points(const Fold& f, int threads) noexcept {
+  constexpr int side = columns_of_block, square = side * side, taps = taps_side * taps_side;
+  float *forward = static_cast<float*>(f.forward), *backward = static_cast<float*>(f.backward);
+  const int64_t out_blocks = (f.out_channels + side - 1) / side;
+  const int64_t in_blocks = (f.in_channels + side - 1) / side;
+  parallel_for(out_blocks * in_blocks, threads, [&](int64_t task) {
+    const int64_t o0 = task / in_blocks * side, i0 = task % in_blocks * side;
+    alignas(64) float by_out[taps][side][side] = {}, by_in[taps][side][side];
+    for (int64_t o = 0; o < side && o0 + o < f.out_channels; ++o) {
+      const float scale = f.scale ? f.scale[o0 + o] : 1.0f;
+      const float* weight = f.weight + (o0 + o) * f.out_stride + i0 * f.in_stride;
+      for (int64_t i = 0; i < side && i0 + i < f.in_channels; ++i, weight += f.in_stride) {
+        for (int t = 0; t < taps; ++t) by_out[t][o][i] = weight[t * f.tap_stride] * scale;
+      }
+    }
+    for (int t = 0; t < taps; ++t) {
+      for (int o = 0; o < side; ++o) {
+        for (int i = 0; i < side; ++i) by_in[t][i][o] = by_out[t][o][i];
+      }
+    }
+    const int64_t o = task / in_blocks, i = task % in_blocks;
+    kernels_to_points(by_in, false, forward + (o * winograd_points * in_blocks + i) * square,
+                      in_blocks * square);
+    kernels_to_points(by_out, true, backward + (i * winograd_points * out_blocks + o) * square,
+                      out_blocks * square);
+  });
 }
 
 static inline int64_t tiles_of(int64_t outputs) { return (outputs + out_side - 1) / out_side; }
@@ -35,8 +96,8 @@ static inline int64_t tiles_of(int64_t outputs) { return (outputs + out_side - 1
 // The units of a chunk, and where each has its rows. A unit is one tile of a group of images; it
 // has a row for each of them.
 struct Units {
-  int64_t group[winograd_units], top[winograd_units], left[winograd_units];
-  int images[winograd_units], first[winograd_units];
+  int64_t group[winograd_rows], top[winograd_rows], left[winograd_rows];
+  int images[winograd_rows], first[winograd_rows];
   int count = 0, rows = 0;
 
   Units(const Winograd& w, int64_t begin, int64_t end) {
@@ -174,8 +235,8 @@ static void winograd_chunk(const Winograd& w, const Units& units, float* memory,
 static void winograd(const Winograd& w, int threads) noexcept {
   const int64_t tiles = tiles_of(w.out_height) * tiles_of(w.out_width);
   const int64_t units = (w.images + rows - 1) / rows * tiles;
-  const int64_t fair = (units + threads - 1) / threads;
-  const int64_t size = fair < winograd_units ? fair : winograd_units;
+  const int64_t most = chunk_rows / (w.images < rows ? w.images : rows);
+  const int64_t fair = (units + threads - 1) / threads, size = fair < most ? fair : most;
   const int64_t chunks = (units + size - 1) / size, wanted = (threads + chunks - 1) / chunks;
   const int64_t parts = wanted < w.out_blocks ? wanted : w.out_blocks, tasks = chunks * parts;
   const int64_t memory = winograd_points * (w.in_blocks + w.out_blocks) * chunk_rows;

@@ -13,6 +13,7 @@ from .plan import Ref, Unsupported
 from .segments import Lowering
 from .trace import IN_PLACE, trace
 from .trunk import Trunk
+from .winograd import takes
 
 
 def lower(net, dtype, executor=None):
@@ -48,11 +49,11 @@ def _computed(net, segment, dtype, executor, inner=False):
     affine = segment.steps is not None and functools.partial(image_affine, net, segment)
     if any(layer.grouped for layer in segment.layers):
         executor = Folded
-    executor = executor or fastest(segment, inner)
+    executor = executor or fastest(segment, inner, dtype)
     return executor(segment, affine or None, dtype, inner)
 
 
-def fastest(segment, inner):
+def fastest(segment, inner, dtype):
     """The executor of a segment, by what benchmarks/bench_networks.py and bench_attack.py measured.
 
     On a CPU with vectors of 512 bits that is Trunk, unless much of its blocks of 32 channels stays
@@ -62,14 +63,19 @@ def fastest(segment, inner):
     isa = "scalar" if _native.missing else _native.isa()
     if segment.weight.device.type != "cpu" or isa == "scalar":
         return Folded
-    depthwise = any(layer.depthwise and layer.conv for layer in segment.layers)
-    few = inner and len(segment.convolutions) < WORTH
-    wide = isa != "avx2" or depthwise
-    return Trunk if wide and not few and segment.filled() >= FILLED else Folded
+    layers, products, paid = zip(*segment.products(), strict=True)
+    if sum(products) < FILLED * sum(paid):
+        return Folded
+    exact = dtype == torch.float32
+    fewer = [n for layer, n in zip(layers, products, strict=True) if exact and takes(layer)]
+    by_winograd = sum(fewer) >= HALF * sum(products) and not (inner and len(fewer) < 2)
+    wide = isa != "avx2" or any(layer.depthwise for layer in layers)
+    return Trunk if by_winograd or (wide and not (inner and len(layers) < WORTH)) else Folded
 
 
 WORTH = 8  # convolutions between two rearrangements
-FILLED = 0.6  # of all products of a segment
+FILLED = 0.6  # of all products of a segment that are not with zeros
+HALF = 0.5  # of them that Winograd's algorithm can save
 
 
 def image_affine(net, segment):

@@ -7,10 +7,9 @@ Activations and weights are stored in blocks, of 16 images by 32 channels and of
 import torch
 import torch.nn.functional as F
 
-from ..ops import _blocks
+from ..ops import _blocks, _native
 from ..ops.fold_bn import bn_affine
 from .plan import parts
-from .winograd import at_points
 
 IMAGES, CHANNELS = 16, 32  # of a block
 
@@ -18,8 +17,8 @@ IMAGES, CHANNELS = 16, 32  # of a block
 class PackedLayer:
     """The tensors of one FusedLayer, as of the last `fold`; None for what the layer does not have.
 
-    weights: (of the forward pass, of the backward pass). points: the same for Winograd. bias: fp32, with the BatchNorm's shift in
-    it. scale, shift: fp32, of the layer's `affine`.
+    weights: (of the forward pass, of the backward pass). points: the same at Winograd's points.
+    bias: fp32, with the BatchNorm's shift in it. scale, shift: fp32, of the layer's `affine`.
     """
 
     def __init__(self, layer):
@@ -50,10 +49,8 @@ class PackedLayer:
         # The first layer is a product with patches: its channels and taps are one dimension.
         weight = weight.flatten(1)[:, :, None] if layer.source is None else weight.flatten(2)
         if winograd:
-            self.points = self.points or room(weight, 36, dtype)
-            forward, backward = self.points
-            _blocks.fold(forward, None, at_points(weight), scale)
-            _blocks.fold(None, backward, at_points(weight.flip(2)), scale)
+            self.points = self.points or room(weight, _native.constant("winograd_points"), dtype)
+            _blocks.fold_points(*self.points, weight, scale)
         else:
             self.weights = self.weights or room(weight, weight.shape[2], dtype)
             _blocks.fold(*self.weights, weight, scale)
@@ -82,22 +79,14 @@ def padded(values):
 
 def to_blocks(x, blocks):
     """Writes features or gradients x [B, C, H, W] into blocks [G, H W, C / 32, 16, 32], with zeros
-    for images and channels that there are not; returns the blocks."""
-    groups, pixels, channels = blocks.shape[:3]
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-    if x.shape[0] % IMAGES or x.shape[1] % CHANNELS:
-        full = x.new_zeros(groups * IMAGES, pixels, channels * CHANNELS)
-        full[: x.shape[0], :, : x.shape[1]] = rows
-        rows = full
-    rows = rows.unflatten(2, (channels, CHANNELS)).unflatten(0, (groups, IMAGES))
-    return blocks.copy_(rows.permute(0, 2, 3, 1, 4))
+    for channels that there are not; returns the blocks."""
+    x = x.to(blocks.dtype).contiguous(memory_format=torch.channels_last)
+    _blocks.to_blocks(x, blocks)
+    return blocks
 
 
 def from_blocks(blocks, shape):
     """Features or gradients of this shape, in channels_last, out of their blocks."""
-    groups, pixels, channels = blocks.shape[:3]
-    rows = blocks.new_empty(groups, IMAGES, pixels, channels, CHANNELS)
-    rows.copy_(blocks.permute(0, 3, 1, 2, 4))
-    rows = rows.flatten(0, 1).flatten(2, 3)[: shape[0], :, : shape[1]]
-    x = rows.unflatten(1, shape[2:]).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
+    x = torch.empty(shape, dtype=blocks.dtype, memory_format=torch.channels_last)
+    _blocks.from_blocks(x, blocks)
+    return x

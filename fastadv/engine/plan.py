@@ -109,9 +109,10 @@ class Segment:
         first = self.layers[0]
         return first.channels if first.conv is None else first.conv.in_channels
 
-    def filled(self):
-        """The share of the products in blocks of 32 channels that are not with zeros."""
-        pixels, done, paid = {}, 0, 0
+    def products(self):
+        """[(layer, its products, those of whole blocks of 32 channels)] of all convolutions; the
+        numbers are per pixel of what the segment reads."""
+        pixels, found = {}, []
         for layer in self.layers:
             here = pixels[layer.source.layer] if layer.source else 1.0
             if layer.adaptive:
@@ -121,12 +122,12 @@ class Segment:
                 here /= stride[0] * stride[1]
             pixels[layer] = here
             if layer.conv is not None:
-                products = here * layer.conv.weight[0, 0].numel()
+                of_channels = here * layer.conv.weight[0, 0].numel()
                 out, into = layer.conv.weight.shape[:2]
-                done += products * out * into
                 patched = layer.source is None or layer.depthwise
-                paid += products * _up(out) * (into if patched else _up(into))
-        return done / paid
+                blocks = _up(out) * (into if patched else _up(into))
+                found.append((layer, of_channels * out * into, of_channels * blocks))
+        return found
 
     def close(self, refs):
         """Keeps the layers that these results need, and gives each result an exit of its own, an

@@ -127,7 +127,9 @@ class Trunk:
                     slope = (shape[:4], torch.int32) if bits else (shape, self.dtype)
                     finish["slope"] = slopes[layer] = workspace.memory.take(*slope)
             if layer.source is not None or "out" in finish or "active" in finish:
-                self._convolve(blocks, len(x), layer, workspace, 0, blocks_of(layer.channels), finish)
+                self._convolve(
+                    blocks, len(x), layer, workspace, 0, blocks_of(layer.channels), finish
+                )
             for dead in self.forward_ends[self.number[layer]]:
                 del results[dead]
         found = []
@@ -209,7 +211,7 @@ class Trunk:
                 packed.points[direction],
                 taps.tilings[direction],
                 out_blocks,
-                workspace.points(blocks.shape[2] + out_blocks),
+                workspace.points(),
                 **finish,
             )
             return

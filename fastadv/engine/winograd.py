@@ -1,39 +1,29 @@
-"""Winograd's F(4 x 4, 3 x 3), by which the engine computes 3 x 3 convolutions of stride 1 in float32
-with a quarter of the products (Lavin & Gray 2016, "Fast algorithms for convolutional neural
-networks"). csrc/cpu/winograd.inl has the two other transforms, and the points."""
+"""Which layers Winograd's algorithm computes: 3 x 3 convolutions of stride 1 in float32, with a
+quarter of the products (Lavin & Gray 2016, "Fast algorithms for convolutional neural networks").
 
-import torch
+csrc/cpu/winograd.inl has the algorithm, F(4 x 4, 3 x 3). FASTADV_WINOGRAD = 0 turns it off.
+"""
 
-SIDE = 4  # of the tiles of output that the transform makes
-# G: row i is (1, p, p^2) / prod of p - q over the other points q, of p = 0, 3/4, -3/4, 3/2, -3/2; the
-# last row is that of infinity.
-POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
+import os
 
+ON = os.environ.get("FASTADV_WINOGRAD", "1")
+if ON not in ("0", "1"):
+    raise ValueError(f"FASTADV_WINOGRAD is {ON!r}, must be one of 0 (off) and 1 (on)")
 
-def at_points(weight):
-    """float32 weights [O, I, 9] as [O, I, 36]: U = G g G^T."""
-    rows = [[1, p, p * p] for p in POINTS]
-    for row, p in zip(rows, POINTS, strict=True):
-        for q in POINTS:
-            row[:] = [value / (p - q) if q != p else value for value in row]
-    g = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
-    twice = torch.kron(g, g).float()  # [36, 9]
-    return weight @ twice.t()
+SIDE = 4  # of a tile of outputs
+PRODUCTS = 36  # for a tile
+PAYS = 1.5  # times as many products by the sum over taps, above which the transforms are paid for
 
 
-def tiles(size):
-    """How many tiles cover an output of this (height, width)."""
-    return -(-size[0] // SIDE) * -(-size[1] // SIDE)
+def takes(layer):
+    """Whether a layer is a convolution that can be computed so."""
+    if ON == "0" or layer.conv is None or layer.depthwise or layer.source is None:
+        return False
+    return layer.geometry[:3] == ((3, 3), (1, 1), (1, 1))
 
 
 def pays(layer, pairs, output):
-    """Whether a layer is faster so: `pairs` is how many blocks the sum over taps multiplies."""
-    conv = layer.conv
-    if conv is None or layer.depthwise or layer.source is None:
-        return False
-    kernel, stride, dilation, _ = layer.geometry
-    fits = (kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1))
-    return fits and pairs >= PAYS * 36 * tiles(output)
-
-
-PAYS = 1.5
+    """Whether that is faster for an output of this (height, width), for which the sum over taps
+    would take so many products of blocks. On small outputs tiles are mostly border."""
+    tiles = -(-output[0] // SIDE) * -(-output[1] // SIDE)
+    return takes(layer) and pairs >= PAYS * PRODUCTS * tiles

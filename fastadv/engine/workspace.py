@@ -20,7 +20,7 @@ class Workspace:
 
     def __init__(self, plan, x, key, dtype):
         self.key = self.shape, self.strides = key
-        self.taps, self.memory, self.scratch = [], Memory(), None
+        self.taps, self.memory, self.scratch, self.most_blocks = [], Memory(), Memory(), 0
         self.sizes = sizes = {}
         for layer in plan:
             size = sizes[layer.source.layer] if layer.source else tuple(x.shape[2:])
@@ -33,14 +33,15 @@ class Workspace:
                 self.offsets = patch_offsets(x.stride()[1:], x.shape[1], size, *layer.geometry)
                 self.image_offsets = image_offsets(self.offsets, x[0].numel())
             self.taps.append(LayerTaps(layer, size, sizes[layer], dtype))
+            if self.taps[-1].tilings is not None:
+                both = blocks_of(layer.source.layer.channels) + blocks_of(layer.channels)
+                self.most_blocks = max(self.most_blocks, both)
 
-    def points(self, blocks):
-        """Memory in which `_blocks.winograd` works; blocks: of channels, in and out."""
-        size = blocks * _native.constant("winograd_units") * IMAGES * CHANNELS
-        size *= torch.get_num_threads() * _native.constant("winograd_points")
-        if self.scratch is None or self.scratch.numel() < size:
-            self.scratch = torch.empty(size, device="cpu")
-        return self.scratch
+    def points(self):
+        """Memory in which `_blocks.winograd` works, enough for any layer."""
+        per_block = _native.constant("winograd_points") * _native.constant("winograd_rows")
+        shape = torch.get_num_threads(), self.most_blocks * per_block * CHANNELS
+        return self.scratch.take(shape, torch.float32)
 
     def blocks(self, groups, pixels, channels, dtype):
         """Memory for the blocks of `groups` groups of images."""

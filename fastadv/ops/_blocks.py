@@ -3,7 +3,7 @@ csrc/engine.h has the shapes of their arguments and of the blocks."""
 
 import torch
 
-from ._native import CPU, DTYPES, addresses, contiguous, run
+from ._native import CPU, DTYPES, addresses, channels_last, contiguous, run
 
 
 def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dtype, **finish):
@@ -74,11 +74,19 @@ def _finish(
 
 
 def fold(forward, backward, weight, scale):
-    """Writes both layouts of a convolution's weight [O, I, taps], fp32, times scale [O] or None;
-    the one that is None is left out."""
-    dtype = (backward if forward is None else forward).dtype
+    """Writes both layouts of a convolution's weight [O, I, taps], fp32, times scale [O] or None."""
+    _fold("fold", forward, backward, weight, scale)
+
+
+def fold_points(forward, backward, weight, scale):
+    """The same for `winograd`, of 9 taps at 36 points."""
+    _fold("fold_points", forward, backward, weight, scale)
+
+
+def _fold(kernel, forward, backward, weight, scale):
+    dtype = forward.dtype
     run(
-        "fold",
+        kernel,
         CPU,
         *contiguous(CPU, dtype, forward=forward, backward=backward),
         *addresses(CPU, torch.float32, weight=weight),
@@ -86,6 +94,29 @@ def fold(forward, backward, weight, scale):
         *weight.shape,
         *weight.stride(),
         DTYPES[dtype],
+    )
+
+
+def to_blocks(maps, blocks):
+    """Writes maps [B, C, H, W] in channels_last into blocks [G, H W, C / 32, 16, 32]."""
+    _maps("to_blocks", maps, blocks)
+
+
+def from_blocks(maps, blocks):
+    """Writes maps [B, C, H, W] in channels_last, out of their blocks."""
+    _maps("from_blocks", maps, blocks)
+
+
+def _maps(kernel, maps, blocks):
+    run(
+        kernel,
+        CPU,
+        *channels_last(CPU, maps.dtype, maps=maps),
+        *contiguous(CPU, maps.dtype, blocks=blocks),
+        len(maps),
+        maps.shape[2:].numel(),
+        maps.shape[1],
+        DTYPES[maps.dtype],
     )
 
 

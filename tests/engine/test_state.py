@@ -306,7 +306,7 @@ def test_weights_are_folded_when_they_are_needed(monkeypatch):
     model, count = trained(nn.Sequential(*body(), *HEADS["norm"]())), []
     made = twin(model)
     fold = type(made.trunk).fold
-    monkeypatch.setattr(type(made.trunk), "fold", lambda trunk: (count.append(1), fold(trunk)))
+    monkeypatch.setattr(type(made.trunk), "fold", lambda *args: (count.append(1), fold(*args)))
     for _ in range(3):
         made.refresh()
     assert count == []

@@ -39,6 +39,7 @@ def state(folder):
 
 SWITCHES = [
     ("info", "FASTADV_CPU_ISA", "sse"),
+    ("info", "FASTADV_WINOGRAD", "off"),
     *((name, "FASTADV_BACKEND", "fast") for name in ("info", "train", "evaluate", "export")),
     *((name, "FASTADV_BACKEND", "fast") for name in ("demo", "teacher_cache")),
 ]
