@@ -284,6 +284,28 @@ static void convolutions(DType type, bool dense) {
   }
 }
 
+static void winograd() {
+  constexpr int64_t images = 19, height = 5, width = 6, blocks = 2, threads = 2;
+  constexpr int64_t channels = blocks * channels_per_block, taps = 9;
+  constexpr int64_t n = 2 * height * width * blocks * block_size;
+  constexpr int64_t folded = winograd_points * channels * channels;
+  const Array weight = numbers(channels * channels * taps, 0.125f), by = numbers(channels);
+  Array forward = room(folded), backward = room(folded);
+  run("fold_points", table.fold_points,
+      Fold{forward, backward, weight, by, channels, channels, taps, channels * taps, taps, 1,
+           DType::f32},
+      {&forward, &backward});
+  const Array in = numbers(n), bias = numbers(channels);
+  Array memory = room(threads * winograd_points * 2 * blocks * winograd_rows * channels_per_block);
+  Array out = room(n), active = room(n), slope = room(n / 32);
+  slope.type = "int32";
+  Winograd w = {in, forward, memory, images, height, width, 1,
+                1,  height,  width,  blocks, blocks, {}};
+  w.finish = {false,   Activation::relu, 0.5f, out,     active, slope,
+              nullptr, nullptr,          bias, nullptr, nullptr};
+  run("winograd", table.winograd, w, {&out, &active, &slope});
+}
+
 static void layouts() {
   constexpr int64_t outs = 40, ins = 35, taps = 9, folded = 2 * taps * 2 * 1024;
   constexpr int64_t batch = 19, pixels = 16, size = 32, elements = 47, terms = 4;
@@ -294,6 +316,13 @@ static void layouts() {
   const Array to = offsets(terms * elements, pixels * block_size);
   for (const DType type : engine_types) {
     const std::string name = std::string("/") + torch_name(type);
+    const Array maps = numbers(batch * pixels * ins, 1, 0, type);
+    Array in_blocks = room(2 * pixels * 2 * block_size, type);
+    Array back = room(batch * pixels * ins, type);
+    run("to_blocks" + name, table.to_blocks, Maps{maps, in_blocks, batch, pixels, ins, type},
+        {&in_blocks});
+    run("from_blocks" + name, table.from_blocks, Maps{back, in_blocks, batch, pixels, ins, type},
+        {&back});
     Array forward = room(folded, type), backward = room(folded, type);
     run("fold" + name, table.fold,
         Fold{forward, backward, weight, by, outs, ins, taps, ins * taps, taps, 1, type},
@@ -330,4 +359,5 @@ int main() {
     convolutions(type, false);
   }
   layouts();
+  winograd();
 }
