@@ -109,7 +109,7 @@ class Config:
     momentum: float = _flag(0.9, "momentum of SGD")
     weight_decay: float = _flag(5e-4, "weight decay of SGD")
     milestones: tuple[int, ...] = _flag(
-        (100, 150), "epochs after which lr drops to a tenth: 100,150"
+        (100, 150), "epochs after which lr drops to a tenth, with commas"
     )
     clip_grad: float | None = _flag(None, "largest norm of the gradient")
     ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
