@@ -158,9 +158,11 @@ def _reason(error: Exception, head: bytes) -> str:
             f"refused: it holds pickled code{wanted}, not only tensors. Nothing was run; where you"
             " trust its source, save its state dict alone and load that"
         )
+    known = "truncated, damaged or not a torch file"
     reason = str(error).partition("\n")[0]
-    reason = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
-    return f"truncated, damaged or not a torch file: {reason}"
+    # torch's own text says how to run what is in the file; a lone key or nothing says nothing.
+    telling = " " in reason and not isinstance(error, UnpicklingError)
+    return f"{known}: {reason}" if telling else known
 
 
 @contextlib.contextmanager

@@ -219,6 +219,22 @@ def test_statistics_that_make_no_sense(path, name, statistics, reason):
         models.load(name, path, width=4)
 
 
+def test_a_normalisation_is_numbers_by_channel(x):
+    net = jitter(models.get("resnet18", width=4)).eval()
+    expected = models.Normalized(net, MEAN, STD).eval()(x)
+    for mean, std in ((tuple(MEAN.tolist()), STD.tolist()), (MEAN.numpy(), STD.double().numpy())):
+        assert torch.equal(models.Normalized(net, mean, std).eval()(x), expected)
+    for mean, std, error, match in (
+        ("x", STD, TypeError, "mean is 'x', must be one number per channel"),
+        (MEAN, None, TypeError, "std is None, must be one number per channel"),
+        (MEAN, [1, "x", 1], TypeError, "std is .*, must be one number per channel"),
+        (MEAN, torch.ones(3).bool(), TypeError, "std is .*, must be one number per channel"),
+        (MEAN, (0.2, 0.3), ValueError, "mean has 3 numbers and std 2, must both have one per chan"),
+    ):
+        with pytest.raises(error, match=match):
+            models.Normalized(net, mean, std)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_export_is_a_plain_state_dict(path, x, name):
     model = jitter(models.get(name, width=6).to(memory_format=torch.channels_last))
