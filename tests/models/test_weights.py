@@ -283,7 +283,7 @@ def test_export_command(tmp_path, path, capsys):
     best = tmp_path / "run" / "best.safetensors"
     export.main(["--checkpoint", str(best), "--out", str(path)])
     (*_, line) = capsys.readouterr().out.splitlines()
-    assert line == f"{path}: dm_wrn10_1, for no class of RobustBench"
+    assert line == f"{path}: weights of dm_wrn10_1, for which RobustBench has no class"
     model, _ = evaluate.from_run(best)
     loaded, x = models.load("dm_wrn10_1", path, 10, 1), torch.rand(4, 1, 8, 8)
     assert torch.equal(loaded(x), model(x))
@@ -301,7 +301,8 @@ def test_export_names_a_class_that_takes_the_file(tmp_path, path, capsys, width,
     header = {"config": settings, "num_classes": 10, "in_channels": channels}
     checkpoint.save(tmp_path / "best.safetensors", tensors, header)
     export.main(["--checkpoint", str(tmp_path), "--out", str(path)])
-    assert capsys.readouterr().out.endswith(f"for {named or 'no class of RobustBench'}\n")
+    told = f"for RobustBench's {named}" if named else "for which RobustBench has no class"
+    assert capsys.readouterr().out == f"{path}: weights of resnet18, {told}\n"
 
 
 @pytest.mark.parametrize(
