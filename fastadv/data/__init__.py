@@ -74,7 +74,8 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         raise UsageError(f"data_dir is missing, must be {PLACES[name]} for data {name}")
     right = Path(data_dir).is_file() if name == "npz" else Path(data_dir).is_dir()
     if not right:
-        raise FileNotFoundError(f"data_dir is {str(data_dir)!r}, must be {PLACES[name]}")
+        kind = "" if Path(data_dir).exists() else ", which does not exist"
+        raise FileNotFoundError(f"data_dir is {str(data_dir)!r}{kind}: must be {PLACES[name]}")
     try:
         return check_classes(READERS[name](data_dir, seed))
     except FileNotFoundError as error:

@@ -64,6 +64,6 @@ def test_unknown_names_and_absent_folders(tmp_path):
         with pytest.raises(ValueError, match=f"^data_dir is missing, must be {place} "):
             data.load(name)
         wrong = tmp_path if name == "npz" else Path(__file__)
-        for data_dir in (wrong, tmp_path / "no"):
-            with pytest.raises(OSError, match=f"^data_dir is '{data_dir}', must be {place}"):
+        for data_dir, kind in ((wrong, ""), (tmp_path / "no", ", which does not exist")):
+            with pytest.raises(OSError, match=f"^data_dir is '{data_dir}'{kind}: must be {place}"):
                 data.load(name, data_dir)

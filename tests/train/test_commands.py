@@ -106,7 +106,7 @@ VALUES = {
     "--method advfunmatch --set temperature=0": "temperature of method advfunmatch is 0.0, must be",
     "--method vfd+at --set layers=x": "layer is 'x', must be penultimate, logits or a module",
     "--method vfd+at --set distance=x": "distance is 'x', must be one of mse",
-    "--data-dir no.npz": r"^data_dir is '.*no.npz', must be an .npz file",
+    "--data-dir no.npz": r"^data_dir is '.*no.npz', which does not exist: must be an",
     "--lr 1e30 --batch-size 16": "loss is (nan|inf) in epoch 1: training diverged; lower lr",
 }
 
