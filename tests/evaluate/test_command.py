@@ -54,8 +54,8 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     line = ["--checkpoint", str(teacher)]
     for extra, match in [
         (["--attacks", "clean,pdg20"], "attack is 'pdg20', must be .*did you mean 'pgd20'"),
-        (["--eps", "0"], "eps is 0.0, must be positive"),
-        (["--eps", "nan"], "eps is nan, must be positive"),
+        (["--eps", "0"], r"eps is 0.0, must be in \(0, 1.0\]$"),
+        (["--eps", "nan"], r"eps is nan, must be in \(0, 1.0\]$"),
         (["--norm", "l2"], "^--eps is missing, which --norm l2 needs"),
         (["--attacks", "transfer-cw"], "^--source is missing"),
         (["--save-adversarial"], "^--save-adversarial needs --out"),
@@ -98,7 +98,7 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     [
         ({"lr": -1.0}, "lr is -1.0, must be positive"),
         ({"colour": 1}, "config has unknown fields: colour"),
-        ({"eps": "x"}, "eps is 'x', must be positive"),
+        ({"eps": "x"}, r"eps is 'x', must be a number, in \(0, 1\]"),
     ],
 )
 def test_a_header_of_no_run_names_its_file(teacher, tmp_path, fields, match):

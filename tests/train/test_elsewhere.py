@@ -145,7 +145,7 @@ def test_its_teacher_fills_a_cache(npz, teacher, tmp_path, capsys):
         ("{", "Expecting property name"),
         ("[]", "config is a list, must be an object of fields"),
         ('{"epochs": 0}', "epochs is 0, must be at least 1"),
-        ('{"lr": "fast"}', "lr is 'fast', must be positive and finite"),
+        ('{"lr": "fast"}', "lr is 'fast', must be a number, positive and finite"),
         ('{"milestones": 3}', "milestones is 3, must be whole numbers of epochs"),
         ('{"data_dir": 3}', "data_dir is 3, must be text"),
         ('{"rate": 1}', "config has unknown fields: rate"),
