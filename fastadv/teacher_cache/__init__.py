@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..attacks.checks import check_model, described
+from ..data import Loader
 from ..engine.features import forward_features
 from ..engine.frozen import original, refresh
 from ..errors import UsageError, about, values_from_user
@@ -277,6 +279,9 @@ class TeacherCache:
 
 
 def _check(teacher, loader, names, dtype):
+    check_model(teacher, "teacher")
+    if not isinstance(loader, Loader):
+        raise TypeError(f"loader is {described(loader)}, must be a data.Loader")
     texts = isinstance(names, (tuple, list, set)) and all(isinstance(name, str) for name in names)
     if not texts or not names:
         raise TypeError(f"names is {names!r}, must be a tuple of outputs such as ('logits',)")

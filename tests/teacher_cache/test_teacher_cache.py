@@ -707,6 +707,14 @@ def test_a_teacher_whose_changes_nobody_counts_is_refused():
             TeacherCache(teacher, make_loader())
 
 
+def test_a_cache_is_of_a_network_and_a_loader():
+    for wrong in ("wrn34_10", None):
+        with pytest.raises(TypeError, match=f"^teacher is {wrong!r}, must be a torch.nn.Module"):
+            TeacherCache(wrong, make_loader())
+    with pytest.raises(TypeError, match="^loader is a ImageSet, must be a data.Loader"):
+        TeacherCache(freeze(Net()), split())
+
+
 def test_rows_are_of_the_precision_that_the_processor_has(monkeypatch):
     """A twin in bfloat16 computes in float32 where there are no products of bfloat16."""
     loader, found = make_loader(), []
