@@ -177,8 +177,8 @@ def opened(args, rest):
     named = getattr(config, which) or getattr(config, f"{which}_checkpoint")
     if which not in method.teachers and not named:
         raise UsageError(
-            f"method {config.method} has no {which}: --which must be one of its teachers "
-            f"({', '.join(method.teachers) or 'it has none'}), or {cli.flag(which)} be given"
+            f"method {config.method} has no {which}; --which names one of its teachers, which are: "
+            f"{', '.join(method.teachers) or 'none'}"
         )
     dataset = data.load(config.data, config.data_dir)
     teacher, loader = build_teacher(config, dataset, which), build_loader(config, dataset)
