@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import data
+from . import data, methods
 from .errors import Parser, UsageError, as_command
 from .evaluate import PAPER, correct, from_run, table
 from .runs import log, parallel
@@ -105,23 +105,27 @@ def with_teachers(config):
     not done before. The processes of a `parallel.group()` must all call it."""
     method = build_method(config)
     digits = data.load("digits")
-    device(config.device)  # all that may be refused, before minutes of training for nothing
-    build_student(config, digits)
+    there = device(config.device)  # all that may be refused, before minutes of training for nothing
+    nets = {"student": build_student(config, digits).to(there)}
     build_loader(config, digits)
     check_teachers(config, method)
     lacking = []
     for which in method.teachers:
         if getattr(config, which) or getattr(config, f"{which}_checkpoint"):
-            build_teacher(config, digits, which)
+            nets[which] = build_teacher(config, digits, which)
         else:
             lacking.append(which)
+            untrained = build_student(Config(**digits_teacher(which)), digits)
+            nets[which] = untrained.to(there).eval()
+    example = torch.zeros(1, *digits.train.images.shape[1:], device=there)
+    method.to(there).prepare(methods.Nets(**nets), example)
     if lacking and parallel.rank() == 0:
         check_free(config.out)
     given = {}
     for which in lacking:
         out = Path("runs") / f"digits-{which.replace('_', '-')}"
-        there = out.exists() and parallel.rank() == 0  # the first process decides for all
-        if not parallel.total(torch.tensor(int(there))):
+        exists = out.exists() and parallel.rank() == 0  # the first process decides for all
+        if not parallel.total(torch.tensor(int(exists))):
             out.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
                 train(Config(**digits_teacher(which), out=str(Path(unfinished) / out.name)))

@@ -39,6 +39,15 @@ def values_from_user():
 
 
 @contextlib.contextmanager
+def about(setting):
+    """A context in which the message of a UsageError begins with the setting that it is about."""
+    try:
+        yield
+    except UsageError as error:
+        raise type(error)(f"{setting}: {error}") from error
+
+
+@contextlib.contextmanager
 def as_command(interrupted):
     """The context of a command: it ends in one line after a UsageError or OSError, and after Ctrl-C
     in `interrupted`, which says how to go on."""

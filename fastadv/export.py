@@ -4,6 +4,7 @@ python -m fastadv.export --checkpoint runs/at-cifar10/best.safetensors --out mod
 """
 
 import re
+from pathlib import Path
 
 from torch import nn
 
@@ -28,6 +29,16 @@ def robustbench_class(name):
     return next((match.expand(call) for match, call in found if match), None)
 
 
+def check_out(path):
+    """Raises OSError where no file can be written, before a network is read for it."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"--out is {path}, a folder, must be a file such as {path}/model.pt"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out is {path}, but there is no folder {path.parent}")
+
+
 def main(argv=None):
     parser = Parser(prog="python -m fastadv.export", description=__doc__)
     add = parser.add_argument
@@ -39,13 +50,15 @@ def main(argv=None):
     add("--student-from", metavar="module:function", help=text)
     args = parser.parse_args(argv)
     if args.student_from:
-        bring_in("student-from", args.student_from, models.register)
+        bring_in("--student-from", args.student_from, models.register)
+    check_out(Path(args.out))
     model, config = from_run(args.checkpoint)
     models.export(model, args.out)
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     fits = stem is not None and stem.in_channels == 3 and config.student_width is None
     theirs = robustbench_class(config.student) if fits else None
-    print(f"{args.out}: {config.student}, for {theirs or 'no class of RobustBench'}")
+    whose = f"for RobustBench's {theirs}" if theirs else "for which RobustBench has no class"
+    print(f"{args.out}: weights of {config.student}, {whose}")
 
 
 if __name__ == "__main__":

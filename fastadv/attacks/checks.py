@@ -78,16 +78,18 @@ def check_budget(attack, per_sample=False):
         attack.eps = number("eps", eps)
     room = attack.hi - attack.lo
     for value in extremes:
-        _check_radius(value, attack.norm, room if math.isfinite(room) else 1.0)
+        check_radius(value, attack.norm, room if math.isfinite(room) else 1.0)
 
 
-def _check_radius(eps, norm, room):
-    """Raises ValueError unless the radius makes sense; room: the largest that linf allows."""
-    if norm == "linf" and not 0 <= eps <= room:
+def check_radius(eps, norm, room=1.0, zero=True):
+    """Raises ValueError unless the radius makes sense; room: the largest that linf allows; zero:
+    whether it may be 0."""
+    least = eps >= 0 if zero else eps > 0
+    if norm == "linf" and not (least and eps <= room):
         hint = f" (did you mean {eps}/255?)" if eps > room else ""
-        raise ValueError(f"eps is {eps}, must be in [0, {room}]{hint}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}, must be at least 0 and finite")
+        raise ValueError(f"eps is {eps}, must be in {'[' if zero else '('}0, {room}]{hint}")
+    if not (least and eps < math.inf):
+        raise ValueError(f"eps is {eps}, must be {'at least 0' if zero else 'positive'} and finite")
 
 
 def radii(eps, x):
@@ -154,7 +156,10 @@ def as_labels(y, x):
     `check_labels`. Raises TypeError or ValueError for others."""
     check_tensor("y", y, like=x)
     if y.dtype not in INTEGERS or y.shape != x.shape[:1]:
-        raise ValueError(f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},)")
+        raise ValueError(
+            f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},) for x of shape "
+            f"{tuple(x.shape)}, which is taken for [B, ...]"
+        )
     return y.long()
 
 

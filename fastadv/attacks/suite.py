@@ -1,7 +1,6 @@
 """The attacks of an evaluation by name, and the suites of attacks that papers report."""
 
 import difflib
-import math
 import re
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import torch
 from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
 from .apgd import APGD
-from .checks import listed, number
+from .checks import check_radius, listed, number
 from .fab import FAB
 from .pgd import FGSM, PGD
 from .square import Square
@@ -93,11 +92,10 @@ class Stage:
 def single(name, eps, norm="linf"):
     """The stage of one attack, by name: one of ATTACKS, "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of
     eps / 4; LOSS is ce, margin, dlr or kl), or either of these that is a PGD after "transfer-".
-    Raises ValueError for other names and for an eps that is not positive and finite, TypeError if
-    the name is no text or eps no number."""
+    Raises ValueError for other names and for an eps that is not positive, not finite or above 1 in
+    linf, TypeError if the name is no text or eps no number."""
     _check_name(name)
-    if not 0 < number("eps", eps) < math.inf:
-        raise ValueError(f"eps is {eps}, must be positive and finite")
+    check_radius(number("eps", eps), norm, zero=False)
     if name.startswith(TRANSFER):
         name_there = name.removeprefix(TRANSFER)
         if name_there in SUITES:

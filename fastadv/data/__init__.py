@@ -30,6 +30,12 @@ READERS = {
     "svhn": svhn.load,
     "npz": npz.load,
 }
+PLACES = {  # what their data_dir must be
+    "cifar10": "the unpacked folder cifar-10-batches-py",
+    "cifar100": "the unpacked folder cifar-100-python",
+    "svhn": "the folder of train_32x32.mat and test_32x32.mat",
+    "npz": "an .npz file",
+}
 OWN = {}  # the readers that users have registered
 KNOWN = f"digits, {', '.join(READERS)}"
 
@@ -53,17 +59,34 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
     it stays the same. Warns of classes without training images. Raises UsageError for an unknown
-    name, an absent `data_dir` or a bad file, FileNotFoundError for a missing one, ImportError for
-    digits without scikit-learn.
+    name, an absent `data_dir`, a bad file or a reader of a user's own that fails, FileNotFoundError
+    for a missing file, ImportError for digits without scikit-learn.
     """
     if name == "digits":
         return digits.load(seed)
     if name in OWN:
-        return check_classes(check_dataset(OWN[name](data_dir, seed), name))
+        return check_classes(check_dataset(_own(name, data_dir, seed), name))
     if ":" in name:
         raise not_registered("data set", name)
     if name not in READERS:
-        raise UsageError(f"unknown data set {name!r}; known: {KNOWN}")
+        raise UsageError(f"data is {name!r}, must be one of {KNOWN}")
     if data_dir is None:
-        raise UsageError(f"data set {name!r} needs data_dir, the place of its files")
-    return check_classes(READERS[name](data_dir, seed))
+        raise UsageError(f"data_dir is missing, must be {PLACES[name]} for data {name}")
+    right = Path(data_dir).is_file() if name == "npz" else Path(data_dir).is_dir()
+    if not right:
+        kind = "" if Path(data_dir).exists() else ", which does not exist"
+        raise FileNotFoundError(f"data_dir is {str(data_dir)!r}{kind}: must be {PLACES[name]}")
+    try:
+        return check_classes(READERS[name](data_dir, seed))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: data_dir must be {PLACES[name]}") from error
+
+
+def _own(name, data_dir, seed):
+    try:
+        return OWN[name](data_dir, seed)
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        call = f"{name}(data_dir, seed)"
+        raise UsageError(f"{call} raised {type(error).__name__}: {error}") from error

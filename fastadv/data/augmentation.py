@@ -9,7 +9,8 @@ the two are mixed; streams count down from 2^32 - 1, where no restart of an atta
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,12 @@ class Augmentation:
     randaugment_m: float = 9
 
     def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            kind, called = (Real, "a number") if one.type is float else (Integral, "a whole number")
+            right = isinstance(value, kind) and not isinstance(value, bool)
+            if one.name != "policy" and not (right or value is one.default):
+                raise UsageError(f"{one.name} is {value!r}, must be {called}")
         known = ("none", *policies.FILL)
         rules = {
             "policy": (self.policy in known, f"one of {', '.join(known)}"),

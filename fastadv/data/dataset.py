@@ -84,6 +84,11 @@ def check_dataset(dataset: Dataset, name: str) -> Dataset:
         if images.dtype != torch.uint8 or not alike or not count:
             found = f"{images.dtype} {list(images.shape)}"
             raise UsageError(f"{name}: {which}.images are {found}, must be uint8 [N, C, H, W]")
+        if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+            raise UsageError(
+                f"{name}: {which}.images are {list(images.shape)}, must be [N, C, H, W]: "
+                "images.permute(0, 3, 1, 2)"
+            )
         for field in ("labels", "index"):
             numbers = getattr(split, field)
             if numbers.dtype != torch.int64 or numbers.shape != (count,):

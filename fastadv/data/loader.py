@@ -3,6 +3,7 @@ its number alone."""
 
 import hashlib
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -57,11 +58,16 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ):
-        if batch_size < 1 or padding < 0 or flips not in (1, 2):
-            raise ValueError(
-                f"need batch_size >= 1, padding >= 0 and flips of 1 or 2,"
-                f" got {batch_size}, {padding} and {flips}"
+        if not isinstance(split, ImageSet):
+            raise TypeError(
+                f"split is a {type(split).__name__}, must be an ImageSet such as dataset.train"
             )
+        sizes = {"batch_size": (batch_size, 1), "padding": (padding, 0), "flips": (flips, 1)}
+        for name, (value, least) in sizes.items():
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}, must be a whole number of at least {least}")
+        if flips > 2:
+            raise ValueError(f"flips is {flips}, must be 1 or 2")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, must be in [0, {world - 1}], of world {world}")
         if batch_size % world:

@@ -30,7 +30,7 @@ from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
-from ..train.cli import NUMBER, WHOLE
+from ..train.cli import NUMBER, WHOLE, flag
 from . import networks, report, search, validity
 from .record import Record, open_examples
 
@@ -119,38 +119,38 @@ def add_attacks(add):
 def import_own(args):
     """Brings in the code of a user's own that the flags name."""
     for name in args.student_from:
-        bring_in("student-from", name, models.register)
+        bring_in("--student-from", name, models.register)
     if args.data_from:
         if args.data:
-            raise UsageError("data and data-from are both given, must be one of them")
-        bring_in("data-from", args.data_from, data.register)
+            raise UsageError("--data and --data-from are both given: give one")
+        bring_in("--data-from", args.data_from, data.register)
         args.data = args.data_from
 
 
 def check(args):
     """Raises UsageError for flags that no evaluation can follow, before any work is done."""
     if not (args.checkpoint or args.model_from):
-        raise UsageError("checkpoint is missing: give a run, or a network by --model-from")
+        raise UsageError("--checkpoint is missing: give a run, or a network by --model-from")
     if len({*(args.checkpoint or ())}) < len(args.checkpoint or ()):
-        raise UsageError(f"checkpoint has one twice: {', '.join(args.checkpoint)}")
+        raise UsageError(f"--checkpoint has one twice: {', '.join(args.checkpoint)}")
     if args.model and args.model_from:
-        raise UsageError("model and model-from are both given, must be one of them")
+        raise UsageError("--model and --model-from are both given: give one")
     if (args.model or args.model_from) and not args.data:
-        raise UsageError("data is missing: without a run, nothing says which data to take")
+        raise UsageError("--data is missing: without a run, nothing says which data to take")
     if args.norm == "l2" and args.eps is None:
-        raise UsageError("eps is missing, which norm l2 needs, such as 0.5")
+        raise UsageError("--eps is missing, which --norm l2 needs, such as 0.5")
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"{name} is {getattr(args, name)}, must be at least 1")
+            raise UsageError(f"{flag(name)} is {getattr(args, name)}, must be at least 1")
     if not 0 <= args.seed < 2**63:
-        raise UsageError(f"seed is {args.seed}, must be in [0, 2^63)")
+        raise UsageError(f"--seed is {args.seed}, must be in [0, 2^63)")
     if args.save_adversarial and not args.out:
-        raise UsageError("save-adversarial needs --out, the folder to save in")
+        raise UsageError("--save-adversarial needs --out, the folder to save in")
     eps = 8 / 255 if args.eps is None else args.eps
     with values_from_user():
         stages = suite.stages(args.attacks, eps, args.norm)
     if any(stage.transferred for stage in stages) and not args.source:
-        raise UsageError("source is missing, must be a run's checkpoint for transfer attacks")
+        raise UsageError("--source is missing, must be a run's checkpoint for transfer attacks")
     device(args.device)
 
 
@@ -166,13 +166,14 @@ def subjects(args):
     paths, found = args.checkpoint or [None], []
     if not (args.model or args.model_from):
         for path in paths:
-            model, config = networks.from_run(path)
+            otherwise = "; weights from elsewhere need --model, the name of their network"
+            model, config = networks.from_run(path, otherwise)
             found.append(Subject(path, config.student, model, config))
     else:
         config = Config(data=args.data, data_dir=args.data_dir)
     sets = {dataset_of(args, subject.config) for subject in found} or {(args.data, args.data_dir)}
     if len(sets) > 1:
-        raise UsageError(f"data is missing: the runs were trained on {sorted(map(str, sets))}")
+        raise UsageError(f"--data is missing: the runs were trained on {sorted(map(str, sets))}")
     dataset = data.load(*sets.pop())
     for path in paths if not found else ():
         if args.model_from:
@@ -185,7 +186,7 @@ def subjects(args):
         networks.check_fits(subject.model, dataset, subject.label)
     radii = {subject.config.eps for subject in found}
     if args.eps is None and len(radii) > 1:
-        raise UsageError(f"eps is missing: the runs were trained with {sorted(radii)}")
+        raise UsageError(f"--eps is missing: the runs were trained with {sorted(radii)}")
     return found, dataset
 
 

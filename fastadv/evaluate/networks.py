@@ -14,10 +14,11 @@ from ..runs.code import bring_in
 from ..runs.config import Config
 
 
-def from_run(path):
+def from_run(path, otherwise=""):
     """(model with the weights of a fastadv checkpoint, the Config of its run).
 
-    Raises UsageError naming the file when a run did not write it.
+    Raises UsageError naming the file when a run did not write it; otherwise: what to do then, for
+    its message.
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path is {described(path)}, must be a file or a run's folder")
@@ -25,12 +26,12 @@ def from_run(path):
         path = Path(path) / "best.safetensors"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
-    if Path(path).suffix != ".safetensors":
+    ours = Path(path).suffix == ".safetensors"
+    _, metadata = checkpoint.read(path) if ours else (None, None)
+    if metadata is None:
         raise UsageError(
-            f"{path} is not a run's .safetensors: name its architecture as well (--model, or in "
-            "training --teacher)"
+            f"{path} is not of a run, must be a run's folder or a .safetensors in it{otherwise}"
         )
-    _, metadata = checkpoint.load(path)
     try:
         config = Config.from_json(json.dumps(metadata["config"]))
         classes, channels = (whole(k, metadata[k], 1) for k in ("num_classes", "in_channels"))
@@ -47,7 +48,7 @@ def from_code(name, path=None):
     The module is imported and the function called without arguments: only name code you trust.
     Raises UsageError that names what is missing or is no network.
     """
-    bring_in("model-from", name, models.register)
+    bring_in("--model-from", name, models.register)
     model = models.get(name)
     if path is not None:
         models.load_weights(model, path)

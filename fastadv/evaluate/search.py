@@ -183,10 +183,13 @@ def _checked(model, split, stages, source, record, device):
         checks.check_tensor(f"split.{name}", column)
     if not isinstance(record, (Record, type(None))):
         raise TypeError(f"record is {checks.described(record)}, must be a Record")
-    record = record or Record(len(split))
-    sizes = [*map(len, columns.values()), record.count]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"split and record have {sizes} images, labels, indices and verdicts")
+    count = len(columns["images"])
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ValueError(f"split.{name} has {len(column)} rows, split.images {count}")
+    record = record or Record(count)
+    if record.count != count:
+        raise ValueError(f"record is of {record.count} images, split has {count}")
     stages = suite.made(stages)
     for stage in stages:
         if stage.transferred and source is None:

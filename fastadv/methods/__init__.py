@@ -63,11 +63,16 @@ def register(name, method):
     """Makes `method`, a class derived from Method, one that `get`, Config and the command line know
     by this name, and as "vfd+name". A second class of the same name replaces the first.
 
-    Raises UsageError for a name that fastadv has itself, TypeError for other classes.
+    Raises UsageError for a name that fastadv has itself, TypeError for other classes and for one
+    whose options have no defaults.
     """
     check_new(name, METHODS)
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise TypeError(f"method is {method!r}, must be a class derived from methods.Method")
+    for option, parameter in inspect.signature(method).parameters.items():
+        open_ended = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not open_ended:
+            raise TypeError(f"method is {method!r}, whose option {option} must have a default")
     OWN[name] = method
 
 

@@ -55,7 +55,7 @@ def answering(net):
 class Nets:
     """The networks of a method, [0, 1] images -> logits or what has them (`logits_of`), in
     any floating dtype: each is seen as `answering` it. Teachers are frozen and in eval mode;
-    ValueError where one is in train mode.
+    ValueError where one is in train mode, TypeError for what is no network.
 
     teacher: the robust one. clean_teacher: the natural ("standard", "vanilla") one. student_twin:
     the student as attacks in eval mode see it; made from `student` when missing.
@@ -67,8 +67,13 @@ class Nets:
     student_twin: Frozen | None = None
 
     def __post_init__(self):
+        for one in fields(self):
+            net = getattr(self, one.name)
+            absent = net is None and one.name != "student"
+            if not absent and (isinstance(net, type) or not callable(net)):
+                raise TypeError(f"{one.name} is {net!r}, must be a torch.nn.Module")
         for name in ("teacher", "clean_teacher"):
-            if getattr(self, name) is not None and getattr(self, name).training:
+            if getattr(getattr(self, name), "training", False):
                 raise ValueError(f"{name} is in train mode, must be in eval mode: freeze({name})")
         for one in fields(self):
             setattr(self, one.name, answering(getattr(self, one.name)))

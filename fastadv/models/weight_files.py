@@ -100,9 +100,11 @@ def read(path: str | Path) -> list[dict[str, Tensor]]:
     state dict; or a file of torch.save, in which tensors and plain Python are read and the names of
     `EXTRAS` passed over. The first of `CONTAINERS` is opened, and what that holds.
     Raises FileNotFoundError, or UsageError naming the file and the reason: pickled code (refused,
-    never run), a web page, damage, no tensors.
+    never run), a web page, damage, no tensors, a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, must be a file (a run's is DIR/best.safetensors)")
     if path.suffix != ".safetensors":
         return [*forms(_tensors_only(path, _unwrap(_torch_load(path))))]
     tensors, metadata = checkpoint.read(path)
@@ -158,9 +160,11 @@ def _reason(error: Exception, head: bytes) -> str:
             f"refused: it holds pickled code{wanted}, not only tensors. Nothing was run; where you"
             " trust its source, save its state dict alone and load that"
         )
+    known = "truncated, damaged or not a torch file"
     reason = str(error).partition("\n")[0]
-    reason = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
-    return f"truncated, damaged or not a torch file: {reason}"
+    # torch's own text says how to run what is in the file; a lone key or nothing says nothing.
+    telling = " " in reason and not isinstance(error, UnpicklingError)
+    return f"{known}: {reason}" if telling else known
 
 
 @contextlib.contextmanager

@@ -90,4 +90,4 @@ def get(
             return DMWideResNet(int(dm_depth), int(dm_widen), num_classes, in_channels, **size)
         size["activation"] = nn.SiLU if silu else nn.ReLU
         return WideResNet(int(depth), int(widen), num_classes, in_channels, **size)
-    raise UsageError(f"unknown model {name!r}; known: {KNOWN}")
+    raise UsageError(f"model is {name!r}, must be one of {KNOWN}")

@@ -28,7 +28,8 @@ _NOT_NEGATIVE = "at least 0 and finite", lambda value: 0 <= value < math.inf
 _SHARE = "in [0, 1)", lambda value: 0 <= value < 1
 # What a run's numbers must be; augmentation and methods check their own.
 RULES = {
-    **dict.fromkeys(("eps", "step_size", "lr", "clip_grad"), _POSITIVE),
+    "eps": ("in (0, 1]", lambda value: 0 < value <= 1),  # of images in [0, 1]
+    **dict.fromkeys(("step_size", "lr", "clip_grad"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "awp_gamma"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "ema"), _SHARE),
     **dict.fromkeys(("epochs", "batch_size", "student_width", "eval_every"), _whole(1)),
@@ -109,7 +110,7 @@ class Config:
     momentum: float = _flag(0.9, "momentum of SGD")
     weight_decay: float = _flag(5e-4, "weight decay of SGD")
     milestones: tuple[int, ...] = _flag(
-        (100, 150), "epochs after which lr drops to a tenth: 100,150"
+        (100, 150), "epochs after which lr drops to a tenth, with commas"
     )
     clip_grad: float | None = _flag(None, "largest norm of the gradient")
     ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
@@ -173,7 +174,10 @@ class Config:
             missing = value is None and getattr(Config, name) is None  # which is a default then
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not missing and not (number and holds(value)):
-                raise UsageError(f"{name} is {value!r}, must be {rule}")
+                rule = rule if number else f"a number, {rule}"
+                unit = name == "eps" and number and 1 < value <= 255
+                hint = f" (did you mean {value}/255?)" if unit else ""
+                raise UsageError(f"{name} is {value!r}, must be {rule}{hint}")
         epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
         whole = all(type(epoch) is int for epoch in epochs)
         if not whole or [0, *epochs] != sorted({0, *epochs}):

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..attacks.checks import check_model, described
+from ..data import Loader
 from ..engine.features import forward_features
 from ..engine.frozen import original, refresh
-from ..errors import UsageError, values_from_user
+from ..errors import UsageError, about, values_from_user
 from ..ops._torch import version
 from . import store
 from .identity import differences, identity
@@ -42,12 +44,13 @@ class TeacherCache:
     hits, misses: rows looked up; forwards: blocks computed. Where the disk refuses, the cache warns
     once, goes on with what it has and stores no more; `writable` is then False.
     Raises ValueError for a teacher that may change, more views than can be numbered
-    (`views_per_image` not given), a folder of another identity (naming the part that differs), and
-    store.Damaged for one that is truncated, altered or of another format.
+    (`views_per_image` not given), names of no outputs, a folder of another identity (naming the
+    part that differs), and store.Damaged for one that is truncated, altered or of another format;
+    TypeError for names that are no names.
     """
 
     def __init__(self, teacher, loader, names=("logits",), directory=None, dtype=torch.float16):
-        _check(teacher, loader, dtype)
+        _check(teacher, loader, names, dtype)
         self.teacher, self.names, self.dtype = teacher, tuple(sorted(set(names))), dtype
         self.hits = self.misses = self.forwards = 0
         self.writable, self.folder, self._table = True, None, None
@@ -247,7 +250,7 @@ class TeacherCache:
         """({name: shape of one image's output}, {name: some of its values}) on fixed noise; not
         counted as a forward. The values tell teachers apart whose hashes are the same."""
         noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
-        with values_from_user():  # names of features
+        with about("names"), values_from_user():
             outputs = self._forward(noise.to(images.device))
         for name, value in outputs.items():
             if value.dim() < 2 or len(value) != BLOCK:
@@ -275,7 +278,13 @@ class TeacherCache:
         warnings.warn(f"the teacher cache stores no more: {error}", stacklevel=3)
 
 
-def _check(teacher, loader, dtype):
+def _check(teacher, loader, names, dtype):
+    check_model(teacher, "teacher")
+    if not isinstance(loader, Loader):
+        raise TypeError(f"loader is {described(loader)}, must be a data.Loader")
+    texts = isinstance(names, (tuple, list, set)) and all(isinstance(name, str) for name in names)
+    if not texts or not names:
+        raise TypeError(f"names is {names!r}, must be a tuple of outputs such as ('logits',)")
     if any(module.training for module in teacher.modules()):
         raise ValueError("teacher is in train mode, must be in eval mode, such as freeze(teacher)")
     if any(parameter.requires_grad for parameter in teacher.parameters()):

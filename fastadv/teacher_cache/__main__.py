@@ -165,22 +165,26 @@ def checked(folder):
 
 def opened(args, rest):
     """(TeacherCache, Loader) of a run or of the flags of `python -m fastadv.train`."""
-    for flag in rest if args.run else ():
-        if flag.startswith("--") and flag.partition("=")[0] not in cli.PLACE_FLAGS + cli.OWN_FLAGS:
-            raise UsageError(
-                f"--run takes the run's own settings: {flag} does not go with it, only "
-                f"{cli.WITH_RUN}"
-            )
-    given = ["--resume", args.run, *rest] if args.run else rest
-    config, _ = cli.parse(given, prog=f"{PROGRAM} {args.command.__name__}")
+    given = rest
+    if args.run:
+        flags = (word.partition("=")[0] for word in rest if word.startswith("--"))
+        known = cli.PLACE_FLAGS + cli.OWN_FLAGS
+        cli.check_beside_run("--run", (flag for flag in flags if flag not in known))
+        given = ["--resume", args.run, *rest]
+    config, _ = cli.parse(given, prog=f"{PROGRAM} {args.command.__name__}", resuming="--run")
     device(config.device)  # raises where this machine has none
+    method, which = build_method(config), args.which
+    named = getattr(config, which) or getattr(config, f"{which}_checkpoint")
+    if which not in method.teachers and not named:
+        raise UsageError(
+            f"method {config.method} has no {which}; --which names one of its teachers, which are: "
+            f"{', '.join(method.teachers) or 'none'}"
+        )
     dataset = data.load(config.data, config.data_dir)
-    teacher, loader = build_teacher(config, dataset, args.which), build_loader(config, dataset)
-    names = (
-        args.names.split(",") if args.names else build_method(config).cacheable().get(args.which)
-    )
+    teacher, loader = build_teacher(config, dataset, which), build_loader(config, dataset)
+    names = args.names.split(",") if args.names else method.cacheable().get(which)
     if not names:
-        raise UsageError(f"method {config.method} reads no {args.which} of x alone: give --names")
+        raise UsageError(f"method {config.method} reads no {which} of x alone: give --names")
     dtype = getattr(torch, config.teacher_cache_dtype)
     return TeacherCache(teacher, loader, names, args.directory, dtype), loader
 

@@ -10,7 +10,7 @@ from .. import data, methods, models
 from ..attacks import PGD
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
-from ..errors import UsageError, values_from_user
+from ..errors import UsageError, about, values_from_user
 from ..evaluate import check_fits, from_run
 from ..models.zoo import is_own
 from ..runs import parallel
@@ -54,7 +54,8 @@ def build_method(config):
 def build_student(config, dataset):
     """The student with fresh weights. Raises UsageError if it does not take the data's images."""
     channels = dataset.train.images.shape[1]
-    student = models.get(config.student, dataset.num_classes, channels, config.student_width)
+    with about("student"):
+        student = models.get(config.student, dataset.num_classes, channels, config.student_width)
     check_fits(student, dataset, config.student)
     return student
 
@@ -89,13 +90,15 @@ def build_teacher(config, dataset, which):
     own = architecture is not None and is_own(architecture)
     if path is None and not own:
         raise UsageError(f"{which}_checkpoint is missing, which method {config.method} needs")
-    if architecture is None:
-        teacher, _ = from_run(path)
-    elif path is None:
-        teacher = models.get(architecture).eval()
-    else:
-        channels = dataset.train.images.shape[1]
-        teacher = models.load(architecture, path, dataset.num_classes, channels)
+    with about(which):
+        if architecture is None:
+            name = which.replace("_", "-")
+            teacher, _ = from_run(path, f"; weights from elsewhere need --{name}")
+        elif path is None:
+            teacher = models.get(architecture).eval()
+        else:
+            channels = dataset.train.images.shape[1]
+            teacher = models.load(architecture, path, dataset.num_classes, channels)
     check_fits(teacher, dataset, path or architecture)
     teacher.to(config.device, memory_format=torch.channels_last)
     return freeze(teacher, PRECISIONS[config.precision_teacher])

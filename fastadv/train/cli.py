@@ -38,8 +38,8 @@ WITH_RUN = (
 )
 
 
-def parse(argv, description=None, prog="python -m fastadv.train"):
-    """(Config, resume) from the command line of `prog`."""
+def parse(argv, description=None, prog="python -m fastadv.train", resuming="--resume"):
+    """(Config, resume) from the command line of `prog`. resuming: how its user calls --resume."""
     given = vars(parser(description, prog).parse_args(argv))
     if given.pop("list_recipes"):
         print(recipe_table())
@@ -49,11 +49,10 @@ def parse(argv, description=None, prog="python -m fastadv.train"):
     )
     own = import_own(given)
     if resume:
-        if given.keys() - PLACES or name or precision or options:
-            raise UsageError(
-                f"--resume takes the run's own settings: no other flag goes with it but {WITH_RUN}"
-            )
-        config = saved(resume)
+        others = {"recipe": name, "precision": precision, "set": options}
+        wrong = [field for field in given if field not in PLACES]
+        check_beside_run(resuming, map(flag, [*wrong, *(k for k, v in others.items() if v)]))
+        config = saved(resume, resuming)
         for field, text in own.items():
             if getattr(config, field) != text:
                 raise UsageError(
@@ -102,11 +101,21 @@ def import_own(given):
     return own
 
 
-def saved(folder):
-    """The Config of the run in `folder`."""
+def check_beside_run(resuming, flags):
+    """Raises UsageError for flags that are given beside a run, whose folder `resuming` names."""
+    if flags := list(flags):
+        raise UsageError(
+            f"{resuming} takes the run's own settings: {', '.join(flags)} cannot go with it, only "
+            f"{WITH_RUN}"
+        )
+
+
+def saved(folder, resuming):
+    """The Config of the run in `folder`, which the flag `resuming` names."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--resume is {folder}, a folder without a run's config.json")
+        kind = "a file" if Path(folder).is_file() else "which has no config.json"
+        raise FileNotFoundError(f"{resuming} is {folder}, {kind}: must be the folder of a run")
     try:
         return Config.from_json(path.read_text())
     except (ValueError, TypeError) as error:

@@ -50,6 +50,10 @@ def train(config, resume=False):
     run.resume() if resume else run.open()
     # Nothing is refused from here on: advice before an error would hide it.
     if parallel.rank() == 0:
+        if run.epoch >= config.epochs:
+            tqdm.write(
+                f"{folder.name}: all epochs ({config.epochs}) are done, none is left to train"
+            )
         for doubt in config.doubts(len(dataset.train)):
             warnings.warn(doubt, stacklevel=2)
         if not resume and (advice := hint(config, method, nets)):

@@ -256,6 +256,12 @@ def test_mixup_and_cutmix_take_turns():
         {"views_per_image": 2**32 + 1},
         {"randaugment_n": 0},
         {"randaugment_m": 31},
+        {"cutout": "4"},
+        {"mixup": None},
+        {"cutmix": True},
+        {"views_per_image": 2.5},
+        {"randaugment_n": 1.5},
+        {"policy": None},
     ],
 )
 def test_settings_out_of_range(wrong):

@@ -152,7 +152,8 @@ def test_truncated_batches(tmp_path, rows, length):
 
 
 def test_missing_files_are_named(tmp_path, rows):
-    with pytest.raises(FileNotFoundError, match="data_batch_1"):
+    told = "data_batch_1: no such CIFAR file: data_dir must be the unpacked folder cifar-10-batches"
+    with pytest.raises(FileNotFoundError, match=told):
         data.load("cifar10", tmp_path)
     write_folder(tmp_path)
     (tmp_path / "test_batch").unlink()

@@ -47,6 +47,20 @@ def test_what_is_of_another_kind_is_named(wrong, match):
         check_dataset(dataset(**wrong), "mine")
 
 
+def test_images_with_channels_last_are_refused():
+    """They would train, as images of many channels and one or three columns."""
+    for channels in (1, 3):
+        images = torch.zeros(4, 8, 8, channels, dtype=torch.uint8)
+        last = data.ImageSet(images, torch.arange(4), torch.arange(4))
+        match = (
+            rf"^mine: train.images are \[4, 8, 8, {channels}\], must be \[N, C, H, W\]: .*permute"
+        )
+        with pytest.raises(UsageError, match=match):
+            check_dataset(dataset(train=last, val=last, test=last), "mine")
+    thin = data.ImageSet(torch.zeros(4, 3, 8, 1).byte(), torch.arange(4), torch.arange(4))
+    check_dataset(dataset(train=thin, val=thin, test=thin), "mine")
+
+
 def numbered(index):
     images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8)
     return data.ImageSet(images, torch.arange(4), torch.tensor(index))

@@ -1,6 +1,7 @@
 """The digits demo set."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,9 +57,13 @@ def test_without_scikit_learn(monkeypatch):
         data.load("digits")
 
 
-def test_unknown_names_and_absent_folders():
-    with pytest.raises(ValueError, match="'mnist'; known: digits, cifar10, cifar100, svhn, npz"):
+def test_unknown_names_and_absent_folders(tmp_path):
+    with pytest.raises(ValueError, match="^data is 'mnist', must be one of digits, cifar10, cif"):
         data.load("mnist")
-    for name in ("cifar10", "npz"):
-        with pytest.raises(ValueError, match=f"'{name}' needs data_dir"):
+    for name, place in data.PLACES.items():
+        with pytest.raises(ValueError, match=f"^data_dir is missing, must be {place} "):
             data.load(name)
+        wrong = tmp_path if name == "npz" else Path(__file__)
+        for data_dir, kind in ((wrong, ""), (tmp_path / "no", ", which does not exist")):
+            with pytest.raises(OSError, match=f"^data_dir is '{data_dir}'{kind}: must be {place}"):
+                data.load(name, data_dir)

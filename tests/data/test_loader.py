@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastadv import ops
-from fastadv.data import Fields, ImageSet, Loader, decode_view, encode_view
+from fastadv.data import Dataset, Fields, ImageSet, Loader, decode_view, encode_view
 
 
 def stand_in(images, dy, dx, flip, *, padding, channels_last):
@@ -136,10 +136,24 @@ def test_an_empty_split():
     assert list(Loader(image_set(0), 4).epoch(0)) == []
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"padding": -1}, {"flips": 3}, {"flips": 0}])
-def test_arguments_out_of_range(wrong):
-    with pytest.raises(ValueError, match="need batch_size"):
-        Loader(image_set(), **({"batch_size": 4} | wrong))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("batch_size", value) for value in (0, "4", 2.5)),
+        *(("padding", value) for value in (-1, None)),
+        *(("flips", value) for value in (3, 0, True)),
+    ],
+)
+def test_arguments_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, must be "):
+        Loader(image_set(), **({"batch_size": 4} | {name: value}))
+
+
+def test_a_loader_is_of_one_split():
+    one = image_set()
+    for wrong, kind in ((Dataset("x", 4, 1, 1, one, one, one), "Dataset"), (one.images, "Tensor")):
+        with pytest.raises(TypeError, match=f"^split is a {kind}, must be an ImageSet such as"):
+            Loader(wrong, 4)
 
 
 @pytest.mark.parametrize(

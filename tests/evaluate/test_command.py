@@ -54,21 +54,28 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     line = ["--checkpoint", str(teacher)]
     for extra, match in [
         (["--attacks", "clean,pdg20"], "attack is 'pdg20', must be .*did you mean 'pgd20'"),
-        (["--eps", "0"], "eps is 0.0, must be positive"),
-        (["--eps", "nan"], "eps is nan, must be positive"),
-        (["--norm", "l2"], "eps is missing, which norm l2 needs"),
-        (["--attacks", "transfer-cw"], "source is missing"),
-        (["--save-adversarial"], "save-adversarial needs --out"),
-        (["--batch-size", "0"], "batch_size is 0, must be at least 1"),
-        (["--model", "resnet18", "--model-from", "a:b"], "model and model-from are both given"),
-        (["--model", "resnet18"], "data is missing"),
-        (["--checkpoint", str(teacher), str(teacher)], "checkpoint has one twice"),
+        (["--eps", "0"], r"eps is 0.0, must be in \(0, 1.0\]$"),
+        (["--eps", "nan"], r"eps is nan, must be in \(0, 1.0\]$"),
+        (["--norm", "l2"], "^--eps is missing, which --norm l2 needs"),
+        (["--attacks", "transfer-cw"], "^--source is missing"),
+        (["--save-adversarial"], "^--save-adversarial needs --out"),
+        (["--batch-size", "0"], "^--batch-size is 0, must be at least 1"),
+        (
+            ["--model", "resnet18", "--model-from", "a:b"],
+            "^--model and --model-from are both given",
+        ),
+        (["--model", "resnet18"], "^--data is missing"),
+        (["--checkpoint", str(teacher), str(teacher)], "^--checkpoint has one twice"),
         (["--eps", "8"], "eps is 8.0, must be .*did you mean"),
-        (["--limit", "-3"], "limit is -3, must be at least 1"),
+        (["--limit", "-3"], "^--limit is -3, must be at least 1"),
+        (["--seed", "-1"], "^--seed is -1, must be in"),
+        (["--data", "svhn", "--data-from", "a:b"], "^--data and --data-from are both given"),
+        (["--model", "digits_net", "--data", "digits"], "run is a folder, must be a file"),
         (["--device", "cuda:7"], "device is 'cuda:7', which cannot be used here"),
     ]:
+        path = teacher.parent if "is a folder" in match else teacher
         with pytest.raises(ValueError, match=match):
-            main([*line, *extra])
+            main(["--checkpoint", str(path), *extra])
     other = tmp_path / "other.npz"
     with np.load(npz) as file:
         np.savez(other, **{k: v + 2 if k.endswith("labels") else v for k, v in file.items()})
@@ -77,7 +84,9 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file .a run's is DIR/best.safetensors"):
         main(["--checkpoint", str(tmp_path)])
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="not a run's .safetensors"):
+    with pytest.raises(
+        ValueError, match="w.pt is not of a run, must be a run's folder or a .safetensors"
+    ):
         main(["--checkpoint", str(tmp_path / "w.pt")])
     checkpoint.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     with pytest.raises(ValueError, match="its header is not that of a run"):
@@ -89,7 +98,7 @@ def test_evaluate_refuses_before_it_works(npz, teacher, tmp_path):
     [
         ({"lr": -1.0}, "lr is -1.0, must be positive"),
         ({"colour": 1}, "config has unknown fields: colour"),
-        ({"eps": "x"}, "eps is 'x', must be positive"),
+        ({"eps": "x"}, r"eps is 'x', must be a number, in \(0, 1\]"),
     ],
 )
 def test_a_header_of_no_run_names_its_file(teacher, tmp_path, fields, match):
@@ -103,7 +112,9 @@ def test_a_header_of_no_run_names_its_file(teacher, tmp_path, fields, match):
 def test_other_data_have_a_folder_of_their_own(npz, teacher):
     """Not that of the run, which has the images of its own data set."""
     line = ["--checkpoint", str(teacher), "--attacks", "clean", "--data"]
-    with pytest.raises(UsageError, match="data set 'svhn' needs data_dir"):
+    with pytest.raises(
+        UsageError, match="data_dir is missing, must be the folder of train_32x32.mat"
+    ):
         main([*line, "svhn"])
     main([*line, "npz"])
 
@@ -220,7 +231,7 @@ def test_a_network_of_ones_own(npz, teacher, tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=match):
             main([*line, name])
-    with pytest.raises(ValueError, match="checkpoint is missing"):
+    with pytest.raises(ValueError, match="^--checkpoint is missing"):
         main(line[:-1])
 
 
@@ -249,7 +260,9 @@ def test_runs_on_other_data_are_not_compared(npz, teacher, tmp_path):
     fields["config"]["data_dir"] = str(other)
     checkpoint.save(tmp_path / "b.safetensors", tensors, fields)
     line = ["--checkpoint", str(teacher), str(tmp_path / "b.safetensors"), "--attacks", "clean"]
-    with pytest.raises(ValueError, match="data is missing: the runs were trained on .*other.npz"):
+    with pytest.raises(
+        ValueError, match="^--data is missing: the runs were trained on .*other.npz"
+    ):
         main(line)
     main([*line, "--data-dir", str(npz)])
 

@@ -208,6 +208,18 @@ def test_networks_of_other_kinds():
     torch.testing.assert_close(torch.compile(Nets(plain).student, backend="eager")(x), expected)
 
 
+def test_what_is_no_network_is_refused():
+    net = nn.Linear(3, 3).eval()
+    for wrong in ("resnet18", 3, nn.Identity):
+        with pytest.raises(TypeError, match="^student is .*, must be a torch.nn.Module"):
+            Nets(wrong)
+        for name in ("teacher", "clean_teacher", "student_twin"):
+            with pytest.raises(TypeError, match=f"^{name} is .*, must be a torch.nn.Module"):
+                Nets(net, **{name: wrong})
+    with pytest.raises(TypeError, match="^student is None, must be a torch.nn.Module"):
+        Nets(None)
+
+
 def test_an_attack_that_cannot_ascend_is_refused():
     for attack in ("pgd", 3, PGD):
         with pytest.raises(TypeError, match="attack is .*, must be a PGD"):

@@ -133,6 +133,14 @@ def test_truncated_torch_files(tmp_path, zipped, length):
         read(path)
 
 
+@pytest.mark.parametrize("content", [b"junk", b"junk\n", b"\n", bytes(range(256))])
+def test_what_was_never_a_torch_file(tmp_path, content):
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"junk\.pt: truncated, damaged or not a ") as caught:
+        read(tmp_path / "junk.pt")
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize("page", ["<!DOCTYPE html><html>Quota exceeded</html>", "\n <html></html>"])
 def test_a_web_page_is_called_one(tmp_path, page):
     (tmp_path / "page.pt").write_text(page)

@@ -219,6 +219,22 @@ def test_statistics_that_make_no_sense(path, name, statistics, reason):
         models.load(name, path, width=4)
 
 
+def test_a_normalisation_is_numbers_by_channel(x):
+    net = jitter(models.get("resnet18", width=4)).eval()
+    expected = models.Normalized(net, MEAN, STD).eval()(x)
+    for mean, std in ((tuple(MEAN.tolist()), STD.tolist()), (MEAN.numpy(), STD.double().numpy())):
+        assert torch.equal(models.Normalized(net, mean, std).eval()(x), expected)
+    for mean, std, error, match in (
+        ("x", STD, TypeError, "mean is 'x', must be one number per channel"),
+        (MEAN, None, TypeError, "std is None, must be one number per channel"),
+        (MEAN, [1, "x", 1], TypeError, "std is .*, must be one number per channel"),
+        (MEAN, torch.ones(3).bool(), TypeError, "std is .*, must be one number per channel"),
+        (MEAN, (0.2, 0.3), ValueError, "mean has 3 numbers and std 2, must both have one per chan"),
+    ):
+        with pytest.raises(error, match=match):
+            models.Normalized(net, mean, std)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_export_is_a_plain_state_dict(path, x, name):
     model = jitter(models.get(name, width=6).to(memory_format=torch.channels_last))
@@ -267,7 +283,7 @@ def test_export_command(tmp_path, path, capsys):
     best = tmp_path / "run" / "best.safetensors"
     export.main(["--checkpoint", str(best), "--out", str(path)])
     (*_, line) = capsys.readouterr().out.splitlines()
-    assert line == f"{path}: dm_wrn10_1, for no class of RobustBench"
+    assert line == f"{path}: weights of dm_wrn10_1, for which RobustBench has no class"
     model, _ = evaluate.from_run(best)
     loaded, x = models.load("dm_wrn10_1", path, 10, 1), torch.rand(4, 1, 8, 8)
     assert torch.equal(loaded(x), model(x))
@@ -285,7 +301,8 @@ def test_export_names_a_class_that_takes_the_file(tmp_path, path, capsys, width,
     header = {"config": settings, "num_classes": 10, "in_channels": channels}
     checkpoint.save(tmp_path / "best.safetensors", tensors, header)
     export.main(["--checkpoint", str(tmp_path), "--out", str(path)])
-    assert capsys.readouterr().out.endswith(f"for {named or 'no class of RobustBench'}\n")
+    told = f"for RobustBench's {named}" if named else "for which RobustBench has no class"
+    assert capsys.readouterr().out == f"{path}: weights of resnet18, {told}\n"
 
 
 @pytest.mark.parametrize(

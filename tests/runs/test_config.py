@@ -47,6 +47,14 @@ def test_numbers_that_no_run_can_have(name, value):
         Config(**{name: value})
 
 
+def test_numbers_are_said_to_be_numbers():
+    for name, value in (("eps", "8/255"), ("lr", None), ("epochs", "3"), ("seed", True)):
+        with pytest.raises(ValueError, match=f"^{name} is {value!r}, must be a number, "):
+            Config(**{name: value})
+    with pytest.raises(ValueError, match=r"^eps is 8, must be in \(0, 1\] .did you mean 8/255"):
+        Config(eps=8)
+
+
 def test_the_least_numbers_are_taken():
     least = dict.fromkeys(("epochs", "batch_size", "student_width", "eval_every"), 1)
     least |= dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), 0)

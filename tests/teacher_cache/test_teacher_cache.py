@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -308,8 +309,12 @@ def test_what_cannot_be_kept_is_refused():
     teacher, loader = freeze(Net()), make_loader()
     with pytest.raises(ValueError, match="dtype is torch.bfloat16"):
         TeacherCache(teacher, loader, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="'layer9'"):
-        TeacherCache(teacher, loader, ("layer9",))
+    for names in (("layer9",), ("logits", "logit")):
+        with pytest.raises(ValueError, match=f"^names: .*'{names[-1]}', must be"):
+            TeacherCache(teacher, loader, names)
+    for names in ("logits", None, (), (1,)):
+        with pytest.raises(TypeError, match="^names is .*, must be a tuple of outputs"):
+            TeacherCache(teacher, loader, names)
     endless = make_loader(augmentation=data.Augmentation(policy="autoaugment"))
     with pytest.raises(ValueError, match="views_per_image is None"):
         TeacherCache(teacher, endless)
@@ -551,6 +556,10 @@ def test_prune_touches_nothing_but_caches(tmp_path, capsys):
 def test_flags_that_do_not_go_together(tmp_path):
     with pytest.raises(ValueError, match="--run takes the run's own settings: --data"):
         main(["fill", str(tmp_path), "--run", "x", "--data", "digits"])
+    with pytest.raises(
+        OSError, match="^--run is x, which has no config.json: must be the folder of"
+    ):
+        main(["fill", str(tmp_path), "--run", "x"])
     with pytest.raises(SystemExit):
         main(["info", str(tmp_path), "--data", "digits"])
 
@@ -560,6 +569,14 @@ def test_fill_takes_the_outputs_that_the_method_reads(tmp_path, digits_teacher, 
     clean += ["--which", "clean_teacher", "--views", "1"]
     with pytest.raises(ValueError, match="method rslad reads no clean_teacher of x alone"):
         main(["fill", str(tmp_path / "caches"), *clean])
+    for method, its in (("at", "none"), ("rslad", "teacher"), ("vfd+at", "clean_teacher")):
+        out = tmp_path / method
+        out.mkdir()
+        (out / "config.json").write_text(Config(method=method).to_json())
+        which = "teacher" if method != "rslad" else "clean_teacher"
+        told = rf"method {re.escape(method)} has no {which}; --which names .*: {its}$"
+        with pytest.raises(ValueError, match=told):
+            main(["fill", str(tmp_path / "caches"), "--run", str(out), "--which", which])
     vfd = ["--method", "vfd+mtard", "--set", "layers=conv4,penultimate"]
     main(["fill", str(tmp_path / "caches"), *clean, *vfd])
     main(["info", str(tmp_path / "caches")])
@@ -688,6 +705,14 @@ def test_a_teacher_whose_changes_nobody_counts_is_refused():
     for teacher in (freeze(net), net.eval().requires_grad_(False)):
         with pytest.raises(ValueError, match="teacher has tensors of torch.inference_mode"):
             TeacherCache(teacher, make_loader())
+
+
+def test_a_cache_is_of_a_network_and_a_loader():
+    for wrong in ("wrn34_10", None):
+        with pytest.raises(TypeError, match=f"^teacher is {wrong!r}, must be a torch.nn.Module"):
+            TeacherCache(wrong, make_loader())
+    with pytest.raises(TypeError, match="^loader is a ImageSet, must be a data.Loader"):
+        TeacherCache(freeze(Net()), split())
 
 
 def test_rows_are_of_the_precision_that_the_processor_has(monkeypatch):

@@ -32,13 +32,19 @@ def test_command_line(tmp_path, monkeypatch):
     assert got.out == "runs/rslad-cifar10"
     (tmp_path / "runs/digits").mkdir(parents=True)
     assert str(fresh_folder("digits")) == "runs/digits-2"
-    with pytest.raises(ValueError, match="no other flag goes with it"):
-        parse(["--resume", "x", "--lr", "1"])
+    for flags in ("--lr 1", "--epochs 3", "--recipe x", "--precision bf16", "--set beta=1"):
+        told = f"--resume takes the run's own settings: {flags.split()[0]} cannot go with it, only"
+        with pytest.raises(ValueError, match=told):
+            parse(["--resume", "x", *flags.split()])
     with pytest.raises(ValueError, match="--set is 'beta6', must be NAME=VALUE"):
         parse(["--set", "beta6"])
-    with pytest.raises(FileNotFoundError, match="--resume is no, a folder without"):
-        parse(["--resume", "no"])
-    with pytest.raises(ValueError, match="recipe is 'x', must be one of absld-cifar10-resnet18"):
+    (tmp_path / "best.safetensors").touch()
+    for text, told in (("no", "which has no config.json"), ("best.safetensors", "a file")):
+        with pytest.raises(
+            FileNotFoundError, match=f"--resume is {text}, {told}: must be the fold"
+        ):
+            parse(["--resume", text])
+    with pytest.raises(ValueError, match="--recipe is 'x', must be one of absld-cifar10-resnet18"):
         parse(["--recipe", "x"])
 
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from small_runs import config
 
@@ -99,12 +100,14 @@ VALUES = {
     "--init normal": "init is 'normal', must be one of",
     "--attack-bn on": "attack_bn is 'on', must be 'eval' or 'train'",
     "--policy strong": "policy is 'strong', must be one of",
-    "--student resnet": "unknown model 'resnet'",
+    "--student resnet": "^student: model is 'resnet', must be one of digits_net, ",
+    "--method rslad --teacher resnet --teacher-checkpoint x.pt": "^teacher: model is 'resnet'",
+    "--data mnist": "^data is 'mnist', must be one of digits, cifar10, ",
     "--student wrn9_2": "wrn9_2|depth is 9",
     "--method advfunmatch --set temperature=0": "temperature of method advfunmatch is 0.0, must be",
     "--method vfd+at --set layers=x": "layer is 'x', must be penultimate, logits or a module",
     "--method vfd+at --set distance=x": "distance is 'x', must be one of mse",
-    "--data-dir no.npz": r"no.npz: no such",
+    "--data-dir no.npz": r"^data_dir is '.*no.npz', which does not exist: must be an",
     "--lr 1e30 --batch-size 16": "loss is (nan|inf) in epoch 1: training diverged; lower lr",
 }
 
@@ -121,6 +124,25 @@ def test_a_value_of_a_flag_is_a_users(npz, teacher, tmp_path, flags):
         line += f" --teacher-checkpoint {teacher}"
     with pytest.raises((UsageError, OSError), match=VALUES[flags]):
         command.main(line.split())
+
+
+def test_a_checkpoint_of_no_run_names_the_flag_that_it_needs(npz, run, tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors")
+    line = (
+        f"--method mtard --data npz --data-dir {npz} --student digits_net --clean-teacher-checkpo"
+    )
+    for name in ("w.pt", "w.safetensors"):
+        told = f"{name} is not of a run, must be a run's folder or a .safetensors in it"
+        for main, flags, hint in [
+            (command.main, f"{line}int {{}} --teacher-checkpoint {run}", "need --clean-teacher"),
+            (command.main, f"{line}int {run} --teacher-checkpoint {{}}", "need --teacher"),
+            (evaluation.main, "--checkpoint {}", "need --model, the name of their network"),
+        ]:
+            with pytest.raises(UsageError, match=f"{told}; weights from elsewhere {hint}$"):
+                main(flags.format(tmp_path / name).split())
+        with pytest.raises(UsageError, match=f"{told}$"):
+            evaluation.main(f"--checkpoint {run} --source {tmp_path / name}".split())
 
 
 def test_a_run_has_a_folder(npz, tmp_path):
@@ -202,14 +224,26 @@ def test_a_run_whose_state_is_lost_does_not_start_over(copied):
     assert len(log.read(copied / "metrics.jsonl")) == 3
 
 
+def test_a_finished_run_is_called_one(copied, capsys):
+    before = state(copied)
+    command.main(["--resume", str(copied)])
+    assert "run: all epochs (3) are done, none is left to train" in capsys.readouterr().out
+    assert state(copied) == before
+
+
 def test_export_says_what_is_wrong(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "junk.safetensors").write_text("junk")
     best = str(run / "best.safetensors")
     for source, out, match in [
-        (best, tmp_path, "cannot write: Is a directory"),
-        (best, tmp_path / "file/x.pt", "cannot write: Not a directory: '.*/file/x.pt'"),
-        (best, tmp_path / "no/x.pt", "cannot write: No such file or directory"),
+        (best, tmp_path, "--out is .*, a folder, must be a file such as"),
+        (best, tmp_path / "file/x.pt", "--out is .*/file/x.pt, but there is no folder .*/file$"),
+        (best, tmp_path / "no/x.pt", "--out is .*/no/x.pt, but there is no folder .*/no$"),
+        (
+            tmp_path / "file",
+            tmp_path / "x.pt",
+            r"file is not of a run, must .* \.safetensors in it$",
+        ),
         (tmp_path, tmp_path / "x.pt", "no such file .a run's is DIR/best.safetensors"),
         (tmp_path / "junk.safetensors", tmp_path / "x.pt", "truncated, damaged"),
     ]:
@@ -288,7 +322,10 @@ def test_damaged_weights_and_data_name_themselves(npz, tmp_path):
     (tmp_path / "junk.pt").write_text("junk\n")
     (tmp_path / "junk.npz").write_text("junk")
     taught = {"method": "rslad", "teacher": "resnet18", "epochs": 1}
-    for name, match in [("junk.pt", r"not a torch file: .*[a-z]"), ("", "Is a directory: '")]:
+    for name, match in [
+        ("junk.pt", r"junk\.pt: .*not a torch file$"),
+        ("", "is a folder, must be a file"),
+    ]:
         settings = taught | {"teacher_checkpoint": tmp_path / name}
         with pytest.raises((ValueError, OSError), match=match):
             command.train(config(npz, tmp_path / "run", **settings))

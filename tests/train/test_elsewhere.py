@@ -50,7 +50,9 @@ def test_it_is_evaluated_and_exported(foreign, npz, tmp_path, capsys):
     loaded, x = models.load("digits_net", out, 3, 1, 8), torch.rand(4, 1, 8, 8)
     assert torch.equal(loaded(x), model(x))
     moved(foreign, {"data_dir": "/gone/set.npz"})
-    with pytest.raises(FileNotFoundError, match=r"/gone/set\.npz: no such file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^data_dir is '/gone/set\.npz', which does not exist"
+    ):
         evaluate_main(["--checkpoint", str(foreign)])
     evaluate_main(
         ["--checkpoint", str(foreign), "--attacks", "fgsm", "--limit", "8", "--data-dir", str(npz)]
@@ -119,7 +121,7 @@ def test_only_places_go_with_resume(foreign):
     others = ["--lr 1", "--epochs 9", "--seed 1", "--precision bf16", "--set a=1", "--out x"]
     others += ["--teacher resnet18", "--recipe rslad-cifar10-resnet18", "--method at"]
     for flags in others:
-        with pytest.raises(ValueError, match="no other flag goes with it but .* --data-dir"):
+        with pytest.raises(ValueError, match=f"{flags.split()[0]} cannot go with it, only .* --da"):
             parse([*there, *flags.split()])
 
 
@@ -131,7 +133,7 @@ def test_its_teacher_fills_a_cache(npz, teacher, tmp_path, capsys):
     line = ["fill", str(tmp_path / "cache"), "--run", str(run), "--views", "1"]
     with pytest.raises(ValueError, match="device is 'cuda:99', which cannot be used here"):
         cache_main(line)
-    with pytest.raises(ValueError, match="--run takes the run's own settings: --seed does not go"):
+    with pytest.raises(ValueError, match="--run takes the run's own settings: --seed cannot go"):
         cache_main([*line, "--device=cpu", "--seed", "1"])
     cache_main([*line, "--device", "cpu"])
     assert "1 of 9 views filled, 144 rows computed" in capsys.readouterr().out
@@ -143,7 +145,7 @@ def test_its_teacher_fills_a_cache(npz, teacher, tmp_path, capsys):
         ("{", "Expecting property name"),
         ("[]", "config is a list, must be an object of fields"),
         ('{"epochs": 0}', "epochs is 0, must be at least 1"),
-        ('{"lr": "fast"}', "lr is 'fast', must be positive and finite"),
+        ('{"lr": "fast"}', "lr is 'fast', must be a number, positive and finite"),
         ('{"milestones": 3}', "milestones is 3, must be whole numbers of epochs"),
         ('{"data_dir": 3}', "data_dir is 3, must be text"),
         ('{"rate": 1}', "config has unknown fields: rate"),

@@ -95,7 +95,8 @@ def test_all_of_a_run_may_be_of_ones_own(own, npz, monkeypatch, capsys):
     report = json.loads((own / "report/whole/report.json").read_text())
     assert (report["architecture"], report["dataset"]) == ("own_parts:net", "own stripes")
     export.main(["--checkpoint", "whole", *flags[:2], "--out", "net.pt"])
-    assert "net.pt: own_parts:net, for no class of RobustBench" in capsys.readouterr().out
+    told = "net.pt: weights of own_parts:net, for which RobustBench has no class"
+    assert told in capsys.readouterr().out
     weights = torch.load("net.pt", weights_only=True)["state_dict"]
     assert {name: list(value.shape) for name, value in weights.items()} == {
         "1.weight": [16, 64],
@@ -211,6 +212,11 @@ def test_the_same_in_python(own, npz):
     models.register("perceptron", own_parts.taught)  # a notebook's cell may run twice
 
 
+class Greedy(methods.AT):
+    def __init__(self, beta, **options):
+        super().__init__(**options)
+
+
 @pytest.mark.parametrize(
     ("register", "name", "thing", "error", "match"),
     [
@@ -225,6 +231,7 @@ def test_the_same_in_python(own, npz):
             TypeError,
             "must be a class derived from methods.M",
         ),
+        (methods.register, "own", Greedy, TypeError, "whose option beta must have a default"),
         (models.register, "own", 3, TypeError, "build is 3, must be a function that returns a net"),
         (data.register, "own", 3, TypeError, "read is 3, must be a function that returns a Data"),
     ],
@@ -260,6 +267,11 @@ def test_a_reader_of_ones_own_returns_a_data_set(own, npz, match):
     data.register("nothing", lambda data_dir, seed: None)
     with pytest.raises(UsageError, match="nothing returned a NoneType, must return a data.Dataset"):
         data.load("nothing")
+    data.register("picky", lambda data_dir: None)
+    with pytest.raises(
+        UsageError, match=r"^picky\(data_dir, seed\) raised TypeError: .*takes 1 pos"
+    ):
+        data.load("picky")
 
 
 def test_networks_of_ones_own_have_their_own_size(own, npz):

@@ -385,10 +385,10 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
     fails("teacher_checkpoint is missing, which method rslad needs", method="rslad")
     fails("method is 'pgd', must be one of", method="pgd")
     fails("method at has no teacher", teacher_checkpoint=str(teacher))
-    fails("unknown model 'vgg'", student="vgg")
+    fails("student: model is 'vgg', must be one of digits_net, ", student="vgg")
     fails("eps is 8, .*did you mean 8/255", eps=8)
     fails("method at has no option beta; it has", method_options={"beta": 1})
-    fails("needs data_dir", data="cifar10", data_dir=None)
+    fails("data_dir is missing", data="cifar10", data_dir=None)
     fails(
         "precision_attack is bf16, must be precision_outer",
         attack_bn="train",

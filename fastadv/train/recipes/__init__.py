@@ -25,7 +25,7 @@ def recipe(name):
     """The fields of Config of a published recipe. Raises UsageError that lists the names."""
     known = recipes()
     if name not in known:
-        raise UsageError(f"recipe is {name!r}, must be one of {', '.join(known)}")
+        raise UsageError(f"--recipe is {name!r}, must be one of {', '.join(known)}")
     return {k: v for k, v in known[name].items() if k not in ("source", "published")}
 
 
