@@ -73,8 +73,8 @@ def errors(net, x, found):
 @pytest.mark.parametrize("isa", _native.isas())
 @pytest.mark.parametrize(("into", "out", "height", "width", "images", "zeros"), SHAPES)
 def test_agrees_with_float64(into, out, height, width, images, zeros, isa):
-    """To a few times torch's own error; on maps that tiles do not fill, in groups that images do not
-    fill, and of channels that do not fill blocks."""
+    """To a few times torch's own error; with maps that tiles do not fill, groups that images do not
+    fill, and blocks that channels do not fill."""
     net, x = chain(into, out, zeros), torch.rand(images, 3, height, width)
     net = Padded(net, zeros) if len({*zeros}) > 1 else net
     with using_isa(isa):
