@@ -56,9 +56,10 @@ def _computed(net, segment, dtype, executor, inner=False):
 def fastest(segment, inner, dtype):
     """The executor of a segment, by what benchmarks/bench_networks.py and bench_attack.py measured.
 
-    On a CPU with vectors of 512 bits that is Trunk, unless much of its blocks of 32 channels stays
-    empty, or few convolutions have to pay for rearranging features into blocks and back. With
-    vectors of 256 bits torch's dense convolutions are as fast, and its depthwise ones are not.
+    That is Folded where much of the blocks of 32 channels would stay empty, or few convolutions
+    would have to pay for rearranging features into blocks and back. Else it is Trunk on a CPU with
+    vectors of 512 bits. With vectors of 256 bits torch's dense convolutions are as fast, but for
+    those that Winograd's algorithm takes, and its depthwise ones are not.
     """
     isa = "scalar" if _native.missing else _native.isa()
     if segment.weight.device.type != "cpu" or isa == "scalar":
