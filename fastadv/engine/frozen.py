@@ -275,8 +275,8 @@ def freeze(model, dtype=None):
     `engine.lower.fastest`), otherwise in torch's convolutions, in `dtype` and channels_last, with
     weights that keep their addresses. What the engine does not know, torch computes in between. On
     a CPU without products of bfloat16 (which AMX and AVX512-BF16 have) a twin in bfloat16 computes
-    in float32. In float32, where 3 x 3 convolutions may be computed by Winograd's algorithm, the logits
-    agree with the model's to a few times the rounding of float32.
+    in float32. In float32 the logits agree with the model's to rounding, or to a few times that
+    where Winograd's algorithm computes 3 x 3 convolutions.
 
     A network that cannot be traced (see `engine.lower`) runs in its own modules: a warning then
     says once why, and `trunk` is None. So does every network under a torch.func

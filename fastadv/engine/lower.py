@@ -69,14 +69,14 @@ def fastest(segment, inner, dtype):
         return Folded
     exact = dtype == torch.float32
     fewer = [n for layer, n in zip(layers, products, strict=True) if exact and takes(layer)]
-    by_winograd = sum(fewer) >= HALF * sum(products) and not (inner and len(fewer) < 2)
+    by_winograd = len(fewer) >= 1 + inner and sum(fewer) >= HALF * sum(products)
     wide = isa != "avx2" or any(layer.depthwise for layer in layers)
     return Trunk if by_winograd or (wide and not (inner and len(layers) < WORTH)) else Folded
 
 
 WORTH = 8  # convolutions between two rearrangements
 FILLED = 0.6  # of all products of a segment that are not with zeros
-HALF = 0.5  # of them that Winograd's algorithm can save
+HALF = 0.5  # of them that are in layers which Winograd's algorithm computes
 
 
 def image_affine(net, segment):
