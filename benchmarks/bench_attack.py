@@ -28,7 +28,7 @@ import published
 import torch
 import torch.nn.functional as F
 from published import EPS, STEP_SIZE, STEPS
-from timing import Case, exact
+from timing import Case, exact, without_bfloat16
 from torch import nn
 
 from fastadv import freeze, models
@@ -203,16 +203,20 @@ def resident():
 def case(name, batch=64, rivals=True, samples=5, **size):
     torch.manual_seed(0)
     model, (x, y) = network(name, **size), images(batch)
-    peer, torchattacks, left_out = torchattacks_pgd(model, x, y)
+    peer, torchattacks, missing = torchattacks_pgd(model, x, y)
     providers = attacks(model, x, y)
     if peer:
         providers[peer] = torchattacks
+    floors = {f"conv_{key}": convolutions(model, x, dtype) for key, dtype in DTYPES.items()}
+    left_out = [missing] if missing else []
     if not rivals:
         slow = [key for key in providers if key in ("published_backward", "compiled", peer)]
         for key in slow:
             del providers[key]
-        left_out = f"{', '.join(slow)}: too slow"
-    floors = {f"conv_{key}": convolutions(model, x, dtype) for key, dtype in DTYPES.items()}
+        left_out = [f"{', '.join(slow)}: too slow"]
+    if low := without_bfloat16(x.device):
+        del providers["published_bf16"], floors["conv_bf16"]
+        left_out.append(low)
     with exact():
         agreed = agreement(model, x, y)
 
@@ -240,10 +244,10 @@ def case(name, batch=64, rivals=True, samples=5, **size):
             key: f"conv_{name}"
             for name in DTYPES
             for key in providers
-            if key.startswith(f"fastadv_{name}")
+            if key.startswith(f"fastadv_{name}") and f"conv_{name}" in floors
         },
         facts=facts,
-        left_out=left_out,
+        left_out="; ".join(left_out) or None,
         calls=0,
         samples=samples,
     )

@@ -15,10 +15,9 @@ import copy
 import styles
 import torch
 import torch.nn.functional as F
-from timing import Case
+from timing import Case, without_bfloat16
 
 from fastadv import freeze, models
-from fastadv.ops import _native
 
 NHWC = torch.channels_last
 ZOO = ("resnet18", "preact_resnet18", "mobilenet_v2", "resnet20", "vit_tiny")
@@ -67,10 +66,9 @@ def case(name, batch, size):
         "fastadv_bf16": query(freeze(plain, torch.bfloat16), nhwc, y),
     }
 
-    left_out = None
-    if _native.isa() not in _native.WITH_BF16:
+    left_out = without_bfloat16(x.device)
+    if left_out:
         del providers["bf16 autocast"]
-        left_out = "bf16 autocast: no products of bfloat16 here, takes minutes"
 
     def gate():
         found = {key: call() for key, call in providers.items()}

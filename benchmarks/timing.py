@@ -44,6 +44,16 @@ class Case:
         return self.exceptions.get(provider, self.nbytes)
 
 
+def without_bfloat16(device):
+    """Why torch's bfloat16 is not measured on a device, or None. On a CPU without products of
+    bfloat16 a forward pass of a ResNet-18 takes minutes."""
+    from fastadv.ops import _native  # here, so that run.py can install it first
+
+    if device.type != "cpu" or _native.isa() in _native.WITH_BF16:
+        return None
+    return "torch in bf16: no products of bfloat16 here, takes minutes"
+
+
 def finish():
     """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
