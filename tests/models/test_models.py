@@ -418,5 +418,7 @@ def test_illegal_depths_and_widths(kind, name):
     ["resnet", "resnet19", "wrn34", "wrn34_10x", "WRN34_10", "xwrn34_10", "dm_wrn34_10_silu", ""],
 )
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(ValueError, match=r"known: digits_net, .*vit_tiny, wrn\{depth\}_\{widen\}"):
+    with pytest.raises(
+        ValueError, match=r"must be one of digits_net, .*vit_tiny, wrn\{depth\}_\{widen\}"
+    ):
         models.get(name)
