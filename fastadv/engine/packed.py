@@ -80,13 +80,14 @@ def padded(values):
 def to_blocks(x, blocks):
     """Writes features or gradients x [B, C, H, W] into blocks [G, H W, C / 32, 16, 32], with zeros
     for channels that there are not; returns the blocks."""
-    x = x.to(blocks.dtype).contiguous(memory_format=torch.channels_last)
+    x = x.resolve_neg().to(blocks.dtype).contiguous(memory_format=torch.channels_last)
     _blocks.to_blocks(x, blocks)
     return blocks
 
 
 def from_blocks(blocks, shape):
     """Features or gradients of this shape, in channels_last, out of their blocks."""
-    x = torch.empty(shape, dtype=blocks.dtype, memory_format=torch.channels_last)
+    like = {"dtype": blocks.dtype, "device": blocks.device}
+    x = torch.empty(shape, **like, memory_format=torch.channels_last)
     _blocks.from_blocks(x, blocks)
     return x

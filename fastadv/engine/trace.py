@@ -3,6 +3,7 @@
 import copy
 import itertools
 import operator
+import types
 
 import torch
 from torch import fx
@@ -24,30 +25,47 @@ def trace(net, kind):
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     # Its forward may store what it computes, which in a trace is no tensor: in a copy, then.
     traced = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-    before = attributes(traced)
+    before = list(kept(traced))
     try:
         with torch.autocast(autocast, enabled=False):
             graph = Tracer(autocast).trace(traced)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
-    if not same(before, attributes(traced)):
-        raise Unsupported("its forward sets attributes, which a trace would forget")
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Unsupported("it makes tensors of its own, which a trace would fix")
+    if not same(before, list(kept(traced))):
+        raise Unsupported("its forward changes what it keeps, which a trace would forget")
+    for further in graph.find_nodes(op="placeholder")[1:]:
+        if not further.users:
+            graph.erase_node(further)
     return graph
 
 
-def attributes(net):
-    """[(name, value)] of all that the modules of a network keep."""
-    modules = net.modules()
-    kept = ({**vars(m), **m._parameters, **m._buffers, **m._modules} for m in modules)
-    return [item for one in kept for item in one.items()]
+def kept(net):
+    """Yields all that a network keeps in its modules' attributes, and in what these hold."""
+    waiting, seen = [net], set()
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if id(value) in seen or isinstance(value, OPAQUE):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += [part for item in value.items() for part in item]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        elif hasattr(value, "__dict__"):
+            waiting += vars(value).values()
+
+
+OPAQUE = torch.Tensor, torch.jit.ScriptModule, type, types.ModuleType, types.FunctionType
+PLAIN = bool, int, float, str, type(None)
 
 
 def same(first, second):
-    """Whether two lists of `attributes` have the same names and objects."""
-    pairs = itertools.zip_longest(first, second, fillvalue=("", None))
-    return all(a == b and x is y for (a, x), (b, y) in pairs)
+    """Whether two lists of what is `kept` are of the same objects, or of equal numbers."""
+    pairs = itertools.zip_longest(first, second)
+    return all(a is b or (type(a) is type(b) and type(a) in PLAIN and a == b) for a, b in pairs)
 
 
 class Tracer(fx.Tracer):
@@ -63,8 +81,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, *args, **kwargs):
         """With the defaults of the forward's further arguments, which a twin is never given."""
         fn, (root, *given) = super().create_args_for_root(*args, **kwargs)
-        further = (arg.node.args[0] if arg.node.args else arg for arg in given[1:])
-        return fn, [root, *given[:1], *further]
+        return fn, [root, *given[:1], *map(default, given[1:])]
 
     def proxy(self, node):
         return Proxy(node, self)
@@ -75,6 +92,14 @@ class Tracer(fx.Tracer):
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise Unsupported("its forward enters no_grad, which a trace would forget")
         return super().create_node(*args, **kwargs)
+
+
+def default(argument):
+    """The value of an argument that is not given; the argument itself where it must be."""
+    name, values = argument.node.target, argument.node.args
+    if name.startswith("*"):
+        return {} if name.startswith("**") else ()
+    return values[0] if values else argument
 
 
 def _in_place(function):

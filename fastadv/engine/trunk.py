@@ -51,8 +51,9 @@ class Trunk:
     def refresh(self):
         """Has the weights folded anew when they are next needed, and the backward passes of earlier
         forward passes refused."""
-        self.refreshes += 1
-        self.folded.clear()
+        with FOLDING:  # a fold under way is of the weights of before
+            self.refreshes += 1
+            self.folded.clear()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -64,10 +65,10 @@ class Trunk:
             scale, shift = self.image_affine()
             taps = self.plan[0].conv.weight[0, 0].numel()
             size = blocks_of(len(scale) * taps) * CHANNELS
-            self.scale, self.shift = scale.new_zeros(2, size)
-            self.scale[: len(scale) * taps] = scale.repeat_interleave(taps)
-            self.shift[: len(scale) * taps] = shift.repeat_interleave(taps)
-            self.per_channel = scale
+            both = scale.new_zeros(2, size)
+            both[:, : len(scale) * taps] = torch.stack([scale, shift]).repeat_interleave(taps, 1)
+            # Made before they are seen: other threads may be reading those of before.
+            (self.scale, self.shift), self.per_channel = both, scale
         self.folded.add(workspace.key)
 
     @property

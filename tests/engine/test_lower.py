@@ -276,12 +276,45 @@ def test_nothing_is_lowered_wrongly(name, executor):
 
 
 class Optional(Tricky):
-    """Has further arguments, which nobody gives; fx would make unknown tensors of them."""
+    """Has further arguments, which nobody gives; fx would make unknown tensors of them. One has the
+    name of the head's own."""
 
-    def forward(self, x, mask=None, factor=2.0, *rest, gate=None, **named):
-        for other in (mask, gate):
+    def forward(self, x, features=None, factor=2.0, *rest, gate=None, **named):
+        for other in (features, gate, named.get("mask"), *rest):
             x = x if other is None else x * other
         return super().forward(x * factor if factor > 1 else x)
+
+
+class Settled(Tricky):
+    """Sets an attribute to what it is."""
+
+    def forward(self, x):
+        self.factor_of_images = 0.5**3
+        return super().forward(x * self.factor_of_images)
+
+
+class Listing(Tricky):
+    """Depends on how often it was called, by an item of a list."""
+
+    def __init__(self, between):
+        super().__init__(between)
+        self.calls = [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return super().forward(x) * self.calls[0]
+
+
+class Filling(Tricky):
+    """Keeps a feature in a dictionary."""
+
+    def __init__(self, between):
+        super().__init__(between)
+        self.kept = {}
+
+    def forward(self, x):
+        self.kept["first"] = self.first(x)
+        return super().forward(x)
 
 
 class Counting(Tricky):
@@ -300,9 +333,21 @@ class Keeping(Tricky):
         return super().forward(self.seen)
 
 
-@pytest.mark.parametrize(("kind", "taken"), [(Optional, True), (Counting, False), (Keeping, False)])
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        (Optional, True),
+        (Settled, True),
+        (Listing, False),
+        (Filling, False),
+        (Counting, False),
+        (Keeping, False),
+    ],
+)
 def test_what_a_forward_takes_and_keeps_beside_the_image(kind, taken):
     net, x = kind(same).eval(), torch.rand(2, 3, 8, 8)
+    if kind in (Keeping, Settled, Filling):
+        net(x.clone().requires_grad_())  # so that it keeps what has a gradient
     frozen = freeze(net)
     assert (frozen.trunk is not None) == taken
     for _ in range(2):

@@ -132,10 +132,12 @@ def test_passes_that_overlap_keep_their_own_slopes():
             assert torch.equal(torch.autograd.grad(total, leaf, retain_graph=True)[0], grad)
 
 
-def test_threads_share_a_twin():
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 12)])
+def test_threads_share_a_twin(sizes):
     net, weight = twin(network("resnet18")), torch.randn(4, 10)
-    inputs = torch.rand(6, 4, 3, 8, 8)
+    inputs = [torch.rand(4, 3, size, size) for size in sizes * 3]
     expected = [results(net, x, weight)[1] for x in inputs]
+    net.refresh()  # so that the threads fold
     found = [None] * len(inputs)
 
     def work(i):
@@ -148,6 +150,26 @@ def test_threads_share_a_twin():
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_gradient_with_the_negative_bit_is_negated():
+    net = twin(nn.Sequential(nn.Conv2d(3, 32, 5), nn.Flatten()).eval())
+    x, weight = torch.rand(2, 3, 5, 5, requires_grad=True), torch.randn(2, 32)
+    plain, negative = (
+        torch.autograd.grad(net(x), x, gradient)[0]
+        for gradient in (weight, torch._neg_view(weight))
+    )
+    assert torch.equal(negative, -plain)
+
+
+def test_the_default_device_is_not_the_twins():
+    net, x = twin(network("gated")), torch.rand(2, 3, 8, 8)
+    expected = results(net, x, torch.ones(1))
+    with torch.device("meta"):
+        found = net(x.requires_grad_())
+        (grad,) = torch.autograd.grad(found, x, torch.ones_like(found, device="cpu"))
+    assert torch.equal(found, expected[0])
+    assert torch.equal(grad, expected[1])
 
 
 def test_features_by_name_and_other_types_come_from_the_modules():
