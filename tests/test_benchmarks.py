@@ -333,6 +333,7 @@ def test_the_gpu_suite_goes_on_after_a_failure(bench, monkeypatch, tmp_path, cap
     assert "out of memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
     gpu, train = bench("gpu"), bench("bench_train_step")
     tiny = {"batch": 2, "device": "cpu", "teacher_name": "wrn10_1", "samples": 1, "width": 4}

@@ -71,6 +71,7 @@ def test_the_judge_is_the_evaluation(fields):
     assert theirs["pgd20"] < theirs["clean"] - 0.1
 
 
+@pytest.mark.slow
 def test_pairs_and_their_table(fields, tmp_path):
     teacher = TINY | {"method": "at", "steps": 1, "data_dir": fields["data_dir"]}
     student = {k: v for k, v in fields.items() if k != "teacher_checkpoint"}

@@ -14,7 +14,6 @@ from ..ops._torch import copy_all, hooked, observed, transformed, uncompiled
 from .lower import lower
 from .plan import Unsupported
 from .query import cast_to, dtype_of, logits_of
-from .trace import kept
 from .trunk import check_refreshes
 
 _log = logging.getLogger("fastadv")
@@ -63,10 +62,7 @@ class Frozen(InPrecision):
             raise TypeError(f"model is {model!r}, must be a torch.nn.Module")
         _check(dtype)
         theirs, cast = _tensors(model), _cast(model, dtype)
-        # Of results that it keeps, torch copies none that has a gradient.
-        results = (value for value in kept(model) if isinstance(value, torch.Tensor))
-        copies = {id(value): value.detach() for value in results if not value.is_leaf}
-        copies |= {id(tensor): _copied(tensor, cast) for _, _, tensor in theirs.values()}
+        copies = {id(tensor): _copied(tensor, cast) for _, _, tensor in theirs.values()}
         super().__init__(copy.deepcopy(model, copies), dtype)
         self.eval()
         self._source = [model]  # in a list, so that it is no submodule
