@@ -87,6 +87,6 @@ def _own(name, data_dir, seed):
         return OWN[name](data_dir, seed)
     except (UsageError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a reader of the user's own raises; it is the cause
         call = f"{name}(data_dir, seed)"
         raise UsageError(f"{call} raised {type(error).__name__}: {error}") from error

@@ -59,7 +59,7 @@ def _own(name, width):
         raise UsageError(f"width is {width}, but {name}() takes no width")
     try:
         model = OWN[name]()
-    except Exception as error:
+    except Exception as error:  # whatever a function of the user's own raises; it is the cause
         raise UsageError(f"{name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() is a {type(model).__name__}, must be a torch.nn.Module")
