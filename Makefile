@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600 -n auto --maxprocesses 4 --dist worksteal
 
 # The tests again with the oldest Python and torch that pyproject.toml promises and with the newest
 # torch that installs, each in an environment of its own.
