@@ -2,6 +2,7 @@
 the tree stays one that explains itself."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -187,3 +188,13 @@ def test_what_is_allowed_passes(module, source):
 def test_the_root_may_import_anything_known():
     source = "from . import methods, ops\nfrom .engine import freeze"
     assert violations({("fastadv", True): source}) == []
+
+
+def test_an_import_loads_no_large_package_but_torch():
+    """torch's compiler takes as long to import as all else of torch."""
+    large = {"torch._dynamo", "triton", "sympy", "matplotlib", "sklearn", "scipy", "PIL"}
+    code = (
+        f"import sys, fastadv, fastadv.train, fastadv.evaluate; print(sys.modules.keys() & {large})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from ..ops import _blocks, _native
-from ..ops._torch import batched, transformed
+from ..ops._torch import batched, disable_compiler, transformed
 from .packed import CHANNELS, IMAGES, PackedLayer, blocks_of, from_blocks, to_blocks
 from .plan import Unsupported
 from .workspace import Workspace
@@ -79,7 +79,7 @@ class Trunk:
     def channels(self):
         return self.segment.channels
 
-    @torch.compiler.disable
+    @disable_compiler
     def __call__(self, x):
         channels = self.segment.channels
         if x.dim() != 4 or x.shape[1] != channels or not len(x):

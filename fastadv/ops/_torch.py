@@ -28,6 +28,10 @@ private(torch.Tensor, "_version")
 for kind in HOOKS:
     private(registry, "_global" + kind)
 
+# torch.compiler.disable, but for when it imports the compiler, which takes as long as to import all
+# else of torch: at the first call of the function, not where that is defined.
+disable_compiler = private(torch, "_disable_dynamo")
+
 # A context manager within which a call of an op skips autograd.
 below_autograd = private(torch._C, "_AutoDispatchBelowAutograd")
 

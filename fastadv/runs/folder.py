@@ -1,6 +1,7 @@
 """The folder of a run: it is written while the run trains, and read to resume it."""
 
 import dataclasses
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tqdm import tqdm
 from ..errors import UsageError
 from . import checkpoint, log, parallel
 from .config import versions
+
+REDRAWN = 10  # seconds; a drawing of the curves takes as long as an epoch of a small network
 
 
 class Run:
@@ -29,6 +32,7 @@ class Run:
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"
         self.epoch, self.best = 0, -1.0
+        self.drawn = time.monotonic()
 
     @property
     def model(self):
@@ -98,7 +102,9 @@ class Run:
             self.best = score
             self.save("best.safetensors")
         self.save("last.safetensors")
-        log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
+        if time.monotonic() - self.drawn > REDRAWN or self.epoch + 1 == self.config.epochs:
+            log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
+            self.drawn = time.monotonic()
         text = f"{self.folder.name} epoch {row['epoch'] + 1}/{self.config.epochs}"
         text += f"  loss {row['loss']:.4f}"
         if "clean_acc" in row:

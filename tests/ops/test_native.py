@@ -33,7 +33,7 @@ def flags(isa):
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "isa",
-    [pytest.param(isa, marks=[pytest.mark.slow] * (isa not in ("scalar", "avx2"))) for isa in ISAS],
+    [pytest.param(isa, marks=[pytest.mark.slow] * (isa != "scalar")) for isa in ISAS],
 )
 def test_objects_share_no_symbol(isa, tmp_path):
     """A weak symbol would let the linker keep one instruction set's copy for all of them."""

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from small_runs import config, with_teachers
 
 from fastadv import data, evaluate, methods
-from fastadv.runs import checkpoint, log
+from fastadv.runs import checkpoint, folder, log
 from fastadv.runs.folder import Run
 from fastadv.teacher_cache import TeacherCache
 from fastadv.train import train
@@ -38,6 +38,15 @@ def test_a_run_leaves_its_whole_record(npz, tmp_path):
     best = max(row["robust_acc"] for row in rows)
     assert metadata["best"] == best
     assert metadata["epoch"] == next(r["epoch"] for r in rows if r["robust_acc"] == best)
+
+
+@pytest.mark.parametrize(("seconds", "drawings"), [(0, 3), (10**6, 1)])
+def test_curves_are_drawn_at_times_and_at_the_end(npz, tmp_path, monkeypatch, seconds, drawings):
+    drawn = []
+    monkeypatch.setattr(folder, "REDRAWN", seconds)
+    monkeypatch.setattr(log, "plot", lambda path, curves, title: drawn.append(len(curves[""])))
+    train(config(npz, tmp_path / "run"))
+    assert drawn == [1, 2, 3][-drawings:]
 
 
 RUNS = {
