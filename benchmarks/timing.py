@@ -117,13 +117,8 @@ def machine():
         platform.machine(),
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
+    changed = _git("status", "--porcelain", "-uno", ":/", ":!results")  # but for rows of before
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -136,6 +131,14 @@ def machine():
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _git(*command):
+    """What git prints of this repository; nothing where there is none."""
+    done = subprocess.run(
+        ["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip()
 
 
 def _lines(path):
