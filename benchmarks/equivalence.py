@@ -36,6 +36,7 @@ from fastadv.evaluate import from_run
 from fastadv.runs.config import Config
 from fastadv.train import train
 from fastadv.train.build import build_average, build_loader
+from fastadv.train.optimizer import learning_rate
 from fastadv.train.recipes import digits_student, digits_teacher
 
 MARGIN = 1.5  # points
@@ -97,7 +98,7 @@ def plain(config, dataset):
     )
     average, loader = build_average(config, student), build_loader(config, dataset)
     for epoch in range(config.epochs):
-        optimizer.param_groups[0]["lr"] = config.lr_at(epoch)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, epoch, config.epochs)
         for x, target, index, _ in loader.epoch(epoch):
             x = x.contiguous()
             if distilled:

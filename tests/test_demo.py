@@ -1,6 +1,7 @@
 """The commands as a user runs them, in processes of their own: minutes long."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -97,3 +98,30 @@ def test_sigkill_and_resume_give_the_same_bits(tmp_path):
     a, b = (checkpoint.load(tmp_path / run / "last.safetensors")[0] for run in ("whole", "cut"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_kills_within_epochs_change_no_bit(tmp_path):
+    settings = "--method at --data digits --student-width 4 --epochs 30 --save-every 1e-3 --out"
+    command = [*TRAIN, *settings.split()]
+    subprocess.run([*command, "whole"], cwd=tmp_path, check=True)
+    cut, moments, within = subprocess.Popen([*command, "cut"], cwd=tmp_path), random.Random(0), 0
+    for _ in range(20):
+        while not (tmp_path / "cut/last.safetensors").exists():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(4, 8))  # it takes about four seconds to start
+        cut.kill()
+        cut.wait()
+        within += checkpoint.load(tmp_path / "cut/last.safetensors")[1]["step"] > 0
+        cut = subprocess.Popen([*TRAIN, "--resume", "cut"], cwd=tmp_path)
+    assert cut.wait() == 0
+    assert within > 2
+    a, b = (checkpoint.load(tmp_path / run / "last.safetensors")[0] for run in ("whole", "cut"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    drop = ("images_per_s", "teacher_cached")
+    a, b = (
+        [{k: v for k, v in row.items() if k not in drop} for row in log.read(path)]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "cut/metrics.jsonl")
+    )
+    assert a == b

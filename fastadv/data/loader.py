@@ -98,8 +98,9 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Fields]:
-        """The batches of epoch `number`; order and views depend on (seed, number) alone."""
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Fields]:
+        """The batches of epoch `number` after the first `skip`; order and views depend on
+        (seed, number) alone."""
         count = len(self.labels)
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -110,7 +111,7 @@ class Loader:
                 torch.randint(self.views, (count,), generator=first)[order] + number
             ) % self.views
         wrapped = torch.arange(count + -count % self.world) % count
-        for start in range(0, count, self.batch_size):
+        for start in range(skip * self.batch_size, count, self.batch_size):
             chosen = wrapped[start + self.rank : start + self.batch_size : self.world]
             yield self.view_batch(order[chosen], view[chosen])
 

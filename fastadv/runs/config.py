@@ -16,6 +16,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Fields that say where things are on one machine: a run may go on with others on another one.
 PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
 PLACES = ("device", *PATHS)
+SCHEDULES = "step", "cosine", "linear", "onecycle"
 
 
 def _whole(least):
@@ -29,10 +30,12 @@ _SHARE = "in [0, 1)", lambda value: 0 <= value < 1
 # What a run's numbers must be; augmentation and methods check their own.
 RULES = {
     "eps": ("in (0, 1]", lambda value: 0 < value <= 1),  # of images in [0, 1]
-    **dict.fromkeys(("step_size", "lr", "clip_grad"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "awp_gamma"), _NOT_NEGATIVE),
+    **dict.fromkeys(("step_size", "lr", "clip_grad", "save_every"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "awp_gamma", "warmup"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "ema"), _SHARE),
-    **dict.fromkeys(("epochs", "batch_size", "student_width", "eval_every"), _whole(1)),
+    **dict.fromkeys(
+        ("epochs", "batch_size", "student_width", "eval_every", "accumulate", "patience"), _whole(1)
+    ),
     **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
 }
 
@@ -106,18 +109,32 @@ class Config:
     )
     epochs: int = _flag(200, "passes over the training set")
     batch_size: int = _flag(128, "images per step")
-    lr: float = _flag(0.1, "learning rate of SGD")
+    accumulate: int = _flag(1, "steps whose gradients are averaged for one update of the weights")
+    optimizer: str = _flag("sgd", "sgd or adamw")
+    lr: float = _flag(0.1, "learning rate, the largest of the schedule")
     momentum: float = _flag(0.9, "momentum of SGD")
-    weight_decay: float = _flag(5e-4, "weight decay of SGD")
-    milestones: tuple[int, ...] = _flag(
-        (100, 150), "epochs after which lr drops to a tenth, with commas"
+    nesterov: bool = _flag(False, "Nesterov's momentum")
+    weight_decay: float = _flag(5e-4, "weight decay")
+    norm_decay: bool = _flag(True, "weight decay of BatchNorm's parameters and of biases too")
+    schedule: str = _flag(
+        "step", "of the learning rate: step (see --milestones), cosine, linear or onecycle"
     )
+    milestones: tuple[int, ...] = _flag(
+        (100, 150), "epochs after which lr drops to a tenth in schedule step, with commas"
+    )
+    warmup: float = _flag(0.0, "epochs in which the learning rate rises at first")
     clip_grad: float | None = _flag(None, "largest norm of the gradient")
     ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
     swa_start: int | None = _flag(None, "epoch from which weights are averaged equally")
     awp_gamma: float = _flag(0.0, "adversarial weight perturbation, in norms of the weights")
     awp_warmup: int = _flag(0, "epochs before the weights are perturbed")
     eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
+    patience: int | None = _flag(
+        None, "ends training after so many validations that were no better than the best before"
+    )
+    save_every: float | None = _flag(
+        None, "minutes between checkpoints within an epoch; a resumed run loses no more"
+    )
     precision_attack: str = _flag("fp32", "fp32 or bf16: the attacked network")
     precision_outer: str = _flag("fp32", "fp32 or bf16: the student's own step")
     precision_teacher: str = _flag("fp32", "fp32 or bf16: teachers")
@@ -147,6 +164,7 @@ class Config:
                 f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
                 f"awp_gamma ({self.awp_gamma})"
             )
+        self._check_optimizer()
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
         if self.teacher_cache_dtype not in ("float16", "float32"):
@@ -158,14 +176,35 @@ class Config:
             if getattr(self, name) not in (None, "memory", "off"):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
+    def _check_optimizer(self):
+        """Raises UsageError for settings of the updates that exclude each other."""
+        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                names = f"{', '.join(known[:-1])} or {known[-1]}"
+                raise UsageError(f"{name} is {getattr(self, name)!r}, must be {names}")
+        if self.optimizer != "sgd" and (self.nesterov or self.momentum != Config.momentum):
+            raise UsageError(
+                f"momentum is {self.momentum} and nesterov {self.nesterov}, which optimizer "
+                f"{self.optimizer} does not have"
+            )
+        if self.nesterov and not self.momentum:
+            raise UsageError("nesterov is given, but momentum is 0: must be positive for it")
+        if self.warmup >= self.epochs:
+            raise UsageError(f"warmup is {self.warmup}, must be below epochs ({self.epochs})")
+        if self.accumulate > 1 and self.awp_gamma:
+            raise UsageError(
+                f"accumulate is {self.accumulate}, must be 1 with awp_gamma ({self.awp_gamma}), "
+                "which moves the weights for one step"
+            )
+
     def _check_fields(self):
         """Raises UsageError for the first field that no run can have."""
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if one.name in (*PATHS, "out") and isinstance(value, os.PathLike):
                 setattr(self, one.name, os.fspath(value))
-            elif one.type in (str, str | None, dict) and not isinstance(value, one.type):
-                kind = "an object of options" if one.type is dict else "text"
+            elif one.type in (str, str | None, dict, bool) and not isinstance(value, one.type):
+                kind = {dict: "an object of options", bool: "true or false"}.get(one.type, "text")
                 raise UsageError(f"{one.name} is {value!r}, must be {kind}")
         if self.data == "digits" and self.data_dir is not None:
             raise UsageError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
@@ -189,7 +228,8 @@ class Config:
 
     def doubts(self, images):
         """Sentences on settings that can be, but are hardly meant for so many training images."""
-        if late := [str(epoch) for epoch in self.milestones if epoch >= self.epochs]:
+        late = [str(epoch) for epoch in self.milestones if epoch >= self.epochs]
+        if late and self.schedule == "step":
             yield (
                 f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
                 "does not drop there"
@@ -204,10 +244,6 @@ class Config:
                 f"batch_size is {self.batch_size}, which leaves one of {images} images for the "
                 "last batch: BatchNorm has little or nothing to take statistics of"
             )
-
-    def lr_at(self, epoch):
-        """The learning rate of epoch `epoch`, counted from 0."""
-        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self) | {"versions": versions()}, indent=2)

@@ -18,8 +18,9 @@ REDRAWN = 10  # seconds; a drawing of the curves takes as long as an epoch of a 
 class Run:
     """The run folder: config.json, metrics.jsonl, best and last .safetensors, curves.png.
 
-    epoch: the next to run. state: the method's dynamic weights and temperatures, which checkpoints
-    keep. average: an AveragedModel of the student, or None. Of several processes the first writes.
+    epoch: the next to run, of which `step` steps are done with the sums in `so_far`. state: the
+    method's dynamic weights and temperatures, which checkpoints keep. average: an AveragedModel of
+    the student, or None. Of several processes the first writes.
     """
 
     def __init__(self, config, dataset, student, average, method, optimizer, state):
@@ -31,8 +32,9 @@ class Run:
         }
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"
-        self.epoch, self.best = 0, -1.0
-        self.drawn = time.monotonic()
+        self.epoch, self.step, self.so_far = 0, 0, {}
+        self.best, self.worse = -1.0, 0
+        self.drawn = self.saved = time.monotonic()
 
     @property
     def model(self):
@@ -65,7 +67,7 @@ class Run:
             tensors, metadata = checkpoint.load(path)
             try:
                 self._restore(tensors, metadata)
-            except (KeyError, RuntimeError) as error:
+            except (KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UsageError(
                     f"{path} is not of the run that config.json beside it describes: {reason}"
@@ -86,23 +88,50 @@ class Run:
         state = part("state.")
         self.state = {k: state[k].to(v.device) for k, v in self.state.items()}
         optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(k): {"momentum_buffer": v} for k, v in part("optimizer.").items()}
+        optimizer["state"] = {}
+        for key, value in part("optimizer.").items():
+            parameter, name = key.split(".")
+            optimizer["state"].setdefault(int(parameter), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
         torch.set_rng_state(tensors["rng"])
-        self.epoch, self.best = metadata["epoch"] + 1, metadata["best"]
+        self.so_far = {} if parallel.rank() else part("so_far.")
+        self.epoch, self.step = metadata["epoch"] + 1, metadata["step"]
+        self.best, self.worse = metadata["best"], metadata["worse"]
+
+    @property
+    def finished(self):
+        """Whether all epochs are done, or the last `patience` validations were no better."""
+        patience = self.config.patience
+        return self.epoch >= self.config.epochs or (patience and self.worse >= patience)
+
+    def end_step(self, epoch, step, **sums):
+        """Writes a checkpoint within an epoch where the last one is `save_every` minutes old.
+        sums: what this process has added up in the epoch. Collective."""
+        if self.config.save_every is None:
+            return
+        due = time.monotonic() - self.saved > 60 * self.config.save_every
+        if parallel.total(torch.tensor(int(due and not parallel.rank()))):
+            self.epoch, self.step = epoch, step + 1
+            self.so_far = {name: parallel.total(value) for name, value in sums.items()}
+            if not parallel.rank():
+                self.save("last.safetensors")
 
     def end_epoch(self, row):
         """Logs the row, writes the checkpoints and the figure."""
+        self.epoch, self.step, self.so_far = row["epoch"] + 1, 0, {}
+        score = row.get("robust_acc" if self.method.adversarial else "clean_acc")
+        better = score is not None and score > self.best
+        if better:
+            self.best, self.worse = score, 0
+        elif score is not None:
+            self.worse += 1
         if parallel.rank():
             return
-        self.epoch = row["epoch"]
         log.append(self.metrics, row)
-        score = row.get("robust_acc" if self.method.adversarial else "clean_acc", -1.0)
-        if score > self.best:
-            self.best = score
+        if better:
             self.save("best.safetensors")
         self.save("last.safetensors")
-        if time.monotonic() - self.drawn > REDRAWN or self.epoch + 1 == self.config.epochs:
+        if self.finished or time.monotonic() - self.drawn > REDRAWN:
             log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
             self.drawn = time.monotonic()
         text = f"{self.folder.name} epoch {row['epoch'] + 1}/{self.config.epochs}"
@@ -110,35 +139,45 @@ class Run:
         if "clean_acc" in row:
             text += f"  val clean {row['clean_acc']:.1%} pgd20 {row['robust_acc']:.1%}"
         tqdm.write(f"{text}  {row['images_per_s']:.0f} images/s")
+        if self.finished and self.epoch < self.config.epochs:
+            tqdm.write(
+                f"{self.folder.name} ends: the last {self.worse} validations were no better than "
+                "the best before"
+            )
         if row["bad_gradients"]:
             tqdm.write(
                 f"warning: {row['bad_gradients']} attack gradients had NaN or infinity in them"
             )
 
     def save(self, name):
-        momentum = {
-            i: s["momentum_buffer"]
-            for i, s in self.optimizer.state_dict()["state"].items()
-            if s.get("momentum_buffer") is not None
+        optimizer = {
+            f"{parameter}.{name}": value
+            for parameter, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+            if value is not None
         }
         parts = {
             "model": self.model.state_dict(),
             "method": self.method.state_dict(),
             "state": self.state,
-            "optimizer": momentum,
+            "optimizer": optimizer,
+            "so_far": self.so_far,
         }
         if self.average:
             parts |= {"student": self.student.state_dict(), "average": self.average.state_dict()}
         tensors = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
         tensors["rng"] = torch.get_rng_state()
         metadata = {
-            "epoch": self.epoch,
+            "epoch": self.epoch - 1,  # the last whole one
+            "step": self.step,
             "best": self.best,
+            "worse": self.worse,
             **self.shape,
             "versions": versions(),
             "config": dataclasses.asdict(self.config),
         }
         checkpoint.save(self.folder / name, tensors, metadata)
+        self.saved = time.monotonic()
 
 
 def check_free(folder):

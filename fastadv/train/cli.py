@@ -161,13 +161,20 @@ def parser(description, prog="python -m fastadv.train"):
     )
     for field in dataclasses.fields(Config):
         if field.name != "method_options":
+            help = field.metadata["help"] + default(field.default)
+            if field.type is bool:
+                switch = argparse.BooleanOptionalAction
+                result.add_argument(
+                    flag(field.name), action=switch, default=argparse.SUPPRESS, help=help
+                )
+                continue
             read, metavar = TYPES.get(field.type, (str, "NAME"))
             result.add_argument(
                 flag(field.name),
                 type=read,
                 default=argparse.SUPPRESS,
                 metavar="PATH" if field.name in (*PATHS, "out") else metavar,
-                help=field.metadata["help"] + default(field.default),
+                help=help,
             )
         if field.name in OWN:
             kind = "[vfd+]module:Class" if field.name == "method" else "module:function"

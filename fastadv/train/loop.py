@@ -20,13 +20,15 @@ from ..runs.folder import Run
 from ..teacher_cache import TeacherCache
 from .awp import AWP
 from .build import build_average, build_loader, build_method, build_nets
+from .optimizer import build_optimizer, learning_rate
 
 
 def train(config, resume=False):
     """Runs or resumes the training that `config` describes in the folder `config.out`.
 
     Returns the rows of its metrics.jsonl. After a kill, `resume=True` goes on from the last whole
-    epoch, bit for bit as if it had never stopped (same machine, versions and thread count). Raises
+    epoch, or the last checkpoint within one (`save_every`), bit for bit as if it had never stopped
+    (same machine, versions and thread count). Raises
     FileExistsError when the folder holds a run already, UsageError on unusable settings.
     In a `parallel.group()` the processes share out each batch and the validation.
     """
@@ -38,9 +40,7 @@ def train(config, resume=False):
     nets, student = build_nets(config, dataset, method)
     method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))
     parameters = [*student.parameters(), *method.parameters()]
-    optimizer = torch.optim.SGD(
-        parameters, config.lr, config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(config, parameters)
     average = build_average(config, student)
     awp = AWP(student, config.awp_gamma) if config.awp_gamma else None
     loader = build_loader(config, dataset)
@@ -50,58 +50,67 @@ def train(config, resume=False):
     run.resume() if resume else run.open()
     # Nothing is refused from here on: advice before an error would hide it.
     if parallel.rank() == 0:
-        if run.epoch >= config.epochs:
-            tqdm.write(
-                f"{folder.name}: all epochs ({config.epochs}) are done, none is left to train"
-            )
+        if run.finished:
+            tqdm.write(f"{folder.name}: training ended with epoch {run.epoch}, none is left")
         for doubt in config.doubts(len(dataset.train)):
             warnings.warn(doubt, stacklevel=2)
         if not resume and (advice := hint(config, method, nets)):
             tqdm.write(advice)
 
-    for epoch in range(run.epoch, config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(epoch)
-        loss_sum = torch.zeros((), device=device)
-        bad_gradients = torch.zeros((), dtype=torch.int64, device=device)
+    updates = -(-len(loader) // config.accumulate)  # in an epoch
+    while not run.finished:
+        epoch, first = run.epoch, run.step
+        loss_sum = run.so_far.get("loss", torch.zeros(())).to(device)
+        bad_gradients = run.so_far.get("bad_gradients", torch.tensor(0)).to(device)
         start = time.perf_counter()
         bar = tqdm(
-            with_teachers(loader.epoch(epoch), caches),
+            with_teachers(loader.epoch(epoch, first), caches),
             f"{folder.name} {epoch + 1}/{config.epochs}",
             len(loader),
+            initial=first,
             leave=False,
             unit="batch",
             disable=parallel.rank() > 0 or None,  # None: where nobody watches
         )
-        for step, batch in enumerate(bar):
+        for step, batch in enumerate(bar, first):
+            update, within = divmod(step, config.accumulate)
+            together = min(config.accumulate, len(loader) - update * config.accumulate)
+            last = within + 1 == together
             batch.x_adv = method.perturb(nets, batch, run.state)
             raised = contextlib.nullcontext()
             if awp and epoch >= config.awp_warmup:
                 raised = awp.raised(lambda batch=batch: method.outer(nets, batch, run.state)[0])
             with raised:
                 loss, run.state = method.outer(nets, batch, run.state)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                gradients = [p.grad for p in parameters if p.grad is not None]
+                (loss / together).backward()
+                gradients = [p.grad for p in parameters if p.grad is not None] if last else []
                 parallel.mean_([*gradients, *running])
-                if config.clip_grad:
+                if config.clip_grad and last:
                     torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
-                optimizer.step()
-            if config.ema is not None:
+                if last:
+                    rate = learning_rate(config, epoch * updates + update, config.epochs * updates)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            if config.ema is not None and last:
                 average.update_parameters(student)
             loss_sum += loss.detach()
             bad_gradients += method.attack.bad_gradients
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{finite(parallel.mean(loss), epoch):.4f}")
+            if last and step + 1 < len(loader):
+                run.end_step(epoch, step, loss=loss_sum, bad_gradients=bad_gradients)
         if config.swa_start is not None and epoch >= config.swa_start:
             average.update_parameters(student)
         run.state = method.end_epoch(run.state)
+        images = len(dataset.train) - first * config.batch_size
         row = {
             "epoch": epoch,
-            "lr": config.lr_at(epoch),
+            "lr": rate,
             "loss": finite(parallel.mean(loss_sum) / len(loader), epoch),
             "bad_gradients": int(parallel.total(bad_gradients)),
-            "images_per_s": round(len(dataset.train) / (time.perf_counter() - start), 1),
+            "images_per_s": round(images / (time.perf_counter() - start), 1),
         }
         for which, cache in caches.items():
             row[f"{which}_cached"] = cached_share(cache)

@@ -102,6 +102,18 @@ def test_an_epoch_is_a_function_of_seed_and_number():
         assert not torch.equal(view, first[3])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_may_begin_later(world):
+    options = {"shuffle": True, "rank": world - 1, "world": world}
+    loader = Loader(image_set(21), 6, padding=2, flips=2, **options)
+    whole = list(loader.epoch(5))
+    for skip in range(len(loader) + 1):
+        rest = list(loader.epoch(5, skip))
+        assert len(rest) == len(whole) - skip
+        for found, expected in zip(rest, whole[skip:], strict=True):
+            assert all(map(torch.equal, found, expected))
+
+
 def test_epochs_may_interleave():
     loader = Loader(image_set(), 8, padding=4, flips=2, shuffle=True)
     alone = gather(loader, 1)

@@ -13,6 +13,7 @@ from fastadv.train.__main__ import main
 from fastadv.train.build import build_method, build_nets
 from fastadv.train.cli import fresh_folder, parse, parser
 from fastadv.train.loop import BF16_GAINS
+from fastadv.train.optimizer import learning_rate
 from fastadv.train.recipes import digits_teacher, recipe, recipes
 
 
@@ -117,9 +118,8 @@ def test_digits_train_the_teachers_that_a_method_lacks(tmp_path, monkeypatch):
 
 def test_recipes_are_those_of_the_papers():
     rslad = Config(**recipe("rslad-cifar10-resnet18"))
-    assert [rslad.lr_at(e) for e in (0, 214, 215, 260, 285, 299)] == pytest.approx(
-        [0.1, 0.1, 0.01, 1e-3, 1e-4, 1e-4]
-    )
+    rates = [learning_rate(rslad, epoch, rslad.epochs) for epoch in (0, 214, 215, 260, 285, 299)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 1e-3, 1e-4, 1e-4])
     trades = Config(**recipe("trades-cifar10-resnet18"))
     assert (trades.eps, trades.step_size, trades.epochs) == (0.031, 0.007, 76)
     assert Config(**recipe("at-cifar10-preactresnet18")).attack_bn == "train"
@@ -227,6 +227,7 @@ def test_the_suggestion_is_what_was_measured():
             gain = float(bf16.rstrip("x")) / float(fp32.rstrip("x"))
             gains.setdefault(measured.split()[1].rstrip(","), []).append(gain)
     rounded = {isa: sorted({f"{min(of):.0f}", f"{max(of):.0f}"}) for isa, of in gains.items()}
+    rounded = {isa: of for isa, of in rounded.items() if of != ["1"]}  # which compute in float32
     assert {isa: " to ".join(of) for isa, of in rounded.items()} == BF16_GAINS
 
 

@@ -227,7 +227,7 @@ def test_a_run_whose_state_is_lost_does_not_start_over(copied):
 def test_a_finished_run_is_called_one(copied, capsys):
     before = state(copied)
     command.main(["--resume", str(copied)])
-    assert "run: all epochs (3) are done, none is left to train" in capsys.readouterr().out
+    assert "run: training ended with epoch 3, none is left" in capsys.readouterr().out
     assert state(copied) == before
 
 

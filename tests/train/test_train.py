@@ -59,6 +59,15 @@ RUNS = {
     "weights and temperatures": {"method": "bmtard"},
     "temperatures by class": {"method": "absld"},
     "autoaugment, mixup": {"method": "iad1", "policy": "autoaugment", "mixup": 1.0},
+    "within an epoch": {"method": "trades", "ema": 0.9, "save_every": 1e-9},
+    "adamw, accumulated": {
+        "method": "at",
+        "optimizer": "adamw",
+        "norm_decay": False,
+        "schedule": "onecycle",
+        "accumulate": 2,
+        "save_every": 1e-9,
+    },
     "projector": {
         "method": "vfd+at",
         "student_width": 3,
@@ -72,21 +81,24 @@ def test_resume_continues_bit_for_bit(npz, tmp_path, teacher, run, monkeypatch):
     options = with_teachers(RUNS[run], teacher)
     train(config(npz, tmp_path / "whole", **options))
 
-    batches = 0
+    optimizer = torch.optim.AdamW if "optimizer" in options else torch.optim.SGD
+    together, updates = options.get("accumulate", 1), 0
 
     def dies(*args, **kwargs):
-        nonlocal batches
-        batches += 1
-        if batches == 8:  # in the middle of the second epoch
+        nonlocal updates
+        updates += 1
+        if updates == (8 if together == 1 else 5):  # in the middle of the second epoch
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
-    step = torch.optim.SGD.step
+    step = optimizer.step
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.SGD, "step", dies)
+        patch.setattr(optimizer, "step", dies)
         with pytest.raises(KeyboardInterrupt):
             train(config(npz, tmp_path / "cut", **options))
     assert [row["epoch"] for row in log.read(tmp_path / "cut/metrics.jsonl")] == [0]
+    _, metadata = checkpoint.load(tmp_path / "cut/last.safetensors")
+    assert (metadata["epoch"], metadata["step"]) == (0, 2 if "save_every" in options else 0)
     torch.manual_seed(999)  # whatever the new process does before
     resumed, resume = parse(["--resume", str(tmp_path / "cut")])
     assert resume
