@@ -29,6 +29,10 @@ WRONG = {
     "swa_start": [-1, 0.5],
     "awp_warmup": [-1, 0.5],
     "seed": [-1, 0.5, None, 2**63],
+    "save_every": (0, -1, math.inf, math.nan),
+    "warmup": (-1, math.inf, math.nan),
+    "accumulate": (0, -1, 1.5, True),
+    "patience": (0, -1, 1.5),
 }
 
 
