@@ -79,9 +79,9 @@ def report():
         "",
         *(f"{name}={os.environ.get(name, '')}" for name in SWITCHES),
     ]
-    for extra in ("sklearn", "matplotlib"):
-        if importlib.util.find_spec(extra) is None:
-            lines.append(f"{extra} is not installed: pip install 'fastadv[demo]'")
+    for package, extra in (("sklearn", "demo"), ("matplotlib", "demo"), ("PIL", "images")):
+        if importlib.util.find_spec(package) is None:
+            lines.append(f"{package} is not installed: pip install 'fastadv[{extra}]'")
     return "\n".join(lines)
 
 

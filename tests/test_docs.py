@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastadv import attacks, data, evaluate, export, losses, methods, models, ops
+from fastadv.data.__main__ import arguments as data_arguments
 from fastadv.evaluate.__main__ import arguments as evaluate_arguments
 from fastadv.evaluate.__main__ import check as evaluate_check
 from fastadv.teacher_cache.__main__ import arguments as cache_arguments
@@ -79,6 +80,7 @@ def parse(module, argv, monkeypatch):
             "fastadv.train": parse_train,
             "fastadv.evaluate": parse_evaluate,
             "fastadv.teacher_cache": parse_cache,
+            "fastadv.data": data_arguments,
             "fastadv.info": no_arguments,
             "fastadv.demo": no_arguments,
         }[module](argv)

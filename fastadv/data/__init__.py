@@ -4,8 +4,10 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..runs.code import check_new, not_registered
-from . import cifar, digits, npz, svhn
+from ..runs.config import check_image_size
+from . import cifar, digits, folder, npz, svhn
 from .augmentation import Augmentation
+from .convert import from_dataset
 from .dataset import Dataset, ImageSet, check_classes, check_dataset, cut, image_set
 from .loader import Fields, Loader, decode_view, encode_view
 
@@ -19,6 +21,7 @@ __all__ = [
     "cut",
     "decode_view",
     "encode_view",
+    "from_dataset",
     "image_set",
     "load",
     "register",
@@ -29,12 +32,14 @@ READERS = {
     "cifar100": cifar.load_cifar100,
     "svhn": svhn.load,
     "npz": npz.load,
+    "folder": folder.load,
 }
 PLACES = {  # what their data_dir must be
     "cifar10": "the unpacked folder cifar-10-batches-py",
     "cifar100": "the unpacked folder cifar-100-python",
     "svhn": "the folder of train_32x32.mat and test_32x32.mat",
     "npz": "an .npz file",
+    "folder": "the folder of train, and of val or test",
 }
 OWN = {}  # the readers that users have registered
 KNOWN = f"digits, {', '.join(READERS)}"
@@ -53,15 +58,25 @@ def register(name, read):
     OWN[name] = read
 
 
-def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dataset:
-    """The data set `name`: "digits", or "cifar10", "cifar100", "svhn" (a folder) or "npz" (a file)
-    at `data_dir`, or one that was registered.
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+) -> Dataset:
+    """The data set `name`: "digits", or "cifar10", "cifar100", "svhn", "folder" (a folder) or "npz"
+    (a file) at `data_dir`, or one that was registered.
+
+    `image_size` is the width and height in pixels that pictures in a "folder" get; no other data
+    set has it.
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
     it stays the same. Warns of classes without training images. Raises UsageError for an unknown
     name, an absent `data_dir`, a bad file or a reader of a user's own that fails, FileNotFoundError
     for a missing file, ImportError for digits without scikit-learn.
     """
+    check_image_size(name, image_size)
     if name == "digits":
         return digits.load(seed)
     if name in OWN:
@@ -77,7 +92,8 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         kind = "" if Path(data_dir).exists() else ", which does not exist"
         raise FileNotFoundError(f"data_dir is {str(data_dir)!r}{kind}: must be {PLACES[name]}")
     try:
-        return check_classes(READERS[name](data_dir, seed))
+        options = {} if image_size is None else {"image_size": image_size}
+        return check_classes(READERS[name](data_dir, seed, **options))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: data_dir must be {PLACES[name]}") from error
 

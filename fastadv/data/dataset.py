@@ -36,7 +36,8 @@ class Dataset:
     """Three splits and the augmentation that belongs to them.
 
     Crops are taken after zero padding by `padding` pixels on each side; `flips` is 2 when mirrored
-    images keep their class and 1 when they do not. `index` of val counts in train's set.
+    images keep their class and 1 when they do not. `index` of val counts in train's set where val
+    was held out of it. `classes` has the names of the classes, if they have any.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Dataset:
     train: ImageSet
     val: ImageSet
     test: ImageSet
+    classes: tuple[str, ...] = ()
 
 
 def image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:

@@ -96,6 +96,8 @@ def add_images(add):
     add("--data-from", metavar="module:function", help=text)
     text = "folder of the data set's files, or the .npz file; default: the run's"
     add("--data-dir", metavar="PATH", help=text)
+    text = "width and height that pictures of --data folder get, in pixels; default: the run's"
+    add("--image-size", type=WHOLE, metavar="N", help=text)
     text = "validation images (held out from training) or test images; default: %(default)s"
     add("--split", choices=("val", "test"), default="test", help=text)
     add("--limit", type=WHOLE, metavar="N", help="only the first N images")
@@ -139,7 +141,7 @@ def check(args):
         raise UsageError("--data is missing: without a run, nothing says which data to take")
     if args.norm == "l2" and args.eps is None:
         raise UsageError("--eps is missing, which --norm l2 needs, such as 0.5")
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"{flag(name)} is {getattr(args, name)}, must be at least 1")
     if not 0 <= args.seed < 2**63:
@@ -155,10 +157,11 @@ def check(args):
 
 
 def dataset_of(args, config):
-    """(name, folder) of the images: the flags', else those of a run. The folder of a run is that
-    of its own data set alone."""
+    """(name, folder, image size) of the images: the flags', else those of a run. Folder and size of
+    a run are those of its own data set alone."""
     same = args.data in (None, config.data)
-    return args.data or config.data, args.data_dir or (config.data_dir if same else None)
+    of_run = (config.data_dir, config.image_size) if same else (None, None)
+    return args.data or config.data, args.data_dir or of_run[0], args.image_size or of_run[1]
 
 
 def subjects(args):
@@ -170,11 +173,12 @@ def subjects(args):
             model, config = networks.from_run(path, otherwise)
             found.append(Subject(path, config.student, model, config))
     else:
-        config = Config(data=args.data, data_dir=args.data_dir)
-    sets = {dataset_of(args, subject.config) for subject in found} or {(args.data, args.data_dir)}
+        config = Config(data=args.data, data_dir=args.data_dir, image_size=args.image_size)
+    sets = {dataset_of(args, subject.config) for subject in found} or {dataset_of(args, config)}
     if len(sets) > 1:
         raise UsageError(f"--data is missing: the runs were trained on {sorted(map(str, sets))}")
-    dataset = data.load(*sets.pop())
+    *place, image_size = sets.pop()
+    dataset = data.load(*place, image_size=image_size)
     for path in paths if not found else ():
         if args.model_from:
             model, name = networks.from_code(args.model_from, path), args.model_from

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..attacks import checks, suite
 from ..attacks.checks import checked_logits
+from ..data.convert import as_image_set
 from ..engine.frozen import freeze
 from ..engine.query import ask, evaluating
 from ..errors import UsageError, values_from_user
@@ -143,7 +144,8 @@ def run(
 ):
     """Attacks the images of `split`, stage after stage (see `suite.stages`): the Record.
 
-    split: a data.ImageSet, whose images may also be float32 or float64 in [0, 1].
+    split: a data.ImageSet, whose images may also be float32 or float64 in [0, 1], or a torch
+    Dataset or sequence of images and labels, as `data.from_dataset` takes it.
     The search runs on twins in `precision` ("fp32" or "bf16"); an image counts as broken when
     `model` itself, in the dtype of its own parameters, misclassifies its example and the example
     lies within ball and box. A stage's batches are filled from the images that it still has to
@@ -158,7 +160,7 @@ def run(
     checks.whole("batch_size", batch_size, 1)
     if checks.whole("seed", seed, 0) >= 2**63:
         raise ValueError(f"seed is {seed}, must be in [0, 2^63)")
-    device = usable(device)
+    device, split = usable(device), as_image_set(split)
     stages, record = _checked(model, split, stages, source, record, device)
     search = Search(model, source, precision)
     try:
@@ -259,6 +261,7 @@ def accuracies(model, split, attacks, **options):
     of a `parallel.group()` must all call it: they share the images out, each gets the whole result.
     """
     attacks = checks.listed("attacks", attacks, "names")
+    split = as_image_set(split)
     share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
     return {
         name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)

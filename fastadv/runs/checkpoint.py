@@ -29,7 +29,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
     finally:
@@ -84,7 +84,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
     return tensors, _verified_metadata(path, tensors, header) if "fastadv" in header else None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Has the names of the files in `folder` reach the disk."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

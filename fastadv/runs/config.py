@@ -33,9 +33,8 @@ RULES = {
     **dict.fromkeys(("step_size", "lr", "clip_grad", "save_every"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "awp_gamma", "warmup"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "ema"), _SHARE),
-    **dict.fromkeys(
-        ("epochs", "batch_size", "student_width", "eval_every", "accumulate", "patience"), _whole(1)
-    ),
+    **dict.fromkeys(("epochs", "batch_size", "student_width", "image_size"), _whole(1)),
+    **dict.fromkeys(("eval_every", "accumulate", "patience"), _whole(1)),
     **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
 }
 
@@ -61,6 +60,19 @@ def device(name):
     return torch.device(name)
 
 
+def check_image_size(data, image_size):
+    """Raises UsageError unless `image_size` is given for data "folder", and for that alone."""
+    if data != "folder" and image_size is not None:
+        raise UsageError(
+            f"image_size is {image_size!r}, must be left out for data {data}: its images have one"
+        )
+    if data == "folder" and not (type(image_size) is int and 1 <= image_size < 2**15):
+        found = "missing" if image_size is None else repr(image_size)
+        raise UsageError(
+            f"image_size is {found}, must be a whole number of pixels such as 64 for data folder"
+        )
+
+
 def _flag(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -71,8 +83,11 @@ class Config:
 
     method: str = _flag("rslad", "such as at, rslad or vfd+trades; all below")
     method_options: dict = field(default_factory=dict)
-    data: str = _flag("cifar10", "digits, cifar10, cifar100, svhn or npz")
+    data: str = _flag("cifar10", "digits, cifar10, cifar100, svhn, npz or folder")
     data_dir: str | None = _flag(None, "folder of the data set's files, or the .npz file")
+    image_size: int | None = _flag(
+        None, "width and height that pictures of data folder get, in pixels"
+    )
     student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
     student_width: int | None = _flag(
         None, "channels of the student's first convolution, if not the published number"
@@ -165,6 +180,7 @@ class Config:
                 f"awp_gamma ({self.awp_gamma})"
             )
         self._check_optimizer()
+        check_image_size(self.data, self.image_size)
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
         if self.teacher_cache_dtype not in ("float16", "float32"):

@@ -29,6 +29,7 @@ class Run:
         self.shape = {
             "num_classes": dataset.num_classes,
             "in_channels": dataset.train.images.shape[1],
+            "classes": dataset.classes,
         }
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"

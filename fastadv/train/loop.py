@@ -35,7 +35,7 @@ def train(config, resume=False):
     folder, device = Path(config.out), usable(config.device)
     parallel.check_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = data.load(config.data, config.data_dir)
+    dataset = data.load(config.data, config.data_dir, image_size=config.image_size)
     method = build_method(config).to(device)
     nets, student = build_nets(config, dataset, method)
     method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))

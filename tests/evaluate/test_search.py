@@ -533,7 +533,7 @@ def test_arguments_of_the_wrong_kind_are_named(model, split):
         ),
         ((model, split, None, {}), TypeError, "stages is None, must be a list of stages"),
         ((model, split, [PGD()], {}), TypeError, "stages has PGD.*, must be made by suite.stages"),
-        ((model, (1, 2), good, {}), TypeError, "split.images is None, must be a tensor"),
+        ((model, (1, 2), good, {}), ValueError, "split item 0 is a int, must be a pair"),
         (
             (model, part(labels=[1, 2]), good, {}),
             TypeError,

@@ -24,6 +24,7 @@ WRONG = {
     "epochs": [0, -1, 2.5, "3", True, None],
     "batch_size": [0, 1.5],
     "student_width": [0, 4.0],
+    "image_size": [0, 1.5, True],
     "eval_every": [0, -1],
     "steps": [-1, 2.5],
     "swa_start": [-1, 0.5],
