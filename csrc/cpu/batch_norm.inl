@@ -3,12 +3,13 @@
 //   backward: h = f'(z) grad -> residual_grad;  bias_grad = sum h;
 //             weight_grad = sum h (x - mean) / sqrt(var + eps);
 //             x_grad = scale (h - bias_grad / n - (x - mean) weight_grad / (n sqrt(var + eps)))
-// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. Sums of fp32 maps are
-// fp64, where products are exact, so that var = mean of x^2 - mean^2 keeps its digits. Those of
-// bf16 are fp32 over `strip` pixels first, where its squares of 16 bits are exact too (but not
-// products of gradients). Chunks do not depend on the number of threads.
+// Maps: fp32 or bf16 [pixels, channels], pixels those of the whole batch. The sums of the forward
+// pass of fp32 maps are fp64, where products are exact, so that var = mean of x^2 - mean^2 keeps
+// its digits. The others are fp32 over `strip` pixels first, where the squares of bf16 are exact
+// too. Chunks do not depend on the number of threads.
 
-constexpr int64_t strip = 16;
+// Rows that are read side by side: more than four at once are no streams to a processor of AVX2.
+constexpr int64_t strip = W > 8 ? 16 : 4;
 
 // How a vector of channels is read and written: the last of a row may be less than full.
 template <int V>
@@ -27,7 +28,7 @@ struct Lanes {
 };
 
 static inline int64_t chunks_of(int64_t pixels) {
-  const int64_t chunks = pixels / (4 * strip) + 1;
+  const int64_t chunks = pixels / 64 + 1;
   return chunks < batch_norm_chunks ? chunks : batch_norm_chunks;
 }
 
@@ -47,7 +48,7 @@ static inline void strips(int64_t pixels, int64_t channels, int threads, const B
   });
 }
 
-// The sums of bf16 maps: fp32 over one strip, then added in fp64.
+// A sum that is fp32 over one strip, then added in fp64.
 struct QuickSum {
   F sum = {};
 
@@ -59,9 +60,6 @@ struct QuickSum {
     exact.add_to(p);
   }
 };
-template <typename T>
-using SumOf = std::conditional_t<std::is_same_v<T, float>, Sum, QuickSum>;
-
 // The two sums of a chunk lie one after the other, each filled up to whole vectors.
 static inline int64_t padded(int64_t channels) { return (channels + W - 1) / W * W; }
 
@@ -100,13 +98,17 @@ static inline void sum_pairs(double* sums, int64_t pixels, int64_t channels, int
   });
 }
 
-// Calls body(Lanes, index, c) for all vectors of a map.
+// Calls body(Lanes, index, c) for all vectors of a map, in the order of memory.
 template <typename Body>
 static inline void over_map(int64_t pixels, int64_t channels, int threads, const Body& body) {
-  strips(pixels, channels, threads, [&](int64_t, int64_t p, int64_t last, int64_t c, auto l) {
+  const int64_t chunks = chunks_of(pixels);
+  parallel_for(chunks, threads, [=, &body](int64_t chunk) {
     const Body run = body;  // its pointers in registers: a store might write those behind `body`
-    for (; p < last; ++p) {
-      for (int v = 0; v < decltype(l)::count; ++v) run(l, p * channels + c + v * W, c + v * W);
+    const int64_t width = channels, last = pixels * (chunk + 1) / chunks;
+    for (int64_t p = pixels * chunk / chunks; p < last; ++p) {
+      int64_t c = 0;
+      for (; c + W <= width; c += W) run(Lanes<2>{W}, p * width + c, c);
+      if (c < width) run(Lanes<1>{width - c}, p * width + c, c);
     }
   });
 }
@@ -128,7 +130,8 @@ static void batch_norm_as(const BatchNorm& k, int threads) {
     k.var[c] = static_cast<float>(var < 0 ? 0 : var);
     scale[c] = static_cast<float>(k.weight[c] / __builtin_sqrt(k.var[c] + k.eps));
   };
-  sum_pairs<SumOf<T>>(k.sums, k.pixels, k.channels, threads, moments, finish);
+  using S = std::conditional_t<std::is_same_v<T, float>, Sum, QuickSum>;
+  sum_pairs<S>(k.sums, k.pixels, k.channels, threads, moments, finish);
   const F floor = splat(k.relu ? 0 : -__builtin_inff());
   over_map(k.pixels, k.channels, threads, [=](auto lanes, int64_t i, int64_t c) {
     F v = (lanes.get(x + i) - lanes.get(mean + c)) * lanes.get(scale + c) + lanes.get(bias + c);
@@ -168,7 +171,7 @@ static void batch_norm_backward_as(const BatchNormBackward& k, int threads) {
     level[c] = static_cast<float>(one / k.pixels);
     slant[c] = static_cast<float>(two * per_std * per_std / k.pixels);
   };
-  sum_pairs<SumOf<T>>(k.sums, k.pixels, k.channels, threads, slopes, finish);
+  sum_pairs<QuickSum>(k.sums, k.pixels, k.channels, threads, slopes, finish);
   T *x_grad = static_cast<T*>(k.x_grad), *residual_grad = static_cast<T*>(k.residual_grad);
   over_map(k.pixels, k.channels, threads, [=](auto lanes, int64_t i, int64_t c) {
     const F centred = lanes.get(x + i) - lanes.get(mean + c), h = slope(lanes, i, c, centred);
