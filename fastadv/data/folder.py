@@ -67,8 +67,11 @@ def load(data_dir: str | Path, seed: int, image_size: int) -> Dataset:
 
 
 def scan(data_dir: str | Path, seed: int = 0) -> Listing:
-    """Lists the folder without opening a picture. Raises UsageError where it has another form."""
+    """Lists the folder without opening a picture. Raises UsageError where it has another form,
+    FileNotFoundError where it is missing."""
     root = Path(os.path.abspath(data_dir))
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir is {str(root)!r}, must be a folder: there is none")
     folders = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     if "train" not in folders or len(folders) < 2:
         raise UsageError(

@@ -167,7 +167,9 @@ def read(path: Path, listing, image_size: int) -> tuple[Tensor, np.ndarray]:
 
 def verify(path: Path) -> int:
     """How many images the packed file at `path` has. Raises UsageError for the first block whose
-    images are not those that were packed."""
+    images are not those that were packed, FileNotFoundError where there is no file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file, must be packed first")
     head = Head.read(path)
     with (
         open(path, "rb") as file,

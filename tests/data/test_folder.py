@@ -171,6 +171,8 @@ def test_folders_of_another_form_are_named(tmp_path):
             load(tmp_path, size)
 
     refused("^data_dir is .*, must have the folders train, and val or test, with")
+    with pytest.raises(FileNotFoundError, match=r"^data_dir is .*gone', must be a folder: "):
+        folder.scan(tmp_path / "gone")
     tree(tmp_path / "elsewhere", per_class=1)
     (tmp_path / "train").mkdir()
     refused("^data_dir is .*, must have the folders train, and val or test, with")

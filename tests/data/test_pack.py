@@ -160,8 +160,15 @@ def test_damaged_images_are_found_by_verify(root, capsys):
     load(root)
     with pytest.raises(UsageError, match="is damaged in pictures 15 to 19, must match its checks"):
         pack.verify(path)
+    argv = ["verify", str(root), "--image-size"]
     with pytest.raises(UsageError, match="is damaged in pictures 15 to 19"):
-        command.main(["verify", str(root), "--image-size", "12"])
+        command.main([*argv, "12"])
+    content[-7 * IMAGE] ^= 1
+    path.write_bytes(content)
+    command.main([*argv, "12"])
+    assert capsys.readouterr().out == f"{path}: 24 pictures, all as they were packed\n"
+    with pytest.raises(FileNotFoundError, match="packed-13.fastadv: no such file, must be packed"):
+        command.main([*argv, "13"])
 
 
 def test_broken_pictures_are_named_or_left_out(root, capsys):
