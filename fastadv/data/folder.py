@@ -119,7 +119,7 @@ def _split(root, split, classes):
             raise UsageError(f"{folder} is a class that {root / 'train'} lacks, must be one of it")
         found = sorted(
             (Path(where) / file).relative_to(root).as_posix()
-            for where, _, names in os.walk(folder)
+            for where, _, names in os.walk(folder, onerror=_refuse)
             for file in names
             if file.lower().endswith(pictures.EXTENSIONS) and not file.startswith(".")
         )
@@ -130,6 +130,11 @@ def _split(root, split, classes):
     if not files:
         raise UsageError(f"{root / split} has no pictures, must have a folder for each class")
     return files, np.array(labels), np.arange(len(files))
+
+
+def _refuse(error):
+    """Has os.walk raise the error of a folder that it would pass over."""
+    raise error
 
 
 def _held_out(parts, seed):

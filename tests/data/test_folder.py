@@ -1,5 +1,6 @@
 """Pictures in one folder per class."""
 
+import os
 import struct
 import sys
 import zlib
@@ -58,6 +59,21 @@ def test_the_seed_chooses_what_is_held_out(tmp_path):
     one, same, other = (load(tmp_path, 2, seed=seed).val.index for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """Its pictures would be missing, and nobody would know."""
+    tree(tmp_path)
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="dog"):
+        load(tmp_path)
 
 
 def test_formats_nested_folders_and_hidden_files(tmp_path):
@@ -238,6 +254,7 @@ def test_the_checkpoint_has_the_names_of_the_classes(tmp_path):
             student_width=4,
             steps=1,
             epochs=1,
+            batch_size=8,
             milestones=(),
             out=str(out),
         )
