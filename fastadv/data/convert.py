@@ -195,10 +195,11 @@ def _pixels(images, split, first):
 
 def _levels(images, split, first):
     """uint8 [N, ...] of floats k/255 [N, ...]."""
-    levels = (images * 255).round()
+    scaled = images * 255
+    levels = scaled.round()
     rules = {
         "in [0, 1]": ~((images >= 0) & (images <= 1)),  # NaN too
-        "multiples of 1/255": (images * 255 - levels).abs() > NEAR,
+        "multiples of 1/255": (scaled - levels).abs() > NEAR,
     }
     for rule, wrong in rules.items():
         for i in wrong.flatten(1).any(1).nonzero()[:1, 0].tolist():
