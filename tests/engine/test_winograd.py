@@ -118,10 +118,12 @@ def test_images_of_two_sizes_have_weights_of_their_own():
     """A layer may be computed in one way for the one and in the other for the other."""
     net, weight = models.get("resnet18", width=8).eval(), torch.randn(3, 1)
     made = twin(net, executor=Trunk)
-    for size in (32, 4, 32, 8):
-        x = torch.rand(3, 3, size, size)
-        for found, wanted in zip(results(made, x, weight), results(net, x, weight), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    for sizes in ((32, 4), (32, 8), (8, 32)):
+        for size in sizes:
+            x = torch.rand(3, 3, size, size)
+            pairs = zip(results(made, x, weight), results(net, x, weight), strict=True)
+            for found, wanted in pairs:
+                torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(1.1)
