@@ -42,11 +42,11 @@ def rebuild(to):
 
 
 def run(to, tests):
-    """Whether the tests pass in `to`, and what they print."""
+    """Whether the tests pass in `to`, and what they print. A crash is no pass."""
     selected = ["-m", "not slow and not gpu", "-x", "-q", "-p", "no:cacheprovider", "-n", "0"]
     command = [sys.executable, "-m", "pytest", *tests.split(), *selected]
     done = subprocess.run(command, cwd=to, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode <= 1, done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 0, done.stdout
 
 
