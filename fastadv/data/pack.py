@@ -13,7 +13,6 @@ under another name, where a killed writer leaves the blocks that are whole to th
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -225,6 +224,10 @@ def _left_out(listing, labels):
 
 
 def _lock(file, path):
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no file locks of the kind needed") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
