@@ -32,14 +32,7 @@ def _slope(at, y, other, first, third, n, d):
 
 @triton.jit
 def dlr_kernel(
-    loss,
-    grad,
-    logits,
-    y,
-    batch,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    loss, grad, logits, y, batch, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """ROWS rows. loss: fp32 [batch]; logits: [batch, C >= 3], any float; grad: the same or None; y:
     int64 [batch]. A label outside [0, C): NaN, gradient 0."""

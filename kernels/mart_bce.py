@@ -15,14 +15,7 @@ from .rows import exp, labels_of, launch, read, rows_of, strongest_other, tile
 
 @triton.jit
 def mart_bce_kernel(
-    loss,
-    grad,
-    logits,
-    y,
-    batch,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    loss, grad, logits, y, batch, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """ROWS rows. loss: fp32 [batch]; logits: [batch, C >= 2], any float; grad: the same or None; y:
     int64 [batch]. A label outside [0, C): NaN, gradient 0."""
