@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python -m fastadv.train
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600 -n auto --maxprocesses 4 --dist worksteal
@@ -37,7 +37,7 @@ matrix-%:
 	test -d build/matrix/$* || $(PYTHON_$*) -m venv build/matrix/$*
 	build/matrix/$*/bin/pip install -q --disable-pip-version-check '$(TORCH_$*)' -e '.[test]'
 	build/matrix/$*/bin/python -c 'import sys, torch; print(sys.version.split()[0], torch.__version__)'
-	build/matrix/$*/bin/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile
+	build/matrix/$*/bin/python -m pytest -m 'not slow and not gpu' -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The pages of docs/ as build/docs/index.html; a warning is an error.
 docs: install

@@ -7,6 +7,14 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+# Files whose tests take minutes. They begin first, so that no process waits for them at the end.
+LONG = ("test_triton_interpret.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def npz(tmp_path_factory):
     """Three classes of noisy 8x8 stripes, learnable in an epoch or two."""

@@ -61,9 +61,10 @@ def test_unknown_names_and_absent_folders(tmp_path):
     with pytest.raises(ValueError, match="^data is 'mnist', must be one of digits, cifar10, cif"):
         data.load("mnist")
     for name, place in data.PLACES.items():
+        size = {"image_size": 8} if name == "folder" else {}
         with pytest.raises(ValueError, match=f"^data_dir is missing, must be {place} "):
-            data.load(name)
+            data.load(name, **size)
         wrong = tmp_path if name == "npz" else Path(__file__)
         for data_dir, kind in ((wrong, ""), (tmp_path / "no", ", which does not exist")):
             with pytest.raises(OSError, match=f"^data_dir is '{data_dir}'{kind}: must be {place}"):
-                data.load(name, data_dir)
+                data.load(name, data_dir, **size)
