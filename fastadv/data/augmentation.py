@@ -21,12 +21,16 @@ from ..ops.random_start import philox
 from . import image_ops, policies
 
 IMAGE, PARTNER, MIX = 2**32 - 1, 2**32 - 2, 2**32 - 3
+ATTEMPTS, RATIOS = 10, 4096  # of a resized crop: as torchvision's, and as fine as pixels need
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The changes of an image after crop and flip. By default there are none.
+    """How an image is cropped, and what changes it after crop and flip. By default nothing does.
 
+    crop: "padded" shifts the zero-padded image by up to Loader's padding. "resized" cuts out a box
+    of a share of the area in [crop_scale, 1] and of an aspect ratio in [3/4, 4/3], log-uniform, and
+    resizes it to the image's size (Szegedy et al. 2015, as torchvision's RandomResizedCrop).
     policy: "none", "autoaugment" (the CIFAR-10 policy; Cubuk et al. 2019), "randaugment" (Cubuk et
     al. 2020: randaugment_n operations of strength randaugment_m, 0 to 30 as in torchvision) or
     "trivialaugment" (Wide; Mueller and Hutter 2021).
@@ -49,16 +53,20 @@ class Augmentation:
     views_per_image: int | None = None
     randaugment_n: int = 2
     randaugment_m: float = 9
+    crop: str = "padded"
+    crop_scale: float = 0.08
 
     def __post_init__(self):
         for one in fields(self):
             value = getattr(self, one.name)
             kind, called = (Real, "a number") if one.type is float else (Integral, "a whole number")
             right = isinstance(value, kind) and not isinstance(value, bool)
-            if one.name != "policy" and not (right or value is one.default):
+            if one.type is not str and not (right or value is one.default):
                 raise UsageError(f"{one.name} is {value!r}, must be {called}")
         known = ("none", *policies.FILL)
         rules = {
+            "crop": (self.crop in ("padded", "resized"), "padded or resized"),
+            "crop_scale": (0 < self.crop_scale <= 1, "in (0, 1]"),
             "policy": (self.policy in known, f"one of {', '.join(known)}"),
             "cutout": (self.cutout >= 0 and self.cutout % 2 == 0, "even and at least 0"),
             "mixup": (0 <= self.mixup <= 100, "in [0, 100]"),
@@ -76,8 +84,8 @@ class Augmentation:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but crop and flip, whose views `encode_view` numbers."""
-        off = self.policy == "none" and not (self.cutout or self.mixes)
+        """Whether there is nothing but shift and flip, whose views `encode_view` numbers."""
+        off = self.policy == "none" and self.crop == "padded" and not (self.cutout or self.mixes)
         return off and self.views_per_image is None
 
     @property
@@ -112,12 +120,16 @@ def augment_images(
 ) -> Tensor:
     """Crop, flip, policy and cutout of images uint8 [B, C, H, W], B of them for B keys."""
     n, (height, width) = settings.randaugment_n, images.shape[2:]
-    u = key.uniforms(stream, 5 + policies.draws(settings.policy, n))
+    resized, end = settings.crop == "resized", 5 + policies.draws(settings.policy, n)
+    u = key.uniforms(stream, end + 2 * ATTEMPTS * resized)
+    if resized:
+        box = draw_box(u[:, :2], u[:, end:], settings.crop_scale, height, width)
+        images, padding = image_ops.resized_crop(images, *box), 0
     dy, dx = (u[:, :2] * (2 * padding + 1)).long().unbind(1)
     images = image_ops.crop_flip(images, dy, dx, u[:, 2] * flips >= 1, padding)
     fill = policies.FILL.get(settings.policy, 0)
     for layer in policies.layers(
-        settings.policy, u[:, 5:], height, width, n, settings.randaugment_m
+        settings.policy, u[:, 5:end], height, width, n, settings.randaugment_m
     ):
         images = image_ops.transform(images, *layer, fill)
     if settings.cutout:
@@ -125,6 +137,36 @@ def augment_images(
         hole = image_ops.boxes(*_pixel(u[:, 3:5], height, width), side, side, height, width)
         images = images.masked_fill(hole.to(images.device, non_blocking=True), 128)
     return images
+
+
+def draw_box(place: Tensor, u: Tensor, scale: float, height: int, width: int) -> list[Tensor]:
+    """[top, left, tall, wide] of a box in each image, int64 [B] in pixels.
+
+    place: float64 [B, 2] and u: float64 [B, 2 ATTEMPTS], uniform in [0, 1): where the box lies, and
+    share and ratio of each attempt. The first attempt that fits is taken; where none does, all of
+    an image that is no longer than 4/3 of its short side, of another the largest box that is not.
+    """
+    share, ratio = u.unflatten(1, (ATTEMPTS, 2)).unbind(2)
+    area = (scale + (1 - scale) * share) * (height * width)
+    ratio = _ratios()[(ratio * RATIOS).long()]
+    tall, wide = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+    fits = (tall >= 1) & (tall <= height) & (wide >= 1) & (wide <= width)
+    first = fits.byte().argmax(1, keepdim=True)
+    longest = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    sides = [
+        torch.where(fits.any(1), sizes.gather(1, first)[:, 0], most)
+        for sizes, most in zip((tall, wide), longest, strict=True)
+    ]
+    room = torch.tensor([height, width]) - torch.stack(sides, dim=1)
+    centre = torch.where(fits.any(1)[:, None], (place * (room + 1)).long(), room // 2)
+    return [*centre.unbind(1), *sides]
+
+
+@functools.lru_cache
+def _ratios():
+    """RATIOS aspect ratios from 3/4 to 4/3, evenly spaced in their logarithm: a table, because the
+    last bit of a power may depend on the batch."""
+    return (4 / 3) ** torch.linspace(-1, 1, RATIOS, dtype=torch.float64)
 
 
 def draw_mix(

@@ -141,6 +141,37 @@ def crop_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int
     return _sample(images, y[:, None] + dy - padding, x + dx - padding, 0)
 
 
+def resized_crop(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
+    """Each image's box, resized to the image's size: uint8 [B, C, H, W], as Pillow's `crop` and
+    `resize` with BILINEAR do it, to the bit.
+
+    The box's rows from `top` and columns from `left` on, `tall` and `wide` of them: int64 [B], on
+    the CPU; it lies inside the image.
+    """
+    for dim, start, size in ((3, left, wide), (2, top, tall)):  # rounds to levels in between
+        images = _stretched(images, dim, start, size)
+    return images
+
+
+def _stretched(images, dim, start, size):
+    """`size` rows (dim 2) or columns (dim 3) of each image from `start` on, stretched to as many as
+    there are, by linear interpolation in Pillow's fixed point."""
+    count = images.shape[dim]
+    size = size.double()[:, None]
+    at = (torch.arange(count) + 0.5) * (size / count) - 0.5
+    at = at.clamp(min=0).minimum(size - 1)
+    low = at.floor()
+    share = ((at - low) * 2**22 + 0.5).int()
+    low, high = (t.long() + start[:, None] for t in (low, (low + 1).minimum(size - 1)))
+    shape = [len(images), 1, 1, 1]
+    shape[dim] = count
+    share, low, high = (
+        t.to(images.device, non_blocking=True).view(shape) for t in (share, low, high)
+    )
+    low, high = (images.gather(dim, rows.expand(images.shape)).int() for rows in (low, high))
+    return ((low * (2**22 - share) + high * share + 2**21) >> 22).byte()
+
+
 def boxes(cy: Tensor, cx: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:
     """bool [B, 1, height, width]: inside a box centred at pixel (cy, cx), cut off at the border.
 

@@ -34,9 +34,9 @@ class Loader:
     mirrored when F is 2, all equally likely. With padding 0 and flips 1 images are as they are and
     every view is 0. The last batch may be smaller.
 
-    `augmentation` adds to that. A view is then a number that fixes, with the seed, the image's
-    index and (mixup and cutmix only) the split, all that is random: crop, flip, policy, cutout,
-    partner and share. `num_classes` is needed when it mixes images.
+    `augmentation` adds to that, or crops otherwise. A view is then a number that fixes, with the
+    seed, the image's index and (mixup and cutmix only) the split, all that is random: crop, flip,
+    policy, cutout, partner and share. `num_classes` is needed when it mixes images.
 
     Of `world` processes the one numbered `rank` gets an equal share of each batch of `batch_size`;
     where the last batch does not divide, the epoch goes on with its first images.

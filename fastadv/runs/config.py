@@ -111,6 +111,10 @@ class Config:
     attack_bn: str | None = _flag(
         None, "BatchNorm mode while attacking: eval or train; the method's own if not given"
     )
+    crop: str = _flag(
+        "padded", "random crops: padded, which shift the image, or resized, of parts of it"
+    )
+    crop_scale: float = _flag(0.08, "smallest share of the image in a resized crop")
     policy: str = _flag(
         "none", "strong augmentation: none, autoaugment, randaugment or trivialaugment"
     )
@@ -183,6 +187,8 @@ class Config:
         check_image_size(self.data, self.image_size)
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+        if self.crop != "resized" and self.crop_scale != Config.crop_scale:
+            raise UsageError(f"crop_scale is {self.crop_scale}, but crop is {self.crop!r}")
         if self.teacher_cache_dtype not in ("float16", "float32"):
             raise UsageError(
                 f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"

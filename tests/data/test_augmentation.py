@@ -1,5 +1,7 @@
 """Draws, policies, cutout and mixing: their laws, and that nothing but the key decides them."""
 
+import math
+
 import pytest
 import torch
 from scipy import special
@@ -7,11 +9,13 @@ from scipy import special
 from fastadv import ops
 from fastadv.data import Augmentation, image_ops, policies
 from fastadv.data.augmentation import (
+    ATTEMPTS,
     IMAGE,
     MIX,
     PARTNER,
     Key,
     augment_images,
+    draw_box,
     draw_mix,
     symmetric_beta,
 )
@@ -169,6 +173,50 @@ def test_images_are_cropped_then_transformed_then_cut():
         assert torch.equal(found[i : i + 1], image)
 
 
+def test_resized_crops_have_the_law_of_random_resized_crop():
+    u = key(20_000).uniforms(IMAGE, 2 + 2 * ATTEMPTS)
+    top, left, tall, wide = draw_box(u[:, :2], u[:, 2:], 0.25, 400, 400)
+    share, ratio = tall * wide / 400**2, (wide / tall).log() / math.log(4 / 3)
+    assert share.min() > 0.248
+    assert share.max() <= 1
+    assert ratio.abs().max() < 1.02
+    for start, side in ((top, tall), (left, wide)):
+        assert start.min() == 0
+        assert (start + side).max() == 400
+    # A box of less than 3/4 of the area always fits, so there the law is the one that was drawn.
+    small = share < 0.75
+    assert abs(chi_square(((share[small] - 0.25) * 40).long().clamp(0, 19), 20)) < 5
+    assert abs(chi_square(((ratio[small] + 1) * 10).long().clamp(0, 19), 20)) < 5
+    places = (top[small] / (400 - tall[small] + 1) * 10).long()
+    assert abs(chi_square(places, 10)) < 5
+
+
+def test_an_attempt_that_does_not_fit_is_made_again():
+    u, place = torch.full((4, 2 * ATTEMPTS), 0.9999).double(), torch.full((4, 2), 0.9999).double()
+    u[:2, 6:8] = torch.tensor([0.0, 0.5])  # the fourth attempt fits: a square of a quarter
+    square = [200, 200, 200, 200]
+    whole = [0, 0, 400, 400]
+    assert torch.stack(draw_box(place, u, 0.25, 400, 400), 1).tolist() == [square] * 2 + [whole] * 2
+    u[:] = 0.9999  # nor does any in images far from square: their centre, 4/3 of the short side
+    assert torch.stack(draw_box(place, u, 0.25, 30, 300), 1).tolist() == [[0, 130, 30, 40]] * 4
+    assert torch.stack(draw_box(place, u, 0.25, 300, 30), 1).tolist() == [[130, 0, 40, 30]] * 4
+    one = draw_box(place, torch.zeros_like(u), 1e-9, 30, 30)
+    assert torch.stack(one, 1).tolist() == [[0, 0, 30, 30]] * 4  # no box without pixels
+
+
+def test_images_are_cut_out_resized_and_flipped():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (30, 3, 12, 16), generator=generator).byte()
+    settings, keys = Augmentation("randaugment", crop="resized", crop_scale=0.3), key(30)
+    found = augment_images(images, keys, IMAGE, settings, 2, 2)
+    u = keys.uniforms(IMAGE, 9 + 2 * ATTEMPTS)
+    expected = image_ops.resized_crop(images, *draw_box(u[:, :2], u[:, 9:], 0.3, 12, 16))
+    expected = torch.where((u[:, 2] >= 0.5)[:, None, None, None], expected.flip(3), expected)
+    for op, magnitude in policies.layers("randaugment", u[:, 5:9], 12, 16, 2, 9):
+        expected = image_ops.transform(expected, op, magnitude, fill=128)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("flips", [1, 2])
 def test_half_are_flipped_where_flips_are_allowed(flips):
     ramp = torch.arange(8).byte().expand(400, 1, 8, 8)
@@ -256,6 +304,11 @@ def test_mixup_and_cutmix_take_turns():
         {"views_per_image": 2**32 + 1},
         {"randaugment_n": 0},
         {"randaugment_m": 31},
+        {"crop": "random"},
+        {"crop": None},
+        {"crop_scale": 0.0},
+        {"crop_scale": 1.5},
+        {"crop_scale": "0.08"},
         {"cutout": "4"},
         {"mixup": None},
         {"cutmix": True},

@@ -149,3 +149,21 @@ def test_boxes_are_cut_off_at_the_border():
     expected[1, 0, 2:4, 0:7] = True
     expected[2, 0, 0:8, 0:1] = True
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1, 1)])
+def test_resized_crop_is_pillows(shape):
+    images, (height, width) = pictures(*shape), shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.rand(2, 40, generator=generator)
+    sides[:, :4] = torch.tensor([[0.0, 0.999, 0.999, 0.0], [0.0, 0.999, 0.0, 0.999]])
+    tall, wide = (sides * torch.tensor([[height], [width]])).long() + 1
+    places = torch.rand(2, 40, generator=generator)
+    top, left = (
+        places * (torch.tensor([[height], [width]]) - torch.stack([tall, wide]) + 1)
+    ).long()
+    found = image_ops.resized_crop(images, top, left, tall, wide)
+    for i, (t, le, h, w) in enumerate(torch.stack([top, left, tall, wide], 1).tolist()):
+        cut = to_pillow(images[i]).crop((le, t, le + w, t + h))
+        expected = cut.resize((width, height), Image.Resampling.BILINEAR)
+        assert torch.equal(found[i], from_pillow(expected)), (t, le, h, w)

@@ -12,6 +12,7 @@ SETTINGS = [
     Augmentation("autoaugment", cutout=4),
     Augmentation("randaugment", mixup=0.8),
     Augmentation("trivialaugment", cutmix=1.0, views_per_image=5),
+    Augmentation(crop="resized", crop_scale=0.2),
     Augmentation("randaugment", 4, 1.0, 1.0, None, 3, 30),
 ]
 

@@ -432,6 +432,8 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
         config(npz, tmp_path, teacher_cache_dtype="half")
     with pytest.raises(ValueError, match="randaugment_n or _m is given, but policy is 'none'"):
         config(npz, tmp_path, randaugment_n=3)
+    with pytest.raises(ValueError, match="crop_scale is 0.3, but crop is 'padded'"):
+        config(npz, tmp_path, crop_scale=0.3)
     fails("device is 'gpu', which cannot be used here", device="gpu")
     fails("student_width is 0, must be at least 1", student_width=0)
     with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
