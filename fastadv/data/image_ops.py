@@ -169,7 +169,8 @@ def _stretched(images, dim, start, size):
         t.to(images.device, non_blocking=True).view(shape) for t in (share, low, high)
     )
     low, high = (images.gather(dim, rows.expand(images.shape)).int() for rows in (low, high))
-    return ((low * (2**22 - share) + high * share + 2**21) >> 22).byte()
+    # low (1 - share) + high share, rounded to a level; in place, for these tensors are large.
+    return high.sub_(low).mul_(share).add_(2**21).bitwise_right_shift_(22).add_(low).byte()
 
 
 def boxes(cy: Tensor, cx: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:
