@@ -9,6 +9,7 @@ from . import cifar, digits, folder, npz, svhn
 from .augmentation import Augmentation
 from .convert import from_dataset
 from .dataset import Dataset, ImageSet, check_classes, check_dataset, cut, image_set
+from .extra import load_extra
 from .loader import Fields, Loader, decode_view, encode_view
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "from_dataset",
     "image_set",
     "load",
+    "load_extra",
     "register",
 ]
 

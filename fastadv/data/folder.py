@@ -159,10 +159,14 @@ def _decoded(listing, size):
             f"data_dir is {str(listing.root)!r}, whose {count} pictures take {total / 1e9:.1f} GB "
             f"at {size} pixels: must be packed once, by `{command}`"
         )
+    if parallel.world() > 1:
+        raise UsageError(
+            f"data_dir is {str(listing.root)!r}, which is not packed: must be for several "
+            f"processes, by `{command}`"
+        )
     pictures.need_pillow()
     images, row = torch.empty(count, 3, size, size, dtype=torch.uint8), 0
-    hidden = parallel.rank() > 0 or None  # None: where nobody watches
-    with tqdm(total=count, desc="decode", unit="picture", leave=False, disable=hidden) as bar:
+    with tqdm(total=count, desc="decode", unit="picture", leave=False, disable=None) as bar:
         for block in pictures.blocks(listing.root, listing.files, size):
             for place, reason in block.broken.items():
                 raise pack.broken(listing.root / listing.files[row + place], reason, command)

@@ -28,7 +28,7 @@ class Fields(NamedTuple):
 
 
 class Loader:
-    """Batches of `split`, whose uint8 images stay resident on `device`.
+    """Batches of `split` on `device`, where its uint8 images are kept too if they fit.
 
     `padding` is p and `flips` is F: with them each image is cropped at one of (2p + 1)^2 places and
     mirrored when F is 2, all equally likely. With padding 0 and flips 1 images are as they are and
@@ -37,6 +37,11 @@ class Loader:
     `augmentation` adds to that, or crops otherwise. A view is then a number that fixes, with the
     seed, the image's index and (mixup and cutmix only) the split, all that is random: crop, flip,
     policy, cutout, partner and share. `num_classes` is needed when it mixes images.
+
+    `extra` are more images, such as generated ones, which stay where they are (those of a mapped
+    file on the disk). With them each batch is full and has round((1 - extra_fraction) batch_size)
+    images of the split, in an order of its own each epoch, and then images drawn from `extra`; an
+    epoch has as many batches as without. Rows from len(split) on are those of `extra`.
 
     Of `world` processes the one numbered `rank` gets an equal share of each batch of `batch_size`;
     where the last batch does not divide, the epoch goes on with its first images.
@@ -57,6 +62,8 @@ class Loader:
         num_classes: int | None = None,
         rank: int = 0,
         world: int = 1,
+        extra: ImageSet | None = None,
+        extra_fraction: float = 0.7,
     ):
         if not isinstance(split, ImageSet):
             raise TypeError(
@@ -81,13 +88,31 @@ class Loader:
                 raise ValueError(
                     f"num_classes is {num_classes}, must be at least {least} for mixup and cutmix"
                 )
-        self.images, self.labels, self.index = (
-            field.to(device) for field in (split.images, split.labels, split.index)
-        )
+        self.device = torch.device(device)
+        self.images = split.images.to(resident_on(self.device, split.images.nbytes))
+        self.labels, self.index = split.labels.to(device), split.index.to(device)
         self.batch_size, self.padding, self.flips = batch_size, padding, flips
         self.shuffle, self.seed, self.channels_last = shuffle, seed, channels_last
         self.rank, self.world = rank, world
         self._keys = split.index.cpu()
+        self.extra, self._own = extra, batch_size
+        if extra is not None:
+            self._own = round((1 - extra_fraction) * batch_size)
+            self._check_extra(split, extra_fraction)
+
+    def _check_extra(self, split, fraction):
+        if not 0 < self._own < self.batch_size:
+            raise UsageError(
+                f"extra_fraction is {fraction}, must leave 1 to {self.batch_size - 1} images of a "
+                f"batch of {self.batch_size} to the data set"
+            )
+        if self.augmentation.mixes:
+            raise UsageError("mixup or cutmix is given, must be 0 with extra_data")
+        shape, expected = list(self.extra.images.shape[1:]), list(split.images.shape[1:])
+        if shape != expected:
+            raise ValueError(f"extra.images are {shape} each, must be {expected} as the split's")
+        if int(self.extra.index.min()) <= int(split.index.max()):
+            raise ValueError("extra.index has numbers of the split's, must be larger than those")
 
     @property
     def views(self) -> int:
@@ -101,19 +126,38 @@ class Loader:
     def epoch(self, number: int, skip: int = 0) -> Iterator[Fields]:
         """The batches of epoch `number` after the first `skip`; order and views depend on
         (seed, number) alone."""
-        count = len(self.labels)
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        order = self._order(generator)
+        count = len(order)
         view = torch.randint(self.views, (count,), generator=generator)
         if self.augmentation.views_per_image:  # in turn, from a view of the image's own on
             first = torch.Generator().manual_seed(_mix(self.seed, -1))
             view = (
-                torch.randint(self.views, (count,), generator=first)[order] + number
+                torch.randint(self.views, (self._rows,), generator=first)[order] + number
             ) % self.views
         wrapped = torch.arange(count + -count % self.world) % count
         for start in range(skip * self.batch_size, count, self.batch_size):
             chosen = wrapped[start + self.rank : start + self.batch_size : self.world]
             yield self.view_batch(order[chosen], view[chosen])
+
+    @property
+    def _rows(self):
+        """How many images there are, extra ones included."""
+        return len(self.labels) + (0 if self.extra is None else len(self.extra))
+
+    def _order(self, generator):
+        """The rows of an epoch, int64, batch after batch."""
+        count, batches = len(self.labels), len(self)
+        passes = 1 if self.extra is None else -(-batches * self._own // count)
+        order = torch.arange(count).repeat(passes)
+        if self.shuffle:
+            order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+        if self.extra is None:
+            return order
+        own = order[: batches * self._own].view(batches, -1)
+        shape = batches, self.batch_size - self._own
+        more = torch.randint(count, self._rows, shape, generator=generator)
+        return torch.cat([own, more], dim=1).flatten()
 
     def view_batch(self, rows: Tensor, view: Tensor) -> Fields:
         """The images at `rows` of the split in the given views, as an epoch yields them.
@@ -121,22 +165,42 @@ class Loader:
         rows, view: int64 [B], 0 to len(split) - 1 and 0 to views - 1. Raises ValueError for others.
         """
         rows, view = rows.cpu(), view.cpu()
-        for name, ids, end in (("rows", rows, len(self.labels)), ("view", view, self.views)):
+        for name, ids, end in (("rows", rows, self._rows), ("view", view, self.views)):
             if len(ids) and not (ids.min() >= 0 and ids.max() < end):
                 raise ValueError(f"{name} has a number outside [0, {end})")
         if self.augmentation.plain:
             x, y = self._plain(rows, view)
         else:
             x, y = self._augmented(rows, view)
-        return Fields(x, y, self.index[self._there(rows)], self._there(view))
+        return Fields(x, y, self._of(rows, "index"), self._there(view))
+
+    def _of(self, rows, field):
+        """The images, labels or index at `rows`, which are on the CPU, on the device."""
+        return self._there(self._picked(getattr(self, field), field, rows))
+
+    def _picked(self, own, field, rows):
+        """The rows of `own`, which is a field of the split, and of the same one of `extra`, on the
+        device of `own`."""
+        if self.extra is None:
+            return own[rows.to(own.device, non_blocking=True)]
+        count, found = len(self.labels), own.new_empty(len(rows), *own.shape[1:])
+        for source, first, mask in (
+            (own, 0, rows < count),
+            (getattr(self.extra, field), count, rows >= count),
+        ):
+            at = mask.nonzero()[:, 0]
+            part = source[(rows[at] - first).to(source.device, non_blocking=True)]
+            found[at.to(own.device, non_blocking=True)] = part.to(own.device, non_blocking=True)
+        return found
 
     def _plain(self, rows, view):
         dy, dx, flip = decode_view(self._there(view), self.padding, self.flips)
-        rows = self._there(rows)
-        return self._float(self.images[rows], dy, dx, flip, self.padding), self.labels[rows]
+        images = self._of(rows, "images")
+        return self._float(images, dy, dx, flip, self.padding), self._of(rows, "labels")
 
     def _augmented(self, rows, view):
-        settings, key = self.augmentation, Key(self.seed, self._keys[rows], view)
+        index = self._picked(self._keys, "index", rows)
+        settings, key = self.augmentation, Key(self.seed, index, view)
         x, y = self._strong(rows, key, IMAGE)
         if not settings.mixes:
             return x, y
@@ -149,19 +213,25 @@ class Loader:
 
     def _strong(self, rows, key, stream):
         """(x, y) of the images at `rows` as one stream of `key` augments them, not mixed."""
-        rows = self._there(rows)
         images = augment_images(
-            self.images[rows], key, stream, self.augmentation, self.padding, self.flips
+            self._of(rows, "images"), key, stream, self.augmentation, self.padding, self.flips
         )
-        still = torch.zeros_like(rows)
-        return self._float(images, still, still, still.bool(), 0), self.labels[rows]
+        still = torch.zeros(len(rows), dtype=torch.int64, device=images.device)
+        return self._float(images, still, still, still.bool(), 0), self._of(rows, "labels")
 
     def _float(self, images, dy, dx, flip, padding):
         return ops.augment(images, dy, dx, flip, padding=padding, channels_last=self.channels_last)
 
     def _there(self, tensor):
-        """A small tensor, copied to the images' device without waiting for it."""
-        return tensor.to(self.images.device, non_blocking=True)
+        """A tensor, copied to the device without waiting for it."""
+        return tensor.to(self.device, non_blocking=True)
+
+
+def resident_on(device: torch.device, size: int) -> torch.device:
+    """Where `size` bytes of images are kept: on the device, or, for more than half of what a GPU
+    has free, on the CPU, from where each batch is copied."""
+    large = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] // 2
+    return torch.device("cpu") if large else device
 
 
 def encode_view(dy: Tensor, dx: Tensor, flip: Tensor, padding: int, flips: int) -> Tensor:

@@ -14,7 +14,13 @@ from ..errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Fields that say where things are on one machine: a run may go on with others on another one.
-PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
+PATHS = (
+    "data_dir",
+    "extra_data",
+    "teacher_checkpoint",
+    "clean_teacher_checkpoint",
+    "teacher_cache",
+)
 PLACES = ("device", *PATHS)
 SCHEDULES = "step", "cosine", "linear", "onecycle"
 
@@ -33,6 +39,7 @@ RULES = {
     **dict.fromkeys(("step_size", "lr", "clip_grad", "save_every"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "awp_gamma", "warmup"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "ema"), _SHARE),
+    "extra_fraction": ("in (0, 1)", lambda value: 0 < value < 1),
     **dict.fromkeys(("epochs", "batch_size", "student_width", "image_size"), _whole(1)),
     **dict.fromkeys(("eval_every", "accumulate", "patience"), _whole(1)),
     **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
@@ -88,6 +95,10 @@ class Config:
     image_size: int | None = _flag(
         None, "width and height that pictures of data folder get, in pixels"
     )
+    extra_data: str | None = _flag(
+        None, "an .npz of more training images, such as generated ones: image and label"
+    )
+    extra_fraction: float = _flag(0.7, "share of them in each batch")
     student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
     student_width: int | None = _flag(
         None, "channels of the student's first convolution, if not the published number"
@@ -187,6 +198,8 @@ class Config:
         check_image_size(self.data, self.image_size)
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+        if self.extra_data is None and self.extra_fraction != Config.extra_fraction:
+            raise UsageError(f"extra_fraction is {self.extra_fraction}, but extra_data is missing")
         if self.crop != "resized" and self.crop_scale != Config.crop_scale:
             raise UsageError(f"crop_scale is {self.crop_scale}, but crop is {self.crop!r}")
         if self.teacher_cache_dtype not in ("float16", "float32"):

@@ -57,7 +57,7 @@ class TeacherCache:
         refresh(teacher)  # what is asked and watched from here on is one network
         kind = str(dtype).removeprefix("torch.")
         outputs = {"names": list(self.names), "dtype": kind, "block": BLOCK}
-        shapes, probe = self._probed(loader.images)
+        shapes, probe = self._probed(loader)
         self.identity = identity(teacher, loader, outputs)
         self._versions = self._tensor_versions()
         self._known = torch.zeros(self.identity["images"]["end"], dtype=torch.bool)
@@ -246,12 +246,13 @@ class TeacherCache:
             _, outputs = forward_features(self.teacher, block, self.names)
         return outputs
 
-    def _probed(self, images):
+    def _probed(self, loader):
         """({name: shape of one image's output}, {name: some of its values}) on fixed noise; not
         counted as a forward. The values tell teachers apart whose hashes are the same."""
-        noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(1, *loader.images.shape[1:], generator=generator)
         with about("names"), values_from_user():
-            outputs = self._forward(noise.to(images.device))
+            outputs = self._forward(noise.to(loader.device))
         for name, value in outputs.items():
             if value.dim() < 2 or len(value) != BLOCK:
                 raise UsageError(
@@ -297,6 +298,11 @@ def _check(teacher, loader, names, dtype):
         )
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}, must be torch.float16 or torch.float32")
+    if loader.extra is not None:
+        raise UsageError(
+            "extra_data is given, must be left out for a teacher cache: hardly a view of such "
+            "images comes twice"
+        )
     if loader.views >= 2**32:
         raise UsageError(
             f"views_per_image is {loader.augmentation.views_per_image}, must be below 2^32 for a"

@@ -105,11 +105,12 @@ def build_teacher(config, dataset, which):
 
 
 def build_loader(config, dataset):
-    """Shuffled batches of the training set with the config's augmentation."""
+    """Shuffled batches of the training set, and of extra data, with the config's augmentation."""
     side = min(dataset.train.images.shape[2:])
     if config.cutout > side:
         raise UsageError(f"cutout is {config.cutout}, must be at most {side}, the images' side")
     names = (field.name for field in dataclasses.fields(data.Augmentation))
+    extra = config.extra_data and data.load_extra(config.extra_data, dataset)
     return data.Loader(
         dataset.train,
         config.batch_size,
@@ -123,6 +124,8 @@ def build_loader(config, dataset):
         num_classes=dataset.num_classes,
         rank=parallel.rank(),
         world=parallel.world(),
+        extra=extra,
+        extra_fraction=config.extra_fraction,
     )
 
 

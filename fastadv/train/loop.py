@@ -147,6 +147,9 @@ def open_caches(config, method, nets, loader):
     """{teacher: TeacherCache} of the outputs for x that the method reads; {} without a cache."""
     if config.teacher_cache == "off" or not method.cacheable():
         return {}
+    if loader.extra is not None:
+        tqdm.write("teacher cache: off, because hardly a view of --extra-data comes twice")
+        return {}
     if loader.views == 2**32:
         tqdm.write("teacher cache: off, because without --views-per-image no view comes twice")
         return {}

@@ -12,9 +12,9 @@ from pictures import save, tree
 from PIL import Image
 
 from fastadv import data
-from fastadv.data import folder, pictures
+from fastadv.data import folder, pack, pictures
 from fastadv.errors import MissingPackage, UsageError
-from fastadv.runs import Config, checkpoint
+from fastadv.runs import Config, checkpoint, parallel
 from fastadv.train import cli, train
 
 
@@ -232,6 +232,17 @@ def test_a_large_folder_must_be_packed(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "RESIDENT", 24 * 3 * 12 * 12 - 1)
     with pytest.raises(UsageError, match="24 pictures take .* at 12 pixels: must be packed once, "):
         load(tmp_path)
+
+
+def test_several_processes_do_not_each_decode_a_folder(tmp_path, monkeypatch):
+    tree(tmp_path)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(
+        UsageError, match="is not packed: must be for several processes, by `python"
+    ):
+        load(tmp_path)
+    pack.write(folder.scan(tmp_path), 12)
+    assert len(load(tmp_path).train)
 
 
 def test_without_pillow(tmp_path, monkeypatch):

@@ -34,13 +34,14 @@ WRONG = {
     "warmup": (-1, math.inf, math.nan),
     "accumulate": (0, -1, 1.5, True),
     "patience": (0, -1, 1.5),
+    "extra_fraction": (0, 1, 1.5, -0.1, math.nan, "0.7"),
 }
 
 
 def test_every_number_has_a_rule():
     kinds = {int, float, int | None, float | None}
     numbers = {field.name for field in dataclasses.fields(Config) if field.type in kinds}
-    augmentation = {"randaugment_n", "randaugment_m", "cutout", "mixup", "cutmix"}
+    augmentation = {"randaugment_n", "randaugment_m", "crop_scale", "cutout", "mixup", "cutmix"}
     assert numbers - augmentation - {"views_per_image"} == RULES.keys() == WRONG.keys()
 
 
