@@ -6,6 +6,7 @@
     python benchmarks/run.py --suite train [--only adaad]        # whole training steps
     python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
     python benchmarks/run.py --suite eval                        # AutoAttack's standard version
+    python benchmarks/run.py --suite data                        # images from a folder of files
     python benchmarks/run.py --suite gpu                         # all of it on a GPU, see gpu.py
     python benchmarks/run.py --table                             # all tables anew
 
@@ -30,6 +31,7 @@ SUITES = {
     "train": ["bench_train_step"],
     "cache": ["bench_teacher_cache"],
     "eval": ["bench_evaluate"],
+    "data": ["bench_data"],
 }
 END_TO_END = {module for modules in SUITES.values() for module in modules}
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))

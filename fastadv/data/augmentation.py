@@ -122,11 +122,13 @@ def augment_images(
     n, (height, width) = settings.randaugment_n, images.shape[2:]
     resized, end = settings.crop == "resized", 5 + policies.draws(settings.policy, n)
     u = key.uniforms(stream, end + 2 * ATTEMPTS * resized)
+    flip = u[:, 2] * flips >= 1
     if resized:
         box = draw_box(u[:, :2], u[:, end:], settings.crop_scale, height, width)
-        images, padding = image_ops.resized_crop(images, *box), 0
-    dy, dx = (u[:, :2] * (2 * padding + 1)).long().unbind(1)
-    images = image_ops.crop_flip(images, dy, dx, u[:, 2] * flips >= 1, padding)
+        images = image_ops.resized_crop(images, *box, flip)
+    else:
+        dy, dx = (u[:, :2] * (2 * padding + 1)).long().unbind(1)
+        images = image_ops.crop_flip(images, dy, dx, flip, padding)
     fill = policies.FILL.get(settings.policy, 0)
     for layer in policies.layers(
         settings.policy, u[:, 5:end], height, width, n, settings.randaugment_m

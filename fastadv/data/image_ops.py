@@ -7,6 +7,8 @@ equal Pillow to the bit: `Image.transform(AFFINE)` and `Image.rotate` with neare
 `ImageOps`, `ImageEnhance`; one channel is Pillow's mode "L".
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -141,36 +143,43 @@ def crop_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int
     return _sample(images, y[:, None] + dy - padding, x + dx - padding, 0)
 
 
-def resized_crop(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
-    """Each image's box, resized to the image's size: uint8 [B, C, H, W], as Pillow's `crop` and
-    `resize` with BILINEAR do it, to the bit.
+def resized_crop(
+    images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, flip: Tensor
+) -> Tensor:
+    """Each image's box, resized to the image's size and mirrored where `flip` (bool [B]) says so:
+    uint8 [B, C, H, W], as Pillow's `crop` and `resize` with BILINEAR do it, to the bit.
 
-    The box's rows from `top` and columns from `left` on, `tall` and `wide` of them: int64 [B], on
-    the CPU; it lies inside the image.
+    The box's rows from `top` and columns from `left` on, `tall` and `wide` of them: int64 [B]; it
+    lies inside the image. All on the CPU. One image at a time, because the work is in the box.
     """
-    for dim, start, size in ((3, left, wide), (2, top, tall)):  # rounds to levels in between
-        images = _stretched(images, dim, start, size)
-    return images
+    found, (height, width) = torch.empty_like(images), images.shape[2:]
+    boxes = torch.stack([top, left, tall, wide, flip], dim=1).tolist()
+    for out, image, (y, x, rows, columns, mirrored) in zip(found, images, boxes, strict=True):
+        box = image[:, y : y + rows, x : x + columns]
+        box = _stretched(_stretched(box, 2, width), 1, height)
+        out.copy_(box.flip(2) if mirrored else box)
+    return found
 
 
-def _stretched(images, dim, start, size):
-    """`size` rows (dim 2) or columns (dim 3) of each image from `start` on, stretched to as many as
-    there are, by linear interpolation in Pillow's fixed point."""
-    count = images.shape[dim]
-    size = size.double()[:, None]
-    at = (torch.arange(count) + 0.5) * (size / count) - 0.5
-    at = at.clamp(min=0).minimum(size - 1)
-    low = at.floor()
-    share = ((at - low) * 2**22 + 0.5).int()
-    low, high = (t.long() + start[:, None] for t in (low, (low + 1).minimum(size - 1)))
-    shape = [len(images), 1, 1, 1]
-    shape[dim] = count
-    share, low, high = (
-        t.to(images.device, non_blocking=True).view(shape) for t in (share, low, high)
-    )
-    low, high = (images.gather(dim, rows.expand(images.shape)).int() for rows in (low, high))
-    # low (1 - share) + high share, rounded to a level; in place, for these tensors are large.
+def _stretched(image, dim, count):
+    """An image whose rows (dim 1) or columns (dim 2) are stretched to `count`, by linear
+    interpolation in Pillow's fixed point, and rounded to levels."""
+    low, high, share = _taps(image.shape[dim], count, image.device)
+    low, high = (image.index_select(dim, taps).int() for taps in (low, high))
+    # low (1 - share) + high share, in place, for these tensors are large.
+    share = share.view(-1, 1) if dim == 1 else share
     return high.sub_(low).mul_(share).add_(2**21).bitwise_right_shift_(22).add_(low).byte()
+
+
+@functools.lru_cache(maxsize=1024)
+def _taps(size, count, device):
+    """Which two of `size` pixels each of `count` lies between, int64, and the share of the second
+    in units of 2^-22, int32."""
+    at = (torch.arange(count, dtype=torch.float64) + 0.5) * (size / count) - 0.5
+    at = at.clamp(0, size - 1)
+    low = at.floor().long()
+    share = ((at - low) * 2**22 + 0.5).int()
+    return tuple(t.to(device) for t in (low, (low + 1).clamp(max=size - 1), share))
 
 
 def boxes(cy: Tensor, cx: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:

@@ -162,8 +162,10 @@ def test_resized_crop_is_pillows(shape):
     top, left = (
         places * (torch.tensor([[height], [width]]) - torch.stack([tall, wide]) + 1)
     ).long()
-    found = image_ops.resized_crop(images, top, left, tall, wide)
+    flip = torch.arange(40) % 2 == 1
+    found = image_ops.resized_crop(images, top, left, tall, wide, flip)
     for i, (t, le, h, w) in enumerate(torch.stack([top, left, tall, wide], 1).tolist()):
         cut = to_pillow(images[i]).crop((le, t, le + w, t + h))
         expected = cut.resize((width, height), Image.Resampling.BILINEAR)
+        expected = ImageOps.mirror(expected) if flip[i] else expected
         assert torch.equal(found[i], from_pillow(expected)), (t, le, h, w)
