@@ -404,3 +404,32 @@ def test_a_teacher_asked_less_often_is_timed_beside_the_exact_method(bench, monk
     assert [row["teacher_every"] for row in rows] == [1, 2, 5]
     assert all(row["epoch_s"] >= 0 and row["method"] == "adaad" for row in rows)
     assert {*asked} == {("adaad", 1), ("adaad", 2), ("adaad", 5)}
+
+
+def test_the_data_benchmark_on_a_few_files(bench, monkeypatch):
+    module, threads = bench("bench_data"), torch.get_num_threads()
+    monkeypatch.setattr(module, "PER_CLASS", 5)
+    monkeypatch.setattr(module, "SIZES", ((32, (32, 32), 8), (64, (90, 70), 8)))
+    wrong = torch.zeros(3, 64, 64).byte().numpy()
+    for case in module.cases():
+        rows = bench("run").measure(case, 0)
+        assert [row["provider"] for row in rows] == [
+            "decode each epoch",
+            "packed",
+            "packed, resized",
+        ]
+        assert case.images == 18  # a tenth is held out
+        with monkeypatch.context() as patch:
+            patch.setattr(module.pictures, "decode", lambda _, size: wrong[:, :size, :size])
+            with pytest.raises(AssertionError):
+                case.gate()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_a_soak_of_a_minute(bench, tmp_path):
+    module = bench("soak")
+    row, samples = module.soak(tmp_path, 300, 2)
+    assert row["steps"] == 6
+    assert len(row["images/s"]) == 2
+    assert all(fields["RssAnon"] > 0 for _, fields in samples)
