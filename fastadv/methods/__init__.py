@@ -14,10 +14,13 @@ from .base import Batch, Method, Nets
 from .bmtard import BMTARD
 from .funmatch import FunMatch
 from .iad import IAD1, IAD2
+from .igdm import IGDM
+from .ikl import IKL
 from .mart import MART
 from .mtard import MTARD
 from .natural import Natural
 from .rslad import RSLAD
+from .saad import SAAD
 from .trades import TRADES
 from .vfd import VFD
 
@@ -36,12 +39,24 @@ METHODS = {
     "adaad": AdaAD,
     "funmatch": FunMatch,
     "advfunmatch": AdvFunMatch,
+    "saad": SAAD,
+    "ikl": IKL,
 }
+WRAPPERS = {"vfd": VFD, "igdm": IGDM}  # what stands before a method's name, in this order
 OWN = {}  # the methods that users have registered
 
-COMMON = ("attack", "attack_bn", "milestones")  # options of every method
+COMMON = ("attack", "attack_bn", "milestones", "epochs")  # options of every method
 POSITIVE = ("temperature",)
 SHARES = ("adv_weight", "alpha", "clean_weight", "label_smoothing")  # of 1
+
+
+def parts(name):
+    """(the names of the wrappers, outermost first; the base's) of a name such as "vfd+igdm+rslad".
+    Raises UsageError for wrappers that are none, or in another order."""
+    *wrappers, base = name.split("+")
+    if wrappers != [wrapper for wrapper in WRAPPERS if wrapper in wrappers]:
+        raise UsageError(f"method is {name!r}, must be NAME, vfd+NAME, igdm+NAME or vfd+igdm+NAME")
+    return wrappers, base
 
 
 def named(name):
@@ -49,19 +64,22 @@ def named(name):
 
     Raises UsageError that lists the names when there is no such method.
     """
-    base = name.removeprefix("vfd+")
+    wrappers, base = parts(name)
+    if "igdm" in wrappers and base == "saad":
+        raise UsageError(f"method is {name!r}, but saad has the term of igdm itself")
     if base in OWN:
         return OWN[base]
     if ":" in base:
         raise not_registered("method", base)
     if base not in METHODS:
-        raise UsageError(f"method is {name!r}, must be one of {', '.join(METHODS)} or vfd+NAME")
+        listed = f"{', '.join(METHODS)}, vfd+NAME, igdm+NAME or vfd+igdm+NAME"
+        raise UsageError(f"method is {name!r}, must be one of {listed}")
     return METHODS[base]
 
 
 def register(name, method):
     """Makes `method`, a class derived from Method, one that `get`, Config and the command line know
-    by this name, and as "vfd+name". A second class of the same name replaces the first.
+    by this name, and behind "vfd+" and "igdm+". A second class of the same name replaces the first.
 
     Raises UsageError for a name that fastadv has itself, TypeError for other classes and for one
     whose options have no defaults.
@@ -77,23 +95,27 @@ def register(name, method):
 
 
 def get(name, **given):
-    """The method of this name, or "vfd+name"; options are its constructor's, such as
-    get("rslad", adv_weight=5/6); vfd+name takes VFD's and the base's. Raises UsageError for an
-    unknown name or option, and for a value unlike the option's default."""
-    base, vanilla = named(name), {}
+    """The method of this name, such as "rslad", "vfd+rslad" or "vfd+igdm+rslad"; options are its
+    constructor's, as in get("rslad", adv_weight=5/6), and those of the wrappers before it. Raises
+    UsageError for an unknown name or option, and for a value unlike the option's default."""
+    base, wrappers = named(name), [WRAPPERS[wrapper] for wrapper in parts(name)[0]]
     known = options(base)
-    if name.startswith("vfd+"):
-        own = options(VFD)
-        vanilla = {key: given.pop(key) for key in own.keys() & given.keys()}
-        known |= own
-    for key, value in (given | vanilla).items():
+    for wrapper in wrappers:
+        known |= options(wrapper)
+    for key, value in given.items():
         if key not in COMMON and key not in known:
             listed = ", ".join(f"{option}={default}" for option, default in known.items())
             raise UsageError(f"method {name} has no option {key}; it has {listed or 'none'}")
         if key in known:
             _check(name, key, value, known[key])
+    of_wrappers = {
+        wrapper: {key: given.pop(key) for key in options(wrapper).keys() & given.keys()}
+        for wrapper in wrappers
+    }
     method = base(**given)
-    return VFD(method, **vanilla) if name.startswith("vfd+") else method
+    for wrapper in reversed(wrappers):
+        method = wrapper(method, **of_wrappers[wrapper])
+    return method
 
 
 def options(cls):
@@ -133,6 +155,7 @@ def _check(method, option, value, default):
 
 
 __all__ = [
+    "IGDM",
     "METHODS",
     "VFD",
     "Batch",

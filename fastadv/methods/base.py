@@ -172,6 +172,7 @@ class Method(nn.Module):
     attack_bn: "eval" attacks the frozen twin, "train" the student itself, BatchNorm statistics and
     all; by default as the authors' code has it. milestones: the epochs after which the rates of
     dynamic weights and temperatures drop to a tenth, in all papers those of the learning rate.
+    epochs: how many the run has, over which the weight of some terms grows.
 
     Of the class: teachers, the nets it needs besides the student. adversarial: whether it trains on
     adversarial examples at all. loss_scale: the size of its loss as a share of a batch mean of
@@ -188,14 +189,14 @@ class Method(nn.Module):
     clip_start = None
     attack_bn = "eval"
 
-    def __init__(self, attack=None, attack_bn=None, milestones=()):
+    def __init__(self, attack=None, attack_bn=None, milestones=(), epochs=200):
         super().__init__()
         wrong = isinstance(attack, (type, APGD)) or not hasattr(attack, "ascend")
         if attack is not None and wrong:
             raise TypeError(f"attack is {attack!r}, must be a PGD")
         self.attack = attack or PGD(init=self.init, clip_start=self.clip_start)
         self.attack_bn = self.attack_bn if attack_bn is None else attack_bn
-        self.milestones = milestones
+        self.milestones, self.epochs = milestones, epochs
 
     def __setattr__(self, name, value):
         if name == "attack_bn" and value not in ("eval", "train"):
@@ -260,6 +261,17 @@ class LabelAttack(Method):
 
     def inner(self, nets, x_adv, y):
         return losses.cross_entropy(nets.student(x_adv), y, reduction="none")
+
+
+class StabilityAttack(Method):
+    """A method whose adversary maximises KL(s(x) || s(x_adv)), with s(x) a constant."""
+
+    def targets(self, nets, batch, state):
+        with torch.no_grad():
+            return (nets.student(batch.x),)
+
+    def inner(self, nets, x_adv, clean):
+        return losses.kl(nets.student(x_adv), clean, reduction="none")
 
 
 class MismatchAttack(Method):

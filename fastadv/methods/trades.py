@@ -1,12 +1,10 @@
 """TRADES (Zhang et al. 2019, equation 5 and algorithm 1)."""
 
-import torch
-
 from .. import losses
-from .base import Method
+from .base import StabilityAttack
 
 
-class TRADES(Method):
+class TRADES(StabilityAttack):
     """max KL(s(x) || s(x_adv));  min CE(s(x), y) + beta KL(s(x) || s(x_adv)), batch mean.
 
     The gradient flows through both arguments of the outer KL. y is smoothed by label_smoothing.
@@ -18,13 +16,6 @@ class TRADES(Method):
     def __init__(self, beta=6.0, label_smoothing=0.0, parity=False, **options):
         super().__init__(**options)
         self.beta, self.label_smoothing, self.parity = beta, label_smoothing, parity
-
-    def targets(self, nets, batch, state):
-        with torch.no_grad():
-            return (nets.student(batch.x),)
-
-    def inner(self, nets, x_adv, clean):
-        return losses.kl(nets.student(x_adv), clean, reduction="none")
 
     def outer(self, nets, batch, state):
         clean, adv = nets.student(batch.x), nets.student(batch.x_adv)

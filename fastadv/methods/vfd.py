@@ -1,7 +1,6 @@
 """VFD-Adv, vanilla feature distillation (Cao et al. 2022, arXiv 2206.02158)."""
 
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,12 @@ from .. import losses
 from ..engine.features import forward_features
 from ..engine.query import evaluating
 from ..errors import UsageError
-from .base import Method
+from .wrapper import Wrapper
 
 DISTANCES = ("mse", "l2", "cosine")
-OF_BASE = ("attack", "attack_bn", "milestones")  # one of each, read and assigned on either side
 
 
-class VFD(Method):
+class VFD(Wrapper):
     """max: that of `base`;
     min L_base + lambda_adv D(h_s(x_adv), h_v(x)) + lambda_clean D(h_s(x), h_v(x)),
     summed over the layers, batch mean.
@@ -28,10 +26,10 @@ class VFD(Method):
     full text was not available: the penultimate layer, the distance, both weights, the projector,
     and that the attack stays the base's.
 
-    base: a Method; its attack, attack_bn and milestones are the wrapper's too. layers: names of
-    `forward_features`, "student:teacher" where they differ. distance: "mse" (mean over elements),
-    "l2" or "cosine". normalise: features to unit length first. Where channels differ a learned
-    linear map (1x1 convolution on maps) projects the student's; it trains with the student.
+    base: a Method. layers: names of `forward_features`, "student:teacher" where they differ.
+    distance: "mse" (mean over elements), "l2" or "cosine". normalise: features to unit length
+    first. Where channels differ a learned linear map (1x1 convolution on maps) projects the
+    student's; it trains with the student.
     lambda_adv, lambda_clean: beside the base's loss as it is, a tenth of the batch mean for RSLAD
     and others. Raises UsageError where maps differ in height or width.
     """
@@ -45,30 +43,19 @@ class VFD(Method):
         lambda_adv=1.0,
         lambda_clean=1.0,
     ):
-        nn.Module.__init__(self)  # what Method's own would set is the base's
+        super().__init__(base, teacher="clean_teacher")
         if distance not in DISTANCES:
             raise UsageError(f"distance is {distance!r}, must be one of {', '.join(DISTANCES)}")
-        self.base, self.distance, self.normalise = base, distance, normalise
+        self.distance, self.normalise = distance, normalise
         layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self.layers = [(a, b or a) for a, _, b in (layer.partition(":") for layer in layers)]
         if len({*self.layers}) < max(1, len(layers)) or "" in dict(self.layers):
             raise UsageError(f"layers is {layers}, must be one name or more, each once")
         self.weights = {"x_adv": lambda_adv, "x": lambda_clean}
         self.projectors = nn.ModuleList()
-        self.adversarial, self.loss_scale = base.adversarial, base.loss_scale
-        self.teachers = tuple(dict.fromkeys((*base.teachers, "clean_teacher")))
-
-    attack, attack_bn, milestones = (property(attrgetter(f"base.{name}")) for name in OF_BASE)
-
-    def __setattr__(self, name, value):
-        # Here, as nn.Module would take an attack that is a module before a property's setter.
-        if name in OF_BASE:
-            setattr(self.base, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def prepare(self, nets, x):
-        self.base.prepare(nets, x)
+        super().prepare(nets, x)
         if nets.clean_teacher is None:
             raise ValueError("nets.clean_teacher is None, must be a network for this method")
         names, teacher_names = zip(*self.layers, strict=True)
@@ -79,27 +66,9 @@ class VFD(Method):
             self.projectors.append(projector(a, ours[a], b, theirs[b]))
 
     def cacheable(self):
-        reads = self.base.cacheable()
+        reads = super().cacheable()
         vanilla = dict.fromkeys((*reads.get("clean_teacher", ()), *(b for _, b in self.layers)))
         return reads | {"clean_teacher": tuple(vanilla)}
-
-    def init_state(self, device):
-        return self.base.init_state(device)
-
-    def end_epoch(self, state):
-        return self.base.end_epoch(state)
-
-    def queried(self, nets):
-        return self.base.queried(nets)
-
-    def targets(self, nets, batch, state):
-        return self.base.targets(nets, batch, state)
-
-    def inner(self, nets, x_adv, *targets):
-        return self.base.inner(nets, x_adv, *targets)
-
-    def perturb(self, nets, batch, state, start=None):
-        return self.base.perturb(nets, batch, state, start)
 
     def outer(self, nets, batch, state):
         if not self.projectors:

@@ -68,6 +68,16 @@ def total(tensor):
     return result
 
 
+def least(tensor):
+    """The minimum of `tensor` over the processes, element by element, without gradient.
+    Collective."""
+    result = tensor.detach()
+    if world() > 1:
+        result = result.clone()
+        dist.all_reduce(result, dist.ReduceOp.MIN)
+    return result
+
+
 def mean(tensor):
     """The mean of a float `tensor` over the processes, without gradient. Collective."""
     return total(tensor) / world()

@@ -41,6 +41,7 @@ def build_method(config):
         attack=attack,
         attack_bn=config.attack_bn,
         milestones=config.milestones,
+        epochs=config.epochs,
         **config.method_options,
     )
     if method.attack_bn == "train" and config.precision_attack != config.precision_outer:

@@ -96,7 +96,7 @@ def import_own(given):
     for field, text in own.items():
         if field in given:
             raise UsageError(f"{flag(field)} and {flag(field)}-from are both given: give one")
-        name = text.removeprefix("vfd+") if field == "method" else text
+        name = text.rpartition("+")[2] if field == "method" else text
         bring_in(f"{flag(field)}-from", name, OWN[field])
     return own
 
@@ -127,7 +127,7 @@ def parser(description, prog="python -m fastadv.train"):
         prog=prog,
         usage="%(prog)s [FLAGS]",
         description=description,
-        epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, such as vfd+at",
+        epilog=f"methods: {', '.join(methods.METHODS)}; vfd+NAME, igdm+NAME, vfd+igdm+NAME",
     )
     result.add_argument(
         "--recipe",
@@ -177,7 +177,7 @@ def parser(description, prog="python -m fastadv.train"):
                 help=help,
             )
         if field.name in OWN:
-            kind = "[vfd+]module:Class" if field.name == "method" else "module:function"
+            kind = "[vfd+][igdm+]module:Class" if field.name == "method" else "module:function"
             result.add_argument(
                 flag(field.name) + "-from",
                 default=argparse.SUPPRESS,

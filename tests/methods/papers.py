@@ -244,3 +244,103 @@ def vfd_trades(s, t, c, x, y, start):
     (h, clean), (h_adv, adv) = pooled(s, x), pooled(s, x_adv)
     loss = F.cross_entropy(clean, y) + 6 * kl(clean, adv)
     return x_adv, loss + F.mse_loss(h_adv, vanilla) + F.mse_loss(h, vanilla)
+
+
+def entropy(p, order):
+    if order == 1:
+        return -(p * (p + 1e-12).log()).sum(1)
+    return (p.pow(order).sum(1) + 1e-12).log() / (1 - order)
+
+
+def gradient_gap(s, t, x, x_adv, adv):
+    """KL of the differences of logits along x_adv - x, given s(x_adv); s(x - d) comes next."""
+    mirror = 2 * x - x_adv
+    ours = adv - s(mirror)
+    theirs = (t(x_adv) - t(mirror)).detach()
+    return rows(theirs, ours)
+
+
+def saad(
+    s,
+    t,
+    c,
+    x,
+    y,
+    start,
+    inner=1.0,
+    igdm=1.0,
+    beta=0.0,
+    order=1,
+    scale=5.0,
+    share=1 / 200,
+    parity=False,
+):
+    """SAAD in the epoch whose share of the run, its end counted, is `share`."""
+    v = x.clone().requires_grad_()
+    of_x = t(v)
+    (g,) = torch.autograd.grad(of_x.gather(1, y[:, None]).sum(), v)
+    of_x = of_x.detach()
+
+    def objective(v):
+        taught = of_x.clone()
+        taught[range(len(y)), y] += inner * (g * (v - x)).sum((1, 2, 3))
+        return kl(taught, s(v))
+
+    s.eval()
+    x_adv = attacked(s, x, start, objective)
+    adv = s(x_adv)
+    gap = gradient_gap(s, t, x, x_adv, adv)
+    clean = s(x) if beta or parity else None
+    taught = t(x_adv).detach()
+    h = entropy(taught.softmax(1), order)
+    w = scale * (h - h.min())
+    n = (w - w.min()) / (w.max() - w.min() + 1e-8)
+    loss = w * (rows(taught, adv) + igdm * share * gap)
+    if beta:
+        loss = loss + beta * (1 - n) * rows(of_x, clean)
+    return x_adv, loss.mean()
+
+
+def igdm_rslad(s, t, c, x, y, start, weight=1 / 200):
+    clean = t(x).detach()
+    x_adv = attacked(s, x, start, lambda v: kl(clean, s(v)))
+    adv = s(x_adv)
+    gap = gradient_gap(s, t, x, x_adv, adv).mean()
+    loss = (5 / 6 * kl(clean, adv) + 1 / 6 * kl(clean, s(x))) / 10
+    return x_adv, loss + weight * gap
+
+
+def igdm_adaad(s, t, c, x, y, start, weight=1 / 200):
+    x_adv = attacked(s, x, start, lambda v: kl(t(v), s(v)))
+    adv = s(x_adv)
+    gap = gradient_gap(s, t, x, x_adv, adv).mean()
+    return x_adv, kl(t(x_adv).detach(), adv) / adv.shape[1] + weight * gap
+
+
+class IKL:
+    """With the pairwise form [B, C, C] and loops over images."""
+
+    def __init__(self, alpha=4.0, beta=20.0, gamma=1.0, temperature=4.0, classes=10):
+        self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
+        self.prior = torch.full((classes, classes), 1 / classes, dtype=torch.float64)
+        self.sums = torch.zeros(classes, classes, dtype=torch.float64)
+
+    def __call__(self, s, t, c, x, y, start):
+        s.eval()
+        target = s(x).detach()
+        x_adv = attacked(s, x, start, lambda v: kl(target, s(v)))
+        adv, clean = s(x_adv), s(x)
+        p = self.prior[y] ** self.gamma
+        pairs = p[:, :, None] * p[:, None, :]
+        gaps = (clean[:, :, None] - clean[:, None, :]) - (adv[:, :, None] - adv[:, None, :])
+        mse = (pairs * gaps**2).sum() / pairs.sum() / 4
+        sce = -(clean.softmax(1).detach() * adv.log_softmax(1)).sum(1).mean()
+        for label, said in zip(y, (clean.detach() / self.temperature).softmax(1), strict=True):
+            self.sums[label] += said
+        return x_adv, F.cross_entropy(clean, y) + self.alpha * sce + self.beta * mse
+
+    def end_epoch(self):
+        for label, row in enumerate(self.sums):
+            if row.sum() > 0:
+                self.prior[label] = row / row.sum()
+        self.sums.zero_()

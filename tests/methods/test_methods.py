@@ -79,6 +79,30 @@ CASES = {
         partial(papers.vfd_at, weights=(2.0, 0.0)),
     ),
     "vfd+trades": ("vfd+trades", {}, papers.vfd_trades),
+    "saad": ("saad", {}, papers.saad),
+    "saad late": ("saad", {"epochs": 1}, partial(papers.saad, share=1)),
+    "saad parity": (
+        "saad",
+        {"parity": True, "entropy_scale": 2.0, "inner_weight": 0.5},
+        partial(papers.saad, parity=True, scale=2.0, inner=0.5),
+    ),
+    "saad clean, Renyi": (
+        "saad",
+        {"beta": 0.7, "entropy_order": 2.0, "igdm_weight": 10.0},
+        partial(papers.saad, beta=0.7, order=2.0, igdm=10.0),
+    ),
+    "igdm+rslad": ("igdm+rslad", {}, papers.igdm_rslad),
+    "igdm+adaad": (
+        "igdm+adaad",
+        {"igdm_weight": 30.0, "epochs": 10},
+        partial(papers.igdm_adaad, weight=3.0),
+    ),
+    "ikl": ("ikl", {}, papers.IKL()),
+    "ikl weights": (
+        "ikl",
+        {"alpha": 1.0, "beta": 3.0, "gamma": 0.5},
+        papers.IKL(alpha=1.0, beta=3.0, gamma=0.5),
+    ),
 }
 
 
@@ -140,8 +164,8 @@ def test_every_method_has_a_transcription():
     assert set(methods.METHODS) <= tested
 
 
-def sgd(net):
-    return torch.optim.SGD(net.parameters(), lr=0.5)
+def sgd(net, lr=0.5):
+    return torch.optim.SGD(net.parameters(), lr)
 
 
 @pytest.mark.parametrize("name", ["mtard", "bmtard"])
@@ -211,6 +235,44 @@ def test_absld_temperatures_over_epochs(setup):
             torch.testing.assert_close(state["temperatures"].tolist(), expected)
     assert (state["temperatures"][0] - state["temperatures"][1]).abs().max() > 1e-4
     assert state["errors"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["saad", "igdm+rslad", "ikl"])
+def test_weights_and_priors_over_epochs(setup, name):
+    """Six steps of training, an epoch each two."""
+    student, teacher, clean_teacher, x, y, start = setup
+    plain, epochs = copy.deepcopy(student).train(), 3
+    options = {"gamma": 0.7, "beta": 0.5} if name == "ikl" else {"igdm_weight": 5.0}
+    method, nets, state = ours(
+        name, options | {"epochs": epochs}, student, teacher, clean_teacher, x
+    )
+    lr = 0.02 if name == "ikl" else 0.5  # its gradient is ten times as large
+    ikl, optimizers = papers.IKL(gamma=0.7, beta=0.5), (sgd(student, lr), sgd(plain, lr))
+    for step in range(6):
+        share = (step // 2 + 1) / epochs
+        paper = {
+            "saad": partial(papers.saad, igdm=5.0, share=share),
+            "igdm+rslad": partial(papers.igdm_rslad, weight=5.0 * share),
+            "ikl": ikl,
+        }[name]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        labels = (y + step) % 7  # never all classes
+        state = same_step(method, nets, state, plain, paper, x, labels, start)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 2:
+            state = method.end_epoch(state)
+            ikl.end_epoch()
+            if name == "ikl":
+                torch.testing.assert_close(state["prior"], ikl.prior)
+                torch.testing.assert_close(state["prior"].sum(1), torch.ones(10).double())
+                assert state["sums"].count_nonzero() == 0
+    if name == "ikl":
+        assert (state["prior"][9] - 0.1).abs().max() < 1e-8  # not seen
+        assert (state["prior"][:7] - 0.1).abs().max() > 1e-3
+    else:
+        assert state["epoch"] == epochs
 
 
 def test_iad_begins_to_trust_itself_at_its_epoch(setup):
@@ -361,6 +423,8 @@ CACHEABLE = [
     ("advfunmatch", {"clean_weight": 0.5}),
     ("vfd+at", {"layers": ("layer3", "penultimate")}),
     ("vfd+mtard", {}),
+    ("igdm+rslad", {}),
+    ("vfd+igdm+mtard", {}),
 ]
 
 
@@ -376,6 +440,8 @@ def test_what_a_method_may_cache_is_what_it_reads_of_x(setup, name, options):
         if on == "x":
             read.setdefault(which, set()).add(feature)
     declared = {which: set(names) for which, names in method.cacheable().items()}
+    if name == "saad":  # asks for a gradient, with which t(x) comes
+        declared["teacher"] = set()
     # Logits come with every forward pass, asked for or not.
     assert {k: v | {"logits"} for k, v in declared.items()} == read
 

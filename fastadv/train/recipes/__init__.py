@@ -36,14 +36,15 @@ def digits_teacher(which):
 
 def digits_student(method):
     """The fields of Config of a student of the digits that `method` trains; of vfd+METHOD they are
-    METHOD's. The learning rate, weight decay and the weights of VFD follow the scale of the
-    method's loss."""
-    base, scale = method.removeprefix("vfd+"), methods.named(method).loss_scale
+    METHOD's. The learning rate, weight decay and the weights of VFD and IGDM follow the scale of
+    the method's loss."""
+    (wrappers, base), scale = methods.parts(method), methods.named(method).loss_scale
     fields = DIGITS["all"] | DIGITS["student"] | DIGITS["methods"].get(base, {})
-    vanilla = {"lambda_adv": scale, "lambda_clean": scale} if method != base else {}
+    weights = {"vfd": ("lambda_adv", "lambda_clean"), "igdm": ("igdm_weight",)}
+    terms = {option: scale for wrapper in wrappers for option in weights[wrapper]}
     return fields | {
         "method": method,
-        "method_options": fields.get("method_options", {}) | vanilla,
+        "method_options": fields.get("method_options", {}) | terms,
         "lr": fields["lr"] / scale,
         "weight_decay": fields["weight_decay"] * scale,
     }
