@@ -30,6 +30,7 @@ from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
+from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
 from . import networks, report, search, validity
 from .record import Record, open_examples
@@ -198,7 +199,8 @@ def digest(tensors):
     """The first 16 digits of the SHA-256 of the tensors' bytes."""
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for piece in pieces(tensor):
+            total.update(piece)
     return total.hexdigest()[:16]
 
 
