@@ -189,6 +189,8 @@ def subjects(args):
         found.append(Subject(path or name, name, model, config))
     for subject in found:
         networks.check_fits(subject.model, dataset, subject.label)
+    for path in args.checkpoint or ():
+        networks.check_names(path, dataset)
     radii = {subject.config.eps for subject in found}
     if args.eps is None and len(radii) > 1:
         raise UsageError(f"--eps is missing: the runs were trained with {sorted(radii)}")
@@ -280,6 +282,7 @@ def main(argv=None):
     source = networks.from_run(args.source)[0].to(args.device) if args.source else None
     if source is not None:
         networks.check_fits(source, dataset, args.source)
+        networks.check_names(args.source, dataset)
     split = getattr(dataset, args.split)
     if args.limit:
         split = split.take(torch.arange(min(args.limit, len(split))))
