@@ -151,7 +151,7 @@ def run(
     lies within ball and box. A stage's batches are filled from the images that it still has to
     attack. Random draws depend on (seed, image) alone, so that batch size and order do not change
     them. source: the network that "transfer-" attacks follow. record: what is known already, to go
-    on from.
+    on from. progress: prints the accuracy under each stage when it ends, and shows bars at once.
     Raises ValueError or TypeError for arguments that make no sense and stages that need more
     classes than the model has, before any attack; ValueError naming the stage and the images for
     labels, logits or models that make no sense.

@@ -13,9 +13,9 @@ import torch
 from ..errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Fields that say where things are on one machine: a run may go on with others on another one.
+# Fields that say where things are on one machine, and how a run is shown: it may go on with others.
 PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
-PLACES = ("device", *PATHS)
+PLACES = ("device", *PATHS, "log")
 SCHEDULES = "step", "cosine", "linear", "onecycle"
 
 
@@ -159,6 +159,9 @@ class Config:
     teacher_cache_dtype: str = _flag(
         "float16", "how it stores outputs: float16, or float32, exactly"
     )
+    log: str | None = _flag(
+        None, "tensorboard: each epoch also goes to its event files, in the run folder"
+    )
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
@@ -183,6 +186,8 @@ class Config:
         check_image_size(self.data, self.image_size)
         if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
             raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
+        if self.log not in (None, "tensorboard"):
+            raise UsageError(f"log is {self.log!r}, must be tensorboard or left out")
         if self.teacher_cache_dtype not in ("float16", "float32"):
             raise UsageError(
                 f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"

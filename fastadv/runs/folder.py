@@ -35,6 +35,7 @@ class Run:
         }
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"
+        self.events = log.Events(self.folder) if config.log else None
         self.epoch, self.step, self.so_far = 0, 0, {}
         self.best, self.worse = -1.0, 0
         self.drawn = self.saved = time.monotonic()
@@ -136,6 +137,8 @@ class Run:
         if better:
             self.save("best.safetensors")
         self.save("last.safetensors")
+        if self.events:
+            self.events.add(log.read(self.metrics), last=self.finished)
         if self.finished or time.monotonic() - self.drawn > REDRAWN:
             log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
             self.drawn = time.monotonic()
