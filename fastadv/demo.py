@@ -105,6 +105,8 @@ def with_teachers(config):
     not done before. The processes of a `parallel.group()` must all call it."""
     method = build_method(config)
     digits = data.load("digits")
+    if config.log:
+        log.need_tensorboard()
     there = device(config.device)  # all that may be refused, before minutes of training for nothing
     nets = {"student": build_student(config, digits).to(there)}
     build_loader(config, digits)

@@ -79,7 +79,8 @@ def report():
         "",
         *(f"{name}={os.environ.get(name, '')}" for name in SWITCHES),
     ]
-    for package, extra in (("sklearn", "demo"), ("matplotlib", "demo"), ("PIL", "images")):
+    extras = {"sklearn": "demo", "matplotlib": "demo", "PIL": "images", "tensorboard": "log"}
+    for package, extra in extras.items():
         if importlib.util.find_spec(package) is None:
             lines.append(f"{package} is not installed: pip install 'fastadv[{extra}]'")
     return "\n".join(lines)

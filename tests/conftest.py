@@ -1,3 +1,5 @@
+import functools
+import io
 import os
 
 import numpy as np
@@ -45,3 +47,19 @@ def teacher(npz, tmp_path_factory):
     train(config(npz, out, student_width=8))
     train(config(npz, out.with_name("natural"), method="natural", student_width=6))
     return out / "best.safetensors"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What somebody who watches sees of the bars, of which none is delayed."""
+    from fastadv.runs import progress
+
+    shown = Terminal()
+    monkeypatch.setattr(progress, "DELAY", 0)
+    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, file=shown))
+    return shown

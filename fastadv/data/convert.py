@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
-from tqdm import tqdm
 
 from ..errors import UsageError
-from ..runs import parallel
+from ..runs.progress import bar
 from . import pictures
 from .dataset import Dataset, ImageSet, check_classes, cut
 
@@ -107,8 +106,7 @@ def _one_by_one(items, split, num_classes, image_size):
     if image_size is not None:
         pictures.need_pillow()
     images, labels = [], []
-    hidden = parallel.rank() > 0 or None  # None: where nobody watches
-    for i in tqdm(range(len(items)), f"read {split}", leave=False, unit="image", disable=hidden):
+    for i in bar(range(len(items)), f"read {split}", unit="image"):
         image, label = _pair(items[i], f"{split} item {i}")
         images.append(_image(image, split, i, image_size))
         labels.append(_label(label, f"{split} item {i}", num_classes))

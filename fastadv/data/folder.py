@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..errors import UsageError
 from ..runs import parallel
+from ..runs.progress import bar
 from . import pack, pictures
 from .dataset import Dataset, ImageSet
 
@@ -87,7 +87,7 @@ def scan(data_dir: str | Path, seed: int = 0) -> Listing:
     parts, facts = {}, hashlib.sha256()
     for name in folders:
         parts[name] = _split(root, name, classes)
-        for file in parts[name][0]:
+        for file in bar(parts[name][0], f"check {name}", unit="picture"):
             stat = os.stat(root / file)
             facts.update(os.fsencode(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     ordered = _held_out(parts, seed) if len(folders) == 2 else parts
@@ -113,7 +113,7 @@ def _subfolders(folder):
 def _split(root, split, classes):
     """(files, labels, index) of one folder of classes, in the order of the names."""
     files, labels = [], []
-    for name in _subfolders(root / split):
+    for name in bar(_subfolders(root / split), f"list {split}", unit="class"):
         folder = root / split / name
         if name not in classes:
             raise UsageError(f"{folder} is a class that {root / 'train'} lacks, must be one of it")
@@ -166,11 +166,11 @@ def _decoded(listing, size):
         )
     pictures.need_pillow()
     images, row = torch.empty(count, 3, size, size, dtype=torch.uint8), 0
-    with tqdm(total=count, desc="decode", unit="picture", leave=False, disable=None) as bar:
+    with bar(text="decode", total=count, unit="picture") as shown:
         for block in pictures.blocks(listing.root, listing.files, size):
             for place, reason in block.broken.items():
                 raise pack.broken(listing.root / listing.files[row + place], reason, command)
             images[row : row + len(block.images)] = torch.from_numpy(block.images)
             row += len(block.images)
-            bar.update(len(block.images))
+            shown.update(len(block.images))
     return images

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..runs import checkpoint
+from ..runs.progress import bar
 from . import pictures
 
 MAGIC, VERSION, PAGE = b"fastadvP", 1, 4096
@@ -172,7 +173,7 @@ def verify(path: Path) -> int:
     head = Head.read(path)
     with (
         open(path, "rb") as file,
-        tqdm(total=head.count, desc="verify", unit="picture", disable=None) as bar,
+        tqdm(total=head.count, desc="verify", unit="picture", disable=None) as shown,
     ):
         file.seek(head.images_at)
         for number, (rows, crc) in enumerate(head.table.tolist()):
@@ -180,7 +181,7 @@ def verify(path: Path) -> int:
             if _crc(file.read(rows * head.image_bytes), head.labels[files]) != crc:
                 at = f"pictures {files.start} to {files.stop - 1}"
                 raise UsageError(f"{path} is damaged in {at}, must match its checksums: delete it")
-            bar.update(files.stop - files.start)
+            shown.update(files.stop - files.start)
     return head.rows()
 
 
@@ -240,7 +241,7 @@ def _fill(file, listing, image_size, workers, skip_broken):
     done, rows = _resumed(file, head, skip_broken)
     start = min(done * head.block, head.count)
     rest = pictures.blocks(listing.root, listing.files[start:], image_size, workers)
-    with tqdm(total=head.count, initial=start, desc="pack", unit="picture", disable=None) as bar:
+    with tqdm(total=head.count, initial=start, desc="pack", unit="picture", disable=None) as shown:
         for number, (images, reasons) in enumerate(rest, done):
             files = head.files(number)
             for at, reason in reasons.items():
@@ -256,7 +257,7 @@ def _fill(file, listing, image_size, workers, skip_broken):
             _put(file, head.labels_at + 8 * files.start, head.labels[files].tobytes())
             _put(file, head.table_at + 8 * number, head.table[number].tobytes())
             rows += len(images)
-            bar.update(files.stop - files.start)
+            shown.update(files.stop - files.start)
     return head
 
 
@@ -270,7 +271,7 @@ def _resumed(file, head, skip_broken):
         return 0, 0
     table, labels = head.parted(start[head.table_at :])
     rows = 0
-    for number, (count, crc) in enumerate(table.tolist()):
+    for number, (count, crc) in enumerate(bar(table.tolist(), "check", unit="block")):
         files = head.files(number)
         left_out = labels[files] < 0
         if count != (~left_out).sum() or (left_out.any() and not skip_broken):

@@ -30,6 +30,7 @@ from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
+from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
 from . import networks, report, search, validity
 from .record import Record, open_examples
@@ -188,6 +189,8 @@ def subjects(args):
         found.append(Subject(path or name, name, model, config))
     for subject in found:
         networks.check_fits(subject.model, dataset, subject.label)
+    for path in args.checkpoint or ():
+        networks.check_names(path, dataset)
     radii = {subject.config.eps for subject in found}
     if args.eps is None and len(radii) > 1:
         raise UsageError(f"--eps is missing: the runs were trained with {sorted(radii)}")
@@ -198,7 +201,8 @@ def digest(tensors):
     """The first 16 digits of the SHA-256 of the tensors' bytes."""
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for piece in pieces(tensor):
+            total.update(piece)
     return total.hexdigest()[:16]
 
 
@@ -278,6 +282,7 @@ def main(argv=None):
     source = networks.from_run(args.source)[0].to(args.device) if args.source else None
     if source is not None:
         networks.check_fits(source, dataset, args.source)
+        networks.check_names(args.source, dataset)
     split = getattr(dataset, args.split)
     if args.limit:
         split = split.take(torch.arange(min(args.limit, len(split))))

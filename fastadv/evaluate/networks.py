@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..runs import checkpoint
 from ..runs.code import bring_in
 from ..runs.config import Config
+from ..runs.folder import check_classes
 
 
 def from_run(path, otherwise=""):
@@ -22,8 +23,7 @@ def from_run(path, otherwise=""):
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path is {described(path)}, must be a file or a run's folder")
-    if Path(path).is_dir():
-        path = Path(path) / "best.safetensors"
+    path = _file(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
     ours = Path(path).suffix == ".safetensors"
@@ -39,6 +39,11 @@ def from_run(path, otherwise=""):
         raise UsageError(f"{path}: its header is not that of a run ({error})") from error
     model = models.load(config.student, path, classes, channels, config.student_width)
     return model, config
+
+
+def _file(path):
+    """The checkpoint that `path` names: a folder stands for the best of its run."""
+    return Path(path) / "best.safetensors" if Path(path).is_dir() else path
 
 
 def from_code(name, path=None):
@@ -74,3 +79,12 @@ def check_fits(model, dataset, path):
     classes = logits.shape[1]
     if classes != dataset.num_classes:
         raise UsageError(f"{path} has {classes} classes, {dataset.name} {dataset.num_classes}")
+
+
+def check_names(path, dataset):
+    """Raises UsageError where the checkpoint at `path` is of a run on classes of other names, or in
+    another order, than the data set's. Weights from elsewhere have no names."""
+    path = _file(path)
+    if Path(path).suffix == ".safetensors":
+        _, metadata = checkpoint.read(path)
+        check_classes(path, metadata or {}, dataset)

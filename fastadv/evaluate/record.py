@@ -11,6 +11,7 @@ import torch
 from ..attacks.checks import described, whole
 from ..errors import UsageError
 from ..runs import checkpoint
+from ..runs.progress import bar
 
 UNKNOWN, RIGHT, WRONG = range(3)
 SAVE_EVERY = 2.0  # seconds
@@ -133,7 +134,7 @@ def open_examples(path, images, begun):
     if not begun:
         part = path.with_suffix(".part")
         made = np.lib.format.open_memmap(part, "w+", np.float32, tuple(images.shape))
-        for first in range(0, len(images), 1024):
+        for first in bar(range(0, len(images), 1024), "examples"):
             made[first : first + 1024] = images[first : first + 1024].float().numpy() / 255
         made.flush()
         part.rename(path)

@@ -5,7 +5,6 @@ import time
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..attacks import checks, suite
 from ..attacks.checks import checked_logits
@@ -16,6 +15,7 @@ from ..errors import UsageError, values_from_user
 from ..runs import parallel
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable
+from ..runs.progress import bar
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
 from .report import worst_case
 
@@ -151,7 +151,7 @@ def run(
     lies within ball and box. A stage's batches are filled from the images that it still has to
     attack. Random draws depend on (seed, image) alone, so that batch size and order do not change
     them. source: the network that "transfer-" attacks follow. record: what is known already, to go
-    on from.
+    on from. progress: prints the accuracy under each stage when it ends, and shows bars at once.
     Raises ValueError or TypeError for arguments that make no sense and stages that need more
     classes than the model has, before any attack; ValueError naming the stage and the images for
     labels, logits or models that make no sense.
@@ -220,7 +220,8 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
     for name in stage.after:
         verdicts[~record.right(name)] = WRONG
     todo = (verdicts == UNKNOWN).nonzero()[:, 0]
-    bar = tqdm(total=len(todo), desc=stage.name, leave=False, disable=None if progress else True)
+    at_once = {"delay": 0} if progress else {}  # a delayed bar waits for the end of the first batch
+    shown = bar(text=stage.name, total=len(todo), unit="image", **at_once)
     for rows in todo.split(batch_size) if len(todo) else ():
         x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
         x = _floating(x)
@@ -238,8 +239,8 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress):
         verdicts[rows] = torch.where(broken, WRONG, RIGHT).to(torch.uint8)
         total.add(cost)
         record.save()
-        bar.update(len(rows))
-    bar.close()
+        shown.update(len(rows))
+    shown.close()
 
 
 def correct(model, split, attack, *, eps, norm="linf", **options):

@@ -13,7 +13,7 @@ import torch
 from ..errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Fields that say where things are on one machine: a run may go on with others on another one.
+# Fields that say where things are on one machine, and how a run is shown: it may go on with others.
 PATHS = (
     "data_dir",
     "extra_data",
@@ -21,7 +21,7 @@ PATHS = (
     "clean_teacher_checkpoint",
     "teacher_cache",
 )
-PLACES = ("device", *PATHS)
+PLACES = ("device", *PATHS, "log")
 SCHEDULES = "step", "cosine", "linear", "onecycle"
 
 
@@ -174,6 +174,9 @@ class Config:
     teacher_cache_dtype: str = _flag(
         "float16", "how it stores outputs: float16, or float32, exactly"
     )
+    log: str | None = _flag(
+        None, "tensorboard: each epoch also goes to its event files, in the run folder"
+    )
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
@@ -202,6 +205,8 @@ class Config:
             raise UsageError(f"extra_fraction is {self.extra_fraction}, but extra_data is missing")
         if self.crop != "resized" and self.crop_scale != Config.crop_scale:
             raise UsageError(f"crop_scale is {self.crop_scale}, but crop is {self.crop!r}")
+        if self.log not in (None, "tensorboard"):
+            raise UsageError(f"log is {self.log!r}, must be tensorboard or left out")
         if self.teacher_cache_dtype not in ("float16", "float32"):
             raise UsageError(
                 f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"

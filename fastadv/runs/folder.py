@@ -1,6 +1,7 @@
 """The folder of a run: it is written while the run trains, and read to resume it."""
 
 import dataclasses
+import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ class Run:
     def __init__(self, config, dataset, student, average, method, optimizer, state):
         self.config, self.student, self.method = config, student, method
         self.average, self.optimizer, self.state = average, optimizer, state
+        self.dataset = dataset
         self.shape = {
             "num_classes": dataset.num_classes,
             "in_channels": dataset.train.images.shape[1],
@@ -33,6 +35,7 @@ class Run:
         }
         self.folder = Path(config.out)
         self.metrics = self.folder / "metrics.jsonl"
+        self.events = log.Events(self.folder) if config.log else None
         self.epoch, self.step, self.so_far = 0, 0, {}
         self.best, self.worse = -1.0, 0
         self.drawn = self.saved = time.monotonic()
@@ -60,12 +63,14 @@ class Run:
     def resume(self):
         """Takes up the state of last.safetensors; a run killed in its first epoch starts over.
 
-        Raises UsageError where the file is not of the run that config.json describes, and
-        FileNotFoundError where it is missing after that epoch.
+        Raises UsageError where the file is not of the run that config.json describes, or of other
+        classes than the data set has now, and FileNotFoundError where it is missing after that
+        epoch.
         """
         path = self.folder / "last.safetensors"
         if path.exists():
             tensors, metadata = checkpoint.load(path)
+            check_classes(path, metadata, self.dataset)
             try:
                 self._restore(tensors, metadata)
             except (KeyError, RuntimeError, ValueError) as error:
@@ -132,6 +137,8 @@ class Run:
         if better:
             self.save("best.safetensors")
         self.save("last.safetensors")
+        if self.events:
+            self.events.add(log.read(self.metrics), last=self.finished)
         if self.finished or time.monotonic() - self.drawn > REDRAWN:
             log.plot(self.folder / "curves.png", {"": log.read(self.metrics)}, self.folder.name)
             self.drawn = time.monotonic()
@@ -188,6 +195,24 @@ def check_free(folder):
             f"out is {folder}, which holds a run: go on with it (--resume {folder}; resume=True in "
             "Python), or give another folder"
         )
+
+
+def check_classes(path, metadata, dataset):
+    """Raises UsageError for the first class whose name is not the one that it had in the run that
+    wrote the checkpoint at `path`: a network knows classes by their numbers alone. Nothing is
+    compared where the data of the run or `dataset` have no names."""
+    known = metadata.get("classes") or []
+    if not isinstance(known, list):
+        raise UsageError(f"{path}: its header is not that of a run (classes is {known!r})")
+    pairs = itertools.zip_longest(known, dataset.classes) if known and dataset.classes else ()
+    for number, (theirs, ours) in enumerate(pairs):
+        if theirs != ours:
+            found = "missing" if ours is None else repr(ours)
+            wanted = "left out" if theirs is None else repr(theirs)
+            raise UsageError(
+                f"class {number} of {dataset.name} is {found}, must be {wanted} as in {path}, "
+                "which was trained on these classes in this order"
+            )
 
 
 def _with_prefix(tensors, prefix):

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import MissingPackage, UsageError
 from .checkpoint import atomic_write
 
 
@@ -37,6 +37,53 @@ def keep_before(path, epoch):
     """Drops the rows of epoch `epoch` and later, which a resumed run will write again."""
     rows = [row for row in read(path) if row["epoch"] < epoch]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Under which names TensorBoard groups the numbers of a row; others of a row have their own.
+TAGS = {
+    "loss": "loss/train",
+    "clean_acc": "accuracy/clean",
+    "robust_acc": "accuracy/pgd20",
+    "lr": "rate/lr",
+    "images_per_s": "speed/images_per_s",
+    "bad_gradients": "attack/bad_gradients",
+    "teacher_cached": "cache/teacher",
+    "clean_teacher_cached": "cache/clean_teacher",
+}
+
+
+def need_tensorboard():
+    """Raises MissingPackage, an ImportError that says what to install, without TensorBoard."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise MissingPackage("log needs tensorboard: pip install fastadv[log]") from error
+
+
+class Events:
+    """TensorBoard's event files of a run in `folder`: its rows, by epochs counted from 1.
+
+    They only repeat metrics.jsonl. The first row that a process adds brings those before it along,
+    and hides what earlier files have. So after a kill no epoch is shown twice or missing, and a
+    run may begin without them. Raises OSError when the disk refuses.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.writer = folder, None
+
+    def add(self, rows, last):
+        """Writes the newest of `rows`, which are all so far; `last`: no other will come."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=1)
+        else:
+            rows = rows[-1:]
+        for row in rows:
+            for name, value in row.items():
+                if name != "epoch" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(TAGS.get(name, name), value, row["epoch"] + 1)
+        self.writer.close() if last else self.writer.flush()
 
 
 def plot(path, curves, title):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import data
 from ..errors import Parser, UsageError, as_command
 from ..runs.config import device
+from ..runs.progress import bar
 from ..train import cli
 from ..train.build import build_loader, build_method, build_teacher
 from . import TeacherCache, store
@@ -34,16 +35,16 @@ def fill(args, rest):
     cache, loader = opened(args, rest)
     views = loader.views if args.views is None else min(args.views, loader.views)
     rows = torch.arange(len(loader.images))
-    with tqdm(total=views * len(rows), unit="row", disable=None) as bar:
+    with tqdm(total=views * len(rows), unit="row", disable=None) as shown:
         for view in range(views):
             missing = rows[~cache.filled(loader.index, torch.full_like(rows, view))]
-            bar.update(len(rows) - len(missing))
+            shown.update(len(rows) - len(missing))
             for part in missing.split(loader.batch_size):
                 x, _, index, ids = loader.view_batch(part, torch.full_like(part, view))
                 cache.lookup(index, ids, x)
                 if not cache.writable:
                     raise OSError(f"{args.directory}: cannot be written, see the warning above")
-                bar.update(len(part))
+                shown.update(len(part))
             cache.sync()
     cache.close()
     print(f"{cache.folder}: {views} of {loader.views} views filled, {cache.misses} rows computed")
@@ -74,7 +75,8 @@ def recomputed(args, rest):
     """How many of a random sample of the filled rows differ from what the teacher says now."""
     cache, loader = opened(args, rest)
     rows = torch.arange(len(loader.images))
-    there = [cache.filled(loader.index, torch.full_like(rows, v)) for v in range(loader.views)]
+    views = bar(range(loader.views), "search", unit="view")
+    there = [cache.filled(loader.index, torch.full_like(rows, view)) for view in views]
     view, row = torch.stack(there).nonzero(as_tuple=True)
     if not len(row):
         raise UsageError(f"{cache.folder}: no rows of this teacher, images and augmentation")
@@ -82,7 +84,7 @@ def recomputed(args, rest):
     generator.seed()
     sample = torch.randperm(len(row), generator=generator)[: args.sample]
     differ, largest = 0, 0.0
-    for part in tqdm(sample.split(loader.batch_size), "verify", leave=False, disable=None):
+    for part in bar(sample.split(loader.batch_size), "verify", unit="batch"):
         x, _, index, ids = loader.view_batch(row[part], view[part])
         stored, now = cache.lookup(index, ids, x), cache.compute(x)
         errors = [(stored[name] - now[name]).abs().flatten(1).amax(1) for name in cache.names]
@@ -157,9 +159,7 @@ def checked(folder):
     """(its open table, rows filled, damaged ids, numpy [D]) of a cache. Raises store.Damaged."""
     table = store.Table(store.read_header(folder), folder)
     starts = range(0, table.rows, store.CHUNK)
-    counts, damaged = zip(
-        *map(table.check, tqdm(starts, folder.name, leave=False, disable=None)), strict=True
-    )
+    counts, damaged = zip(*map(table.check, bar(starts, folder.name)), strict=True)
     return table, sum(counts), np.concatenate(damaged)
 
 

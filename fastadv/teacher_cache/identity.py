@@ -7,6 +7,7 @@ import torch
 
 from ..engine.features import unwrapped
 from ..engine.frozen import InPrecision
+from ..runs.progress import pieces
 
 PLAIN = (bool, int, float, str)
 
@@ -85,6 +86,6 @@ def _digest(named):
     result = hashlib.sha256()
     for name, tensor in named:
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        result.update(flat.view(torch.uint8).numpy())
+        for piece in pieces(tensor):
+            result.update(piece)
     return result.hexdigest()

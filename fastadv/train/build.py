@@ -11,7 +11,7 @@ from ..attacks import PGD
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
-from ..evaluate import check_fits, from_run
+from ..evaluate import check_fits, check_names, from_run
 from ..models.zoo import is_own
 from ..runs import parallel
 from ..runs.config import PRECISIONS
@@ -101,6 +101,8 @@ def build_teacher(config, dataset, which):
             channels = dataset.train.images.shape[1]
             teacher = models.load(architecture, path, dataset.num_classes, channels)
     check_fits(teacher, dataset, path or architecture)
+    if path is not None:
+        check_names(path, dataset)
     teacher.to(config.device, memory_format=torch.channels_last)
     return freeze(teacher, PRECISIONS[config.precision_teacher])
 

@@ -33,7 +33,7 @@ def flag(field):
 PLACE_FLAGS = tuple(map(flag, PLACES))
 OWN_FLAGS = tuple(flag(field) + "-from" for field in OWN)
 WITH_RUN = (
-    f"{', '.join(PLACE_FLAGS)}, for what lies elsewhere on this machine, and "
+    f"{', '.join(PLACE_FLAGS)}, for what is otherwise on this machine, and "
     f"{', '.join(OWN_FLAGS)}, which name the run's own code again"
 )
 

@@ -34,6 +34,8 @@ def train(config, resume=False):
     """
     folder, device = Path(config.out), usable(config.device)
     parallel.check_device(config.device)
+    if config.log:
+        log.need_tensorboard()
     torch.manual_seed(config.seed)
     dataset = data.load(config.data, config.data_dir, image_size=config.image_size)
     method = build_method(config).to(device)

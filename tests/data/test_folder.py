@@ -273,3 +273,9 @@ def test_the_checkpoint_has_the_names_of_the_classes(tmp_path):
     _, metadata = checkpoint.load(out / "best.safetensors")
     assert metadata["classes"] == ["cat", "dog"]
     assert metadata["config"]["image_size"] == 8
+
+
+def test_what_takes_long_has_bars(tmp_path, terminal):
+    load(tree(tmp_path))
+    for text in ("list train", "check train", "list test", "check test", "decode"):
+        assert f"{text}:   0%" in terminal.getvalue(), text

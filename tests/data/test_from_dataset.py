@@ -204,6 +204,13 @@ def test_what_is_no_data_set_is_named(items, message):
         data.from_dataset(items, pairs(last))
 
 
+def test_reading_one_by_one_has_a_bar(terminal):
+    items = Items(pairs(FORMS["Pillow"]))
+    data.from_dataset(items, items)
+    for text in ("read train", "read test"):
+        assert f"{text}:   0%" in terminal.getvalue()
+
+
 def test_a_reader_of_ones_own_may_use_it(monkeypatch):
     monkeypatch.setattr(data, "OWN", {})
     items = TensorDataset(LEVELS, LABELS)

@@ -216,7 +216,7 @@ def stopped_after(monkeypatch, files):
     return calls
 
 
-def test_a_stopped_writer_is_gone_on_from(root, monkeypatch):
+def test_a_stopped_writer_is_gone_on_from(root, monkeypatch, terminal):
     expected = write(root)[0].read_bytes()
     with monkeypatch.context() as patch:
         stopped_after(patch, 13)
@@ -227,6 +227,7 @@ def test_a_stopped_writer_is_gone_on_from(root, monkeypatch):
         calls = stopped_after(patch, 99)
         assert write(root)[0].read_bytes() == expected
     assert len(calls) == 24 - 10  # two blocks of five were whole
+    assert "check:   0%|          | 0/5 " in terminal.getvalue()  # the blocks that it had
 
 
 @pytest.mark.parametrize("damage", ["image", "table", "label", "json"])

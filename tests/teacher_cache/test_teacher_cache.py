@@ -523,7 +523,9 @@ def test_fill_resumes_and_verify_info_and_prune_tell_the_truth(tmp_path, digits_
     assert store.caches(caches) == []
 
 
-def test_verify_tells_a_wrong_row_from_a_damaged_one(tmp_path, digits_teacher, capsys, monkeypatch):
+def test_verify_tells_a_wrong_row_from_a_damaged_one(
+    tmp_path, digits_teacher, capsys, monkeypatch, terminal
+):
     caches = str(tmp_path / "caches")
     compute = TeacherCache._compute
     with monkeypatch.context() as patch:
@@ -532,6 +534,9 @@ def test_verify_tells_a_wrong_row_from_a_damaged_one(tmp_path, digits_teacher, c
     with pytest.raises(ValueError, match="50 problems"):
         main(["verify", caches, *digits_teacher, "--sample", "50"])
     assert "1000 rows filled, 0 damaged" in capsys.readouterr().out
+    (folder,) = store.caches(caches)
+    for text in (folder.name, "search", "verify"):
+        assert f"{text}:   0%" in terminal.getvalue()
 
 
 def test_prune_touches_nothing_but_caches(tmp_path, capsys):
