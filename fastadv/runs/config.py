@@ -118,6 +118,9 @@ class Config:
     eps: float = _flag(8 / 255, "radius, such as 8/255")
     step_size: float | None = _flag(None, "attack step; eps/4 if not given")
     steps: int = _flag(10, "attack steps in training")
+    eps_schedule: str = _flag(
+        "constant", "of radius and step in training: constant, or linear, from small to full"
+    )
     init: str | None = _flag(None, "uniform, gaussian or zero start; the method's own if not given")
     attack_bn: str | None = _flag(
         None, "BatchNorm mode while attacking: eval or train; the method's own if not given"
@@ -156,6 +159,9 @@ class Config:
     clip_grad: float | None = _flag(None, "largest norm of the gradient")
     ema: float | None = _flag(None, "decay of an exponential average of weights, such as 0.999")
     swa_start: int | None = _flag(None, "epoch from which weights are averaged equally")
+    recompute_bn: bool = _flag(
+        False, "BatchNorm statistics of the averaged weights are taken of the training images anew"
+    )
     awp_gamma: float = _flag(0.0, "adversarial weight perturbation, in norms of the weights")
     awp_warmup: int = _flag(0, "epochs before the weights are perturbed")
     eval_every: int = _flag(1, "epochs between validations; the last one is always validated")
@@ -190,6 +196,8 @@ class Config:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
         if self.ema is not None and self.swa_start is not None:
             raise UsageError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
+        if self.recompute_bn and self.ema is None and self.swa_start is None:
+            raise UsageError("recompute_bn is given, but neither ema nor swa_start: give one")
         if self.swa_start is not None and self.swa_start >= self.epochs:
             raise UsageError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
         if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
@@ -218,7 +226,9 @@ class Config:
 
     def _check_optimizer(self):
         """Raises UsageError for settings of the updates that exclude each other."""
-        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", SCHEDULES)):
+        choices = {"optimizer": ("sgd", "adamw"), "schedule": SCHEDULES}
+        choices["eps_schedule"] = ("constant", "linear")
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 names = f"{', '.join(known[:-1])} or {known[-1]}"
                 raise UsageError(f"{name} is {getattr(self, name)!r}, must be {names}")

@@ -1,10 +1,8 @@
-"""Makes the parts that a Config describes: the method, the networks, the loader, the average of
-weights."""
+"""Makes the parts that a Config describes: the method, the networks, the loader."""
 
 import dataclasses
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import data, methods, models
 from ..attacks import PGD
@@ -50,6 +48,15 @@ def build_method(config):
             f"({config.precision_outer}) when attack_bn is train: the student itself is attacked"
         )
     return method
+
+
+def scheduled(config, attack, epoch):
+    """The attack of an epoch: `attack` with the radius and the step that eps_schedule gives it."""
+    if config.eps_schedule == "constant":
+        return attack
+    share = (epoch + 1) / config.epochs
+    eps, step_size = share * config.eps, share * config.step_size
+    return dataclasses.replace(attack, eps=eps, step_size=step_size)
 
 
 def build_student(config, dataset):
@@ -130,12 +137,3 @@ def build_loader(config, dataset):
         extra=extra,
         extra_fraction=config.extra_fraction,
     )
-
-
-def build_average(config, student):
-    """The running average of the student's weights and BatchNorm statistics, or None: exponential
-    over steps (EMA), or equal over epochs (SWA, Izmailov et al. 2018)."""
-    if config.ema is not None:
-        average = get_ema_multi_avg_fn(config.ema)
-        return AveragedModel(student, multi_avg_fn=average, use_buffers=True)
-    return None if config.swa_start is None else AveragedModel(student, use_buffers=True)

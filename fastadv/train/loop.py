@@ -18,8 +18,9 @@ from ..runs import log, parallel
 from ..runs.config import device as usable
 from ..runs.folder import Run
 from ..teacher_cache import TeacherCache
+from .average import build_average, recompute_statistics
 from .awp import AWP
-from .build import build_average, build_loader, build_method, build_nets
+from .build import build_loader, build_method, build_nets, scheduled
 from .optimizer import build_optimizer, learning_rate
 
 
@@ -60,10 +61,12 @@ def train(config, resume=False):
             tqdm.write(advice)
 
     updates = -(-len(loader) // config.accumulate)  # in an epoch
+    attack = method.attack
     while not run.finished:
         epoch, first = run.epoch, run.step
         loss_sum = run.so_far.get("loss", torch.zeros(())).to(device)
         bad_gradients = run.so_far.get("bad_gradients", torch.tensor(0)).to(device)
+        method.attack = scheduled(config, attack, epoch)
         start = time.perf_counter()
         bar = tqdm(
             with_teachers(loader.epoch(epoch, first), caches),
@@ -105,6 +108,8 @@ def train(config, resume=False):
                 run.end_step(epoch, step, loss=loss_sum, bad_gradients=bad_gradients)
         if config.swa_start is not None and epoch >= config.swa_start:
             average.update_parameters(student)
+        if config.recompute_bn and run.model is not student:
+            recompute_statistics(run.model, loader, epoch)
         run.state = method.end_epoch(run.state)
         images = len(dataset.train) - first * config.batch_size
         row = {

@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 from small_runs import config, with_teachers
 
 from fastadv import data, evaluate, methods
+from fastadv.attacks import PGD
 from fastadv.runs import checkpoint, folder, log
 from fastadv.runs.folder import Run
 from fastadv.teacher_cache import TeacherCache
 from fastadv.train import train
+from fastadv.train.build import build_loader
 from fastadv.train.cli import parse
 
 
@@ -56,6 +58,13 @@ RUNS = {
     "ema, clipped": {"method": "trades", "ema": 0.9, "clip_grad": 1.0},
     "swa": {"method": "mart", "swa_start": 1},
     "awp": {"method": "at", "awp_gamma": 0.01, "awp_warmup": 1},
+    "growing radius": {
+        "method": "saad",
+        "eps_schedule": "linear",
+        "swa_start": 1,
+        "recompute_bn": True,
+    },
+    "prior": {"method": "ikl"},
     "weights and temperatures": {"method": "bmtard"},
     "temperatures by class": {"method": "absld"},
     "autoaugment, mixup": {"method": "iad1", "policy": "autoaugment", "mixup": 1.0},
@@ -260,6 +269,41 @@ def test_averages_of_weights_are_what_is_evaluated_and_saved(npz, tmp_path, opti
     assert rate == log.read(tmp_path / "run/metrics.jsonl")[-1]["clean_acc"]
 
 
+def test_statistics_of_averaged_weights_are_those_of_the_training_images(npz, tmp_path):
+    plain = {"epochs": 3, "swa_start": 1, "batch_size": 40, "steps": 1}
+    for name, recompute in (("plain", False), ("anew", True)):
+        train(config(npz, tmp_path / name, recompute_bn=recompute, **plain))
+    saved = [load_file(tmp_path / name / "last.safetensors") for name in ("plain", "anew")]
+    different = {key for key in saved[0] if not torch.equal(saved[0][key], saved[1][key])}
+    assert {key.split(".")[0] for key in different} == {"model", "average"}
+    assert all(key.rpartition(".")[2].startswith(("running_", "num_")) for key in different)
+    model, settings = evaluate.from_run(tmp_path / "anew/last.safetensors")
+    loader = build_loader(settings, data.load("npz", npz))
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        for batch in loader.epoch(2):
+            model(batch.x)
+    mean = torch.stack([part.mean(1) for part in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    var = torch.stack([part.var(1) for part in seen]).mean(0)
+    torch.testing.assert_close(norm.running_var, var)
+
+
+def test_a_linear_schedule_grows_radius_and_step(npz, tmp_path, monkeypatch):
+    used, ascend = [], PGD.ascend
+
+    def note(attack, *args, **options):
+        used.append((attack.eps, attack.step_size, attack.steps))
+        return ascend(attack, *args, **options)
+
+    monkeypatch.setattr(PGD, "ascend", note)
+    train(config(npz, tmp_path / "run", epochs=4, eps_schedule="linear", batch_size=144))
+    expected = [(0.025 * k, 0.00625 * k, 2) for k in (1, 2, 3, 4)]
+    assert used == [tuple(pytest.approx(v) for v in row) for row in expected]
+
+
 def test_weights_are_perturbed_after_their_warmup(npz, tmp_path):
     cases = {"without": {}, "all": {"awp_gamma": 0.05}}
     cases["warm"] = cases["all"] | {"awp_warmup": 1}
@@ -434,6 +478,10 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
         config(npz, tmp_path, randaugment_n=3)
     with pytest.raises(ValueError, match="crop_scale is 0.3, but crop is 'padded'"):
         config(npz, tmp_path, crop_scale=0.3)
+    with pytest.raises(ValueError, match="recompute_bn is given, but neither ema nor swa_start"):
+        config(npz, tmp_path, recompute_bn=True)
+    with pytest.raises(ValueError, match="eps_schedule is 'cosine', must be constant or linear"):
+        config(npz, tmp_path, eps_schedule="cosine")
     fails("device is 'gpu', which cannot be used here", device="gpu")
     fails("student_width is 0, must be at least 1", student_width=0)
     with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
