@@ -26,6 +26,7 @@ from fastadv.train import train
 from fastadv.train.recipes import digits_student, digits_teacher
 
 METHODS = (*methods.METHODS, "vfd+at", "vfd+trades", "vfd+mart", "vfd+rslad")
+METHODS += ("igdm+rslad", "igdm+adaad", "vfd+igdm+rslad")
 ATTACKS = ("clean", "pgd20")
 EPS = digits_student("at")["eps"]
 MARKS = "<!-- methods table: python benchmarks/methods.py -->", "<!-- end of methods table -->"
