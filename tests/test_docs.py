@@ -138,7 +138,7 @@ def test_flags_exist(page):
     """Each flag that a page names in its text is one of a command's."""
     sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())}
-    known |= {*cli.parser(None)._option_string_actions, "--nproc-per-node"}
+    known |= {*cli.parser(None)._option_string_actions, "--nproc-per-node", "--max-restarts"}
     named = set(re.findall(r"`(--[a-z-]+)", page.read_text()))
     assert named <= known
 

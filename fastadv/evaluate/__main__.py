@@ -13,9 +13,11 @@ clean accuracy always comes first.
 An image counts as broken when the network itself, in fp32, misclassifies its adversarial example,
 and the example lies within the radius and in [0, 1]; --precision speeds up the search alone.
 
-With --out the same command goes on where it was stopped.
+With --out the same command goes on where it was stopped. Under torchrun the processes share the
+images out, with the same result.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ import torch
 from .. import data, models
 from ..attacks import suite
 from ..errors import Parser, UsageError, as_command, values_from_user
-from ..runs import checkpoint
+from ..runs import checkpoint, parallel
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
 from ..runs.progress import pieces
@@ -258,7 +260,8 @@ def evaluate(subject, dataset, split, args, source):
         device=args.device,
         seed=args.seed,
         record=record,
-        progress=True,
+        progress=parallel.rank() == 0,
+        shared=True,
     )
     warnings += validity.review(record, stages)
     print(report.describe(record, stages))
@@ -275,7 +278,16 @@ def evaluate(subject, dataset, split, args, source):
 
 
 def main(argv=None):
-    args = arguments(argv)
+    with parallel.group(), contextlib.ExitStack() as stack:
+        if parallel.rank():  # the first process prints and writes
+            stack.enter_context(contextlib.redirect_stdout(None))
+        command(arguments(argv))
+
+
+def command(args):
+    parallel.check_device(args.device)
+    if parallel.rank():
+        args.out, args.save_adversarial = None, False
     import_own(args)
     check(args)
     found, dataset = subjects(args)

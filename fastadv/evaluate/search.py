@@ -12,12 +12,12 @@ from ..data.convert import as_image_set
 from ..engine.frozen import freeze
 from ..engine.query import ask, evaluating
 from ..errors import UsageError, values_from_user
-from ..runs import parallel
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable
 from ..runs.progress import bar
 from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
 from .report import worst_case
+from .shares import Shares
 
 _log = logging.getLogger("fastadv")
 # How much further than eps, or than 1, rounding may take an example, as a share of it.
@@ -141,6 +141,7 @@ def run(
     seed=0,
     record=None,
     progress=False,
+    shared=False,
 ):
     """Attacks the images of `split`, stage after stage (see `suite.stages`): the Record.
 
@@ -152,6 +153,8 @@ def run(
     attack. Random draws depend on (seed, image) alone, so that batch size and order do not change
     them. source: the network that "transfer-" attacks follow. record: what is known already, to go
     on from. progress: prints the accuracy under each stage when it ends, and shows bars at once.
+    shared: the processes of a `parallel.group()` share each batch of batch_size images per process;
+    all must call it, and each gets the whole record, the same as one process would.
     Raises ValueError or TypeError for arguments that make no sense and stages that need more
     classes than the model has, before any attack; ValueError naming the stage and the images for
     labels, logits or models that make no sense.
@@ -162,11 +165,13 @@ def run(
         raise ValueError(f"seed is {seed}, must be in [0, 2^63)")
     device, split = usable(device), as_image_set(split)
     stages, record = _checked(model, split, stages, source, record, device)
-    search = Search(model, source, precision)
+    search, shares = Search(model, source, precision), Shares(shared)
     try:
         with torch.random.fork_rng(devices=[]):
             for stage in stages:
-                _attack(search, stage, split, record, batch_size, device, seed, progress)
+                shares.begun(record.stage(stage.name)[0])
+            for stage in stages:
+                _attack(search, stage, split, record, batch_size, device, seed, progress, shares)
                 if progress:
                     share = record.right(stage.name).double().mean()
                     print(f"{stage.name}: {share:.2%} right", flush=True)
@@ -213,34 +218,43 @@ def _floating(images):
     return images if images.is_floating_point() else images.float() / 255
 
 
-def _attack(search, stage, split, record, batch_size, device, seed, progress):
+def _attack(search, stage, split, record, batch_size, device, seed, progress, shares):
     """Runs one stage on the images that it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
     record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
     for name in stage.after:
         verdicts[~record.right(name)] = WRONG
-    todo = (verdicts == UNKNOWN).nonzero()[:, 0]
+    todo, keeps = (verdicts == UNKNOWN).nonzero()[:, 0], shares.keeps(record)
     at_once = {"delay": 0} if progress else {}  # a delayed bar waits for the end of the first batch
     shown = bar(text=stage.name, total=len(todo), unit="image", **at_once)
-    for rows in todo.split(batch_size) if len(todo) else ():
-        x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
-        x = _floating(x)
-        try:
-            y = checks.as_labels(y, x)
-            x_adv, broken, cost = search(stage, x, y, index, seed)
-        except ValueError as error:
-            images = f"images {int(rows[0])} to {int(rows[-1])}"
-            kind = UsageError if isinstance(error, UsageError) else ValueError
-            raise kind(f"{stage.name}, {images}: {error}") from error
-        broken = broken.cpu()
+    for rows in todo.split(batch_size * shares.world) if len(todo) else ():
+        x_adv, broken, cost = _batch(search, stage, split, shares.of(rows), device, seed)
+        broken = shares.together(broken.byte(), len(rows)).bool()
         known = torch.stack([v[rows] == WRONG for v in record.verdicts.values()]).any(0)
         fresh = broken & ~known
-        record.keep(rows[fresh], x_adv.cpu()[fresh])
+        if keeps:
+            record.keep(rows[fresh], shares.together(x_adv, len(rows))[fresh])
         verdicts[rows] = torch.where(broken, WRONG, RIGHT).to(torch.uint8)
-        total.add(cost)
+        total.add(shares.cost(cost))
         record.save()
         shown.update(len(rows))
     shown.close()
+
+
+def _batch(search, stage, split, rows, device, seed):
+    """(x_adv, broken [B], cost) of the images at `rows`, on the CPU."""
+    x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
+    x = _floating(x)
+    if not len(rows):
+        return x.cpu(), torch.zeros(0, dtype=torch.bool), Cost()
+    try:
+        y = checks.as_labels(y, x)
+        x_adv, broken, cost = search(stage, x, y, index, seed)
+    except ValueError as error:
+        images = f"images {int(rows[0])} to {int(rows[-1])}"
+        kind = UsageError if isinstance(error, UsageError) else ValueError
+        raise kind(f"{stage.name}, {images}: {error}") from error
+    return x_adv.cpu(), broken.cpu(), cost
 
 
 def correct(model, split, attack, *, eps, norm="linf", **options):
@@ -263,8 +277,7 @@ def accuracies(model, split, attacks, **options):
     """
     attacks = checks.listed("attacks", attacks, "names")
     split = as_image_set(split)
-    share = split.take(torch.arange(parallel.rank(), len(split), parallel.world()))
     return {
-        name: parallel.total(correct(model, share, name, **options).sum()).item() / len(split)
+        name: int(correct(model, split, name, shared=True, **options).sum()) / len(split)
         for name in attacks
     }

@@ -48,6 +48,16 @@ def world():
     return dist.get_world_size() if _joined() else 1
 
 
+def restarts():
+    """How often torchrun has started its processes again, after one has failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def may_restart():
+    """Whether torchrun will start its processes again when one fails (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
 def check_device(name):
     """Raises UsageError when the processes cannot have a GPU of their own each, or the CPU."""
     device = torch.device(name)

@@ -8,13 +8,26 @@ r"""python -m fastadv.train: adversarial training and robustness distillation.
     torchrun --nproc-per-node 4 -m fastadv.train ...            # in four processes
 """
 
+import dataclasses
 import sys
+from pathlib import Path
 
 from .. import demo
 from ..errors import as_command
 from ..runs import parallel
-from .cli import parse
+from ..runs.config import PLACES
+from .cli import parse, saved
 from .loop import train
+
+
+def restarted(config):
+    """Whether torchrun has started this run again, after one of its processes has died. The folder
+    must hold this run then, by its settings, and not another one."""
+    record = Path(config.out) / "config.json"
+    if not parallel.restarts() or not record.exists():
+        return False
+    places = {name: getattr(config, name) for name in PLACES}
+    return dataclasses.replace(saved(config.out, "--out"), **places) == config
 
 
 def main(argv):
@@ -23,10 +36,10 @@ def main(argv):
         return
     with parallel.group():
         config, resume = parse(argv, __doc__)
-        parallel.barrier()  # all have chosen a fresh folder before one of them makes it
+        parallel.barrier()  # all have read the folder before one of them writes into it
         if config.data == "digits":
             config = demo.with_teachers(config)
-        train(config, resume)
+        train(config, resume or restarted(config))
         if parallel.rank() == 0:
             print(f"run folder: {config.out}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import data, methods, models
 from ..errors import Parser, UsageError
+from ..runs import parallel
 from ..runs.code import bring_in
 from ..runs.config import PATHS, PLACES, PRECISIONS, Config, number
 from .recipes import digits_student, recipe, recipes
@@ -84,6 +85,10 @@ def parse(argv, description=None, prog="python -m fastadv.train", resuming="--re
     pairs = [option.partition("=")[::2] for option in options]
     fields["method_options"] = fields.get("method_options", {}) | {k: value(v) for k, v in pairs}
     config = Config(**(fields | given))
+    if config.out is None and parallel.may_restart():
+        raise UsageError(
+            "--out is missing, must be given with --max-restarts, so that a restart finds the run"
+        )
     fresh = f"{config.method}-{config.data}".replace(":", "-")
     config.out = config.out or str(fresh_folder(fresh))
     return config, False
