@@ -14,7 +14,8 @@ from ..errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Fields that say where things are on one machine: a run may go on with others on another one.
-PATHS = ("data_dir", "teacher_checkpoint", "clean_teacher_checkpoint", "teacher_cache")
+PATHS = ("data_dir", "student_checkpoint", "teacher_checkpoint", "clean_teacher_checkpoint")
+PATHS += ("teacher_cache",)
 PLACES = ("device", *PATHS)
 SCHEDULES = "step", "cosine", "linear", "onecycle"
 
@@ -88,9 +89,16 @@ class Config:
     image_size: int | None = _flag(
         None, "width and height that pictures of data folder get, in pixels"
     )
-    student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
+    student: str = _flag(
+        "resnet18", "a network such as resnet18, mobilenet_v2, wrn34_10 or timm:resnet50"
+    )
     student_width: int | None = _flag(
         None, "channels of the student's first convolution, if not the published number"
+    )
+    student_checkpoint: str | None = _flag(
+        None,
+        "weights that the student starts from: a run, by its folder or a .safetensors in it, "
+        "or a file from elsewhere; of other classes, the classifier starts afresh",
     )
     teacher: str | None = _flag(
         None, "the robust teacher's network, where fastadv did not write its checkpoint"
