@@ -199,5 +199,5 @@ def test_timm_itself(name):
     torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
     grey = models.get("timm:resnet18.a1_in1k", 10, 1)
     assert grey.mu.numel() == grey.net.conv1.in_channels == 1
-    with pytest.raises(UsageError, match="lists$"):
+    with pytest.raises(UsageError, match="must be timm:NAME of a classifier"):
         models.get("timm:hf-hub:timm/resnet18.a1_in1k")
