@@ -21,7 +21,14 @@ from .runs.checkpoint import atomic_write
 from .runs.config import Config, device
 from .runs.folder import check_free
 from .train import train
-from .train.build import build_loader, build_method, build_student, build_teacher, check_teachers
+from .train.build import (
+    build_loader,
+    build_method,
+    build_student,
+    build_teacher,
+    check_teachers,
+    start_student,
+)
 from .train.cli import fresh_folder
 from .train.recipes import digits_student, digits_teacher
 
@@ -121,8 +128,10 @@ def with_teachers(config):
             nets[which] = untrained.to(there).eval()
     example = torch.zeros(1, *digits.train.images.shape[1:], device=there)
     method.to(there).prepare(methods.Nets(**nets), example)
-    if lacking and parallel.rank() == 0:
-        check_free(config.out)
+    if lacking:
+        start_student(nets["student"], config, digits)
+        if parallel.rank() == 0:
+            check_free(config.out)
     given = {}
     for which in lacking:
         out = Path("runs") / f"digits-{which.replace('_', '-')}"

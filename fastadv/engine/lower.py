@@ -4,6 +4,7 @@ import functools
 import operator
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..ops import _native
@@ -229,7 +230,8 @@ class Parts:
             return False
         if node in self.exits:
             return list(self.exits.values()).count(self.exits[node]) == 1
-        if isinstance(self.modules.get(node.target), FRESH):
+        fresh = isinstance(self.modules.get(node.target), FRESH) or node.target in FRESH_CALLS
+        if fresh or before is not None:
             return True
         return self._writes(node) and self._alone(node.all_input_nodes[0])
 
@@ -239,7 +241,8 @@ LAYOUT = {"as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr",
 WRITE = {"setitem", *(name.strip("_") for name in IN_PLACE)}
 OURS = "fastadv_segments"
 VIEWS = {"view": "reshape", "view_as": "reshape_as"}
-# Modules whose result is a new tensor.
+# Functions and modules whose result is a new tensor.
+FRESH_CALLS = F.batch_norm, operator.add
 FRESH = (
     nn.Conv2d,
     nn.Linear,

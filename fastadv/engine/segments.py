@@ -121,6 +121,18 @@ class Lowering:
         layer.affine, layer.activation = norm, "none"
         return layer.active
 
+    def batch_norm(self, node, _):
+        """F.batch_norm with the tensors of a BatchNorm2d, as timm's subclasses of that call it."""
+        given = [*node.args[1:], node.kwargs.get("weight"), node.kwargs.get("bias")]
+        names = [tensor.target if isinstance(tensor, fx.Node) else None for tensor in given]
+        owner = str(names[0]).rpartition(".")[0]
+        norm = self.modules.get(owner)
+        own = [f"{owner}.{name}" for name in ("running_mean", "running_var", "weight", "bias")]
+        training, eps = node.kwargs.get("training"), node.kwargs.get("eps")
+        if not isinstance(norm, nn.BatchNorm2d) or names != own or training is not False:
+            return None
+        return self.normalise(node, norm) if eps == norm.eps else None
+
     def activate(self, node, module, activation="relu", cap=float("inf")):
         ref, single = self.ref(node.args[0]), self.alone(node.args[0])
         inplace = module.inplace if module else node.target == "relu_" or any(node.kwargs.values())
@@ -214,7 +226,7 @@ class Lowering:
 
 
 # Arguments that a node may have by keyword. fx has those of torch.nn.functional so.
-KEYWORDS = {"inplace", "mode", "value", "p", "training"}
+KEYWORDS = {"inplace", "mode", "value", "p", "training", "weight", "bias", "momentum", "eps"}
 MODULES = {
     nn.Conv2d: "convolve",
     nn.BatchNorm2d: "normalise",
@@ -251,6 +263,7 @@ FUNCTIONS = {
     operator.sub: "image_step",
     operator.mul: "image_step",
     operator.truediv: "image_step",
+    F.batch_norm: "batch_norm",
     F.dropout: "dropout",
     F.pad: "pad",
     F.avg_pool2d: "pool",

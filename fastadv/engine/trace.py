@@ -38,7 +38,19 @@ def trace(net, kind):
     for further in graph.find_nodes(op="placeholder")[1:]:
         if not further.users:
             graph.erase_node(further)
+    forget_dimensions(graph)
     return graph
+
+
+def forget_dimensions(graph):
+    """Takes assertions on a number of dimensions out of a graph: with images [B, C, H, W] they hold
+    always or never. What they read has one reader less."""
+    for node in reversed(graph.nodes):
+        condition = node.args[0] if node.target is torch._assert else None
+        left = condition.args[0] if getattr(condition, "target", None) is operator.eq else None
+        asserts = getattr(left, "target", None) is getattr and left.args[1] == "ndim"
+        if asserts or (node.target in (operator.eq, getattr) and not node.users):
+            graph.erase_node(node)
 
 
 def kept(net):

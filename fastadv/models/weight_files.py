@@ -96,9 +96,9 @@ def read(path: str | Path) -> list[dict[str, Tensor]]:
     """A model's state dict {name: CPU tensor} from `.safetensors`, or a `.pt`, `.pth`, `.pth.tar`,
     under each of the names that it may go by, see `forms`.
 
-    Takes the `model.` entries of a fastadv checkpoint, under their one name; a plain safetensors
-    state dict; or a file of torch.save, in which tensors and plain Python are read and the names of
-    `EXTRAS` passed over. The first of `CONTAINERS` is opened, and what that holds.
+    Takes the `model.` entries of a fastadv checkpoint; a plain safetensors state dict; or a file of
+    torch.save, in which tensors and plain Python are read, the names of `EXTRAS` passed over. The
+    first of `CONTAINERS` is opened, and what that holds.
     Raises FileNotFoundError, or UsageError naming the file and the reason: pickled code (refused,
     never run), a web page, damage, no tensors, a folder.
     """
@@ -111,7 +111,7 @@ def read(path: str | Path) -> list[dict[str, Tensor]]:
     if metadata is None:
         return [*forms(_tensors_only(path, tensors))]
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    return [_tensors_only(path, weights)]
+    return [*forms(_tensors_only(path, weights))]
 
 
 def forms(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

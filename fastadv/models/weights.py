@@ -3,7 +3,6 @@ RobustBench's layout."""
 
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,54 +12,13 @@ from ..errors import UsageError
 from ..runs import checkpoint
 from . import weight_files
 from .dm_wide_resnet import DMWideResNet, published_statistics
+from .normalized import Normalized
 from .zoo import NETWORKS, get
 
 UNUSED = ("sub_block1.",)  # the TRADES WRN-34-10 file carries a stage that its forward never calls
 SHOWN = 10  # keys that an error names before "and N more"
 WIDE = ("16_8", "22_6", "28_4", "28_10", "34_10", "34_20", "40_2", "70_16", "94_16")
 PUBLISHED = [*NETWORKS, *(f"{kind}{size}" for size in WIDE for kind in ("wrn", "dm_wrn"))]
-
-
-Numbers = Tensor | Sequence[float]
-
-
-class Normalized(nn.Module):
-    """`net` on (x - mean) / std: [B, C, H, W] images in [0, 1] -> the logits of `net`.
-
-    `mean` and `std`, tensors [C] or sequences of C numbers, become the buffers `mu` and `sigma`
-    [1, C, 1, 1], RobustBench's names. Raises ValueError for a `net` that normalises its input
-    itself and for other numbers, TypeError for what has no numbers.
-    """
-
-    STATISTICS = ("mu", "sigma")
-
-    def __init__(self, net: nn.Module, mean: Numbers, std: Numbers):
-        if hasattr(net, "STATISTICS"):
-            raise ValueError(f"net is a {type(net).__name__}, which normalises its input already")
-        super().__init__()
-        self.net = net
-        self.register_buffer("mu", _by_channel("mean", mean))
-        self.register_buffer("sigma", _by_channel("std", std))
-        if self.mu.shape != self.sigma.shape:
-            raise ValueError(
-                f"mean has {self.mu.numel()} numbers and std {self.sigma.numel()}, must both have"
-                " one per channel"
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - self.mu) / self.sigma)
-
-
-def _by_channel(name: str, values: Numbers) -> Tensor:
-    """The statistic `name` of the input as a tensor of its own, [1, C, 1, 1]."""
-    try:
-        dtype = values.dtype if isinstance(values, Tensor) else torch.get_default_dtype()
-        numbers = torch.as_tensor(values, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError):
-        numbers = None
-    if numbers is None or not numbers.is_floating_point():
-        raise TypeError(f"{name} is {values!r}, must be one number per channel")
-    return numbers.reshape(1, -1, 1, 1).clone()
 
 
 def load(
@@ -99,6 +57,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     `model` untouched; errors of `weight_files.read` pass through.
     """
     _fill(model, path, weight_files.read(path))
+
+
+def load_pretrained(model: nn.Module, path: str | Path, num_classes: int) -> list[str]:
+    """Copy the weights in `path` into `model`, which has `num_classes`, as `load_weights` does;
+    only a classifier that the file has for another number of classes keeps the weights that it has.
+    Returns the names of the layers that do."""
+    return _fill(model, path, weight_files.read(path), num_classes)
 
 
 def export(model: nn.Module, path: str | Path) -> None:
@@ -150,20 +115,48 @@ def _fitting(
     return weights, {name: form[name] for name in names}
 
 
-def _fill(model: nn.Module, path: str | Path, forms: list[dict[str, Tensor]]) -> None:
-    """Check all, then copy all: weights into the network, statistics into its buffers."""
+def _fill(
+    model: nn.Module,
+    path: str | Path,
+    forms: list[dict[str, Tensor]],
+    num_classes: int | None = None,
+) -> list[str]:
+    """Check all, then copy all: weights into the network, statistics into its buffers. With
+    `num_classes`, see `load_pretrained`, whose result it returns."""
     ours = _own(model)
     weights, statistics = _fitting(path, forms, ours)
     net = model.net if isinstance(model, Normalized) else model
     kind = type(net).__name__
     buffers = [getattr(model, name) for name in getattr(model, "STATISTICS", ())]
     _check_statistics(path, kind, statistics, buffers)
+    kept = _other_classifier(net, weights, num_classes)
+    names = {f"{layer}.{name}" for layer in kept for name in ("weight", "bias")}
+    weights = {k: v for k, v in weights.items() if k not in names}
+    ours = {k: v for k, v in ours.items() if k not in names}
     if problems := _misfits(ours, weights):
         hint = _likelier(ours, weights)
         raise UsageError(f"{path} does not fit this {kind}: {'; '.join(problems)}{hint}")
     net.load_state_dict(weights, strict=False)
     for buffer, value in zip(buffers, statistics.values(), strict=False):  # or the file has none
         buffer.copy_(value.reshape(buffer.shape))
+    return kept
+
+
+def _other_classifier(
+    net: nn.Module, weights: dict[str, Tensor], num_classes: int | None
+) -> list[str]:
+    """The layers of `net` whose `weights` fit but for being of another number of outputs than
+    `num_classes`, the same in all these layers; [] without such layers."""
+    found = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            own = {f"{name}.{key}": value.shape for key, value in layer.named_parameters()}
+            theirs = {key: weights[key].shape for key in own if key in weights}
+            outputs = {shape[:1] for shape in theirs.values()}
+            resized = {key: (num_classes, *shape[1:]) for key, shape in theirs.items()}
+            if len(outputs) == 1 and outputs != {(num_classes,)} and resized == own:
+                found[name] = outputs.pop()
+    return [*found] if len({*found.values()}) == 1 else []
 
 
 def _check_statistics(

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..runs.code import check_new, not_registered
+from . import libraries
 from .digits_net import DigitsNet
 from .dm_wide_resnet import DMWideResNet
 from .mobilenet_v2 import MobileNetV2
@@ -29,7 +30,8 @@ NETWORKS = {
 OWN = {}  # the networks that users have registered
 WIDE_NAME = re.compile(r"(?:wrn(\d+)_(\d+)(_silu)?|dm_wrn(\d+)_(\d+))")
 KNOWN = (
-    f"{', '.join(NETWORKS)}, wrn{{depth}}_{{widen}} such as wrn34_10, wrn28_10_silu, dm_wrn28_10"
+    f"{', '.join(NETWORKS)}, wrn{{depth}}_{{widen}} such as wrn34_10, wrn28_10_silu, dm_wrn28_10,"
+    " timm:NAME, torchvision:NAME"
 )
 
 
@@ -40,7 +42,7 @@ def register(name, build):
     first. Raises UsageError for a name that fastadv has itself, TypeError for what is no function.
     """
     check_new(name, NETWORKS)
-    if WIDE_NAME.fullmatch(name):
+    if WIDE_NAME.fullmatch(name) or libraries.is_of_library(name):
         raise UsageError(f"name is {name!r}, which fastadv has already")
     if not callable(build):
         raise TypeError(f"build is {build!r}, must be a function that returns a network")
@@ -49,7 +51,7 @@ def register(name, build):
 
 def is_own(name):
     """Whether `name` is, or in a run's record was, that of a network that a user registered."""
-    return name in OWN or ":" in name
+    return name in OWN or (":" in name and not libraries.is_of_library(name))
 
 
 def _own(name, width):
@@ -73,14 +75,19 @@ def get(
 
     `width` is the stem's channel count; None means the published one: 16 for wrn and resnet20 to
     resnet56_b, 32 for digits_net and mobilenet_v2, 64 for the others, 192 for vit_tiny. The last
-    nn.Linear is the classifier. A network that was registered has sizes of its own. Raises
-    UsageError for an unknown name, a depth that no wide ResNet has and a width that the network
-    cannot have.
+    nn.Linear is the classifier. A network that was registered has sizes of its own. "timm:NAME"
+    and "torchvision:NAME" are classifiers of these libraries with fresh weights and no width, in a
+    `Normalized` network. Raises UsageError for an unknown name, a depth that no wide ResNet has and
+    a width or channels that the network cannot have, MissingPackage without the library.
     """
     if width is not None and width < 1:
         raise UsageError(f"width is {width}, must be at least 1")
     if is_own(name):
         return _own(name, width)
+    if libraries.is_of_library(name):
+        if width is not None:
+            raise UsageError(f"width is {width}, but {name} takes no width")
+        return libraries.build(name, num_classes, in_channels)
     size = {} if width is None else {"width": width}
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **size)

@@ -17,6 +17,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATHS = (
     "data_dir",
     "extra_data",
+    "student_checkpoint",
     "teacher_checkpoint",
     "clean_teacher_checkpoint",
     "teacher_cache",
@@ -99,9 +100,16 @@ class Config:
         None, "an .npz of more training images, such as generated ones: image and label"
     )
     extra_fraction: float = _flag(0.7, "share of them in each batch")
-    student: str = _flag("resnet18", "a network such as resnet18, mobilenet_v2 or wrn34_10")
+    student: str = _flag(
+        "resnet18", "a network such as resnet18, mobilenet_v2, wrn34_10 or timm:resnet50"
+    )
     student_width: int | None = _flag(
         None, "channels of the student's first convolution, if not the published number"
+    )
+    student_checkpoint: str | None = _flag(
+        None,
+        "weights that the student starts from: a run, by its folder or a .safetensors in it, "
+        "or a file from elsewhere; of other classes, the classifier starts afresh",
     )
     teacher: str | None = _flag(
         None, "the robust teacher's network, where fastadv did not write its checkpoint"

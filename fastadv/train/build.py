@@ -1,8 +1,10 @@
 """Makes the parts that a Config describes: the method, the networks, the loader."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .. import data, methods, models
 from ..attacks import PGD
@@ -10,6 +12,7 @@ from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
 from ..evaluate import check_fits, check_names, from_run
+from ..models.weights import load_pretrained
 from ..models.zoo import is_own
 from ..runs import parallel
 from ..runs.config import PRECISIONS
@@ -68,10 +71,26 @@ def build_student(config, dataset):
     return student
 
 
-def build_nets(config, dataset, method):
-    """(methods.Nets, the bare student)."""
+def start_student(student, config, dataset):
+    """Copies the weights of the config's student_checkpoint, if any, into the student."""
+    if (path := config.student_checkpoint) is None:
+        return
+    path = Path(path) / "best.safetensors" if Path(path).is_dir() else path
+    with about("student_checkpoint"):
+        fresh = load_pretrained(student, path, dataset.num_classes)
+    if fresh and parallel.rank() == 0:
+        tqdm.write(
+            f"student: {path} has another number of classes, so {', '.join(fresh)} starts afresh"
+        )
+
+
+def build_nets(config, dataset, method, resumed=False):
+    """(methods.Nets, the bare student). resumed: a run's last weights replace the student's, so
+    that it needs none to start from."""
     check_teachers(config, method)
     student = build_student(config, dataset)
+    if not resumed:
+        start_student(student, config, dataset)
     student.to(config.device, memory_format=torch.channels_last)
     asked = [which for which in TEACHERS if which in method.teachers]
     teachers = {which: build_teacher(config, dataset, which) for which in asked}

@@ -40,7 +40,8 @@ def train(config, resume=False):
     torch.manual_seed(config.seed)
     dataset = data.load(config.data, config.data_dir, image_size=config.image_size)
     method = build_method(config).to(device)
-    nets, student = build_nets(config, dataset, method)
+    resumed = resume and (folder / "last.safetensors").exists()
+    nets, student = build_nets(config, dataset, method, resumed)
     method.prepare(nets, torch.zeros(1, *dataset.train.images.shape[1:], device=device))
     parameters = [*student.parameters(), *method.parameters()]
     optimizer = build_optimizer(config, parameters)

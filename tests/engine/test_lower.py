@@ -168,6 +168,26 @@ def view_as_another(net, x):
     return F.elu(x).view_as(x)
 
 
+def normalised(net, x, *, swapped=False, eps=1e-5):
+    """As subclasses of BatchNorm2d do it, but for what is asked for."""
+    norm = net.norm
+    weight, bias = (norm.bias, norm.weight) if swapped else (norm.weight, norm.bias)
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, weight, bias, norm.training, eps=eps
+    )
+
+
+def norm_in_place(net, x):
+    y = normalised(net, F.elu(x))
+    return net.inplace(net.identity(y)) + y
+
+
+def asserted(net, x):
+    """As timm's subclass of BatchNorm2d does it."""
+    torch._assert(x.ndim == 4, f"has {x.ndim} dimensions")
+    return F.relu(normalised(net, x))
+
+
 def same(net, x):
     return x
 
@@ -247,6 +267,16 @@ TRICKY = {
     "image twice": (Tricky(same, lambda net, x: x + x), True),
     "viewed": (Tricky(same, None, lambda net, x: x.view(x.size(0), -1)), True),
     "in vain": (Tricky(lambda net, x: (net.second(F.elu(x)), x)[1]), True),
+    "norm's function": (Tricky(lambda net, x: F.relu(normalised(net, net.second(x)))), True),
+    "norm's function, swapped": (Tricky(lambda net, x: normalised(net, x, swapped=True)), True),
+    "norm's function, other eps": (Tricky(lambda net, x: normalised(net, x, eps=0.5)), True),
+    "norm of torch's in place": (
+        Tricky(lambda net, x: net.inplace(net.identity(normalised(net, F.elu(x))))),
+        True,
+    ),
+    "sum in place": (Tricky(lambda net, x: net.inplace(net.identity(F.elu(x) + x))), True),
+    "norm in place, read twice": (Tricky(norm_in_place), False),
+    "dimensions": (Tricky(lambda net, x: asserted(net, x) * x.ndim), True),
     "centred": (Tricky(same, None, lambda net, x: x.flatten(1) - net.factor.float()), True),
 }
 
@@ -273,6 +303,14 @@ def test_nothing_is_lowered_wrongly(name, executor):
         frozen.refresh()
     if (name, executor) == ("of two sizes", Trunk):
         assert frozen.trunk is None  # which only shows in use
+
+
+def test_a_subclass_of_batch_norm_is_as_good_as_batch_norm():
+    """One segment has all, with the norm in the convolution: no assertion reads between the two."""
+    trunk, _ = lower(Tricky(asserted, after=asserted).eval(), torch.float32)
+    assert not isinstance(trunk, Mixed)
+    assert [layer.norm is None for layer in trunk.plan] == [False, False]
+    assert not any(layer.affine for layer in trunk.plan)
 
 
 class Optional(Tricky):
