@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..runs.code import check_new, not_registered
-from ..runs.config import check_image_size
+from ..runs.rules import check_image_size
 from . import cifar, digits, folder, npz, svhn
 from .augmentation import Augmentation
 from .convert import from_dataset

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from importlib import metadata
 import torch
 
 from ..errors import UsageError
+from . import rules
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Fields that say where things are on one machine, and how a run is shown: it may go on with others.
@@ -23,28 +23,6 @@ PATHS = (
     "teacher_cache",
 )
 PLACES = ("device", *PATHS, "log")
-SCHEDULES = "step", "cosine", "linear", "onecycle"
-
-
-def _whole(least):
-    rule = f"at least {least}, whole and below 2^63"
-    return rule, lambda value: type(value) is int and least <= value < 2**63
-
-
-_POSITIVE = "positive and finite", lambda value: 0 < value < math.inf
-_NOT_NEGATIVE = "at least 0 and finite", lambda value: 0 <= value < math.inf
-_SHARE = "in [0, 1)", lambda value: 0 <= value < 1
-# What a run's numbers must be; augmentation and methods check their own.
-RULES = {
-    "eps": ("in (0, 1]", lambda value: 0 < value <= 1),  # of images in [0, 1]
-    **dict.fromkeys(("step_size", "lr", "clip_grad", "save_every"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "awp_gamma", "warmup"), _NOT_NEGATIVE),
-    **dict.fromkeys(("momentum", "ema"), _SHARE),
-    "extra_fraction": ("in (0, 1)", lambda value: 0 < value < 1),
-    **dict.fromkeys(("epochs", "batch_size", "student_width", "image_size"), _whole(1)),
-    **dict.fromkeys(("eval_every", "accumulate", "patience"), _whole(1)),
-    **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
-}
 
 
 def number(text):
@@ -66,19 +44,6 @@ def device(name):
             f"device is {name!r}, which cannot be used here ({reason}): give another, such as cpu"
         ) from None
     return torch.device(name)
-
-
-def check_image_size(data, image_size):
-    """Raises UsageError unless `image_size` is given for data "folder", and for that alone."""
-    if data != "folder" and image_size is not None:
-        raise UsageError(
-            f"image_size is {image_size!r}, must be left out for data {data}: its images have one"
-        )
-    if data == "folder" and not (type(image_size) is int and 1 <= image_size < 2**15):
-        found = "missing" if image_size is None else repr(image_size)
-        raise UsageError(
-            f"image_size is {found}, must be a whole number of pixels such as 64 for data folder"
-        )
 
 
 def _flag(default, text):
@@ -196,67 +161,6 @@ class Config:
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
 
     def __post_init__(self):
-        self._check_fields()
-        if self.step_size is None:
-            self.step_size = self.eps / 4
-        for name in ("precision_attack", "precision_outer", "precision_teacher"):
-            if getattr(self, name) not in PRECISIONS:
-                raise UsageError(f"{name} is {getattr(self, name)!r}, must be fp32 or bf16")
-        if self.ema is not None and self.swa_start is not None:
-            raise UsageError(f"ema is {self.ema} and swa_start {self.swa_start}: give one of them")
-        if self.recompute_bn and self.ema is None and self.swa_start is None:
-            raise UsageError("recompute_bn is given, but neither ema nor swa_start: give one")
-        if self.swa_start is not None and self.swa_start >= self.epochs:
-            raise UsageError(f"swa_start is {self.swa_start}, must be in [0, {self.epochs - 1}]")
-        if self.awp_warmup and not (self.awp_gamma and self.awp_warmup < self.epochs):
-            raise UsageError(
-                f"awp_warmup is {self.awp_warmup}, must be below epochs ({self.epochs}) and have "
-                f"awp_gamma ({self.awp_gamma})"
-            )
-        self._check_optimizer()
-        check_image_size(self.data, self.image_size)
-        if self.policy != "randaugment" and (self.randaugment_n, self.randaugment_m) != (2, 9):
-            raise UsageError(f"randaugment_n or _m is given, but policy is {self.policy!r}")
-        if self.extra_data is None and self.extra_fraction != Config.extra_fraction:
-            raise UsageError(f"extra_fraction is {self.extra_fraction}, but extra_data is missing")
-        if self.crop != "resized" and self.crop_scale != Config.crop_scale:
-            raise UsageError(f"crop_scale is {self.crop_scale}, but crop is {self.crop!r}")
-        if self.log not in (None, "tensorboard"):
-            raise UsageError(f"log is {self.log!r}, must be tensorboard or left out")
-        if self.teacher_cache_dtype not in ("float16", "float32"):
-            raise UsageError(
-                f"teacher_cache_dtype is {self.teacher_cache_dtype!r}, must be float16 or float32"
-            )
-        # A run may be resumed from anywhere.
-        for name in PATHS:
-            if getattr(self, name) not in (None, "memory", "off"):
-                setattr(self, name, os.path.abspath(getattr(self, name)))
-
-    def _check_optimizer(self):
-        """Raises UsageError for settings of the updates that exclude each other."""
-        choices = {"optimizer": ("sgd", "adamw"), "schedule": SCHEDULES}
-        choices["eps_schedule"] = ("constant", "linear")
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                names = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise UsageError(f"{name} is {getattr(self, name)!r}, must be {names}")
-        if self.optimizer != "sgd" and (self.nesterov or self.momentum != Config.momentum):
-            raise UsageError(
-                f"momentum is {self.momentum} and nesterov {self.nesterov}, which optimizer "
-                f"{self.optimizer} does not have"
-            )
-        if self.nesterov and not self.momentum:
-            raise UsageError("nesterov is given, but momentum is 0: must be positive for it")
-        if self.warmup >= self.epochs:
-            raise UsageError(f"warmup is {self.warmup}, must be below epochs ({self.epochs})")
-        if self.accumulate > 1 and self.awp_gamma:
-            raise UsageError(
-                f"accumulate is {self.accumulate}, must be 1 with awp_gamma ({self.awp_gamma}), "
-                "which moves the weights for one step"
-            )
-
-    def _check_fields(self):
-        """Raises UsageError for the first field that no run can have."""
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if one.name in (*PATHS, "out") and isinstance(value, os.PathLike):
@@ -264,25 +168,14 @@ class Config:
             elif one.type in (str, str | None, dict, bool) and not isinstance(value, one.type):
                 kind = {dict: "an object of options", bool: "true or false"}.get(one.type, "text")
                 raise UsageError(f"{one.name} is {value!r}, must be {kind}")
-        if self.data == "digits" and self.data_dir is not None:
-            raise UsageError(f"data_dir is {self.data_dir!r}, but digits come with scikit-learn")
-        for name, (rule, holds) in RULES.items():
-            value = getattr(self, name)
-            missing = value is None and getattr(Config, name) is None  # which is a default then
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not missing and not (number and holds(value)):
-                rule = rule if number else f"a number, {rule}"
-                unit = name == "eps" and number and 1 < value <= 255
-                hint = f" (did you mean {value}/255?)" if unit else ""
-                raise UsageError(f"{name} is {value!r}, must be {rule}{hint}")
-        epochs = self.milestones if isinstance(self.milestones, (tuple, list)) else [None]
-        whole = all(type(epoch) is int for epoch in epochs)
-        if not whole or [0, *epochs] != sorted({0, *epochs}):
-            raise UsageError(
-                f"milestones is {self.milestones!r}, must be whole numbers of epochs from 1 on, "
-                "each larger than the one before"
-            )
-        self.milestones = tuple(epochs)
+        rules.check(self)
+        self.milestones = tuple(self.milestones)
+        if self.step_size is None:
+            self.step_size = self.eps / 4
+        # A run may be resumed from anywhere.
+        for name in PATHS:
+            if getattr(self, name) not in (None, "memory", "off"):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
 
     def doubts(self, images):
         """Sentences on settings that can be, but are hardly meant for so many training images."""

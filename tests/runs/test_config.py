@@ -8,8 +8,9 @@ import warnings
 import pytest
 from small_runs import config
 
-from fastadv.runs.config import RULES, Config
+from fastadv.runs.config import Config
 from fastadv.runs.config import device as usable
+from fastadv.runs.rules import RULES
 from fastadv.train import train
 
 WRONG = {
