@@ -70,8 +70,8 @@ def ikl_kernel(
         masses += w
         terms += product(w, n - a)
     mass = tl.sum(masses, 1)
-    per_mass = reciprocal(tl.where(mass == 0, 1.0, mass))
-    centre = tl.sum(terms, 1) * per_mass
+    above_0 = tl.where(mass == 0, 1.0, mass)
+    centre = tl.div_rn(tl.sum(terms, 1), above_0)
 
     ahead = tl.zeros([ROWS, BLOCK], tl.float32)
     rests = ahead
@@ -85,7 +85,7 @@ def ikl_kernel(
         apart = tl.where(w == 0, 0.0, n - a - centre[:, None])
         rests += w * apart
         squares += w * apart * apart
-    rest = tl.sum(rests, 1) * per_mass
+    rest = tl.div_rn(tl.sum(rests, 1), above_0)  # so that d - m is 0 in rows of one class
     spread = tl.sum(squares, 1) - rest * tl.sum(rests, 1)
     spread = tl.maximum(spread, 0.0, propagate_nan=ALL)  # whose rounding may be below 0
 
