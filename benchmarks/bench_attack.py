@@ -19,16 +19,14 @@ Not a pytest-benchmark module: a call takes seconds.
 """
 
 import copy
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import published
 import torch
 import torch.nn.functional as F
 from published import EPS, STEP_SIZE, STEPS
-from timing import Case, exact, without_bfloat16
+from timing import Case, exact, memory_added, peak_of, without_bfloat16
 from torch import nn
 
 from fastadv import freeze, models
@@ -174,30 +172,15 @@ def agreement(model, x, y):
 
 
 def peak(name, provider, **options):
-    """{"peak MB": the memory that one attack of two steps on the CPU adds to a fresh process};
-    empty on other systems than Linux."""
-    if not Path("/proc/self/clear_refs").exists():
-        return {}
-    command = [sys.executable, __file__, name, provider]
-    command += [f"{key}={value}" for key, value in options.items()]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"peak MB": int(done.stdout)}
+    """`peak_of` one attack of two steps on the CPU."""
+    return peak_of(__file__, name, provider, *(f"{key}={v}" for key, v in options.items()))
 
 
 def growth(name, provider, batch=64, **size):
     """The MB that `peak` reports, measured in a process of its own. The memory of the network is
     not counted."""
     attack = attacks(models.get(name, **size).eval(), *images(batch))[provider]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident()["VmRSS"]
-    attack(steps=2)
-    return round((resident()["VmHWM"] - before) / 1024)
-
-
-def resident():
-    """{field: kB} of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return memory_added(lambda: attack(steps=2))
 
 
 def case(name, batch=64, rivals=True, samples=5, **size):

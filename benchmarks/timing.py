@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,6 +102,30 @@ def summary(samples):
         key: round(value * 1e6, 2)
         for key, value in zip(("us", "p20", "p80"), q.tolist(), strict=True)
     }
+
+
+def peak_of(script, *arguments):
+    """{"peak MB": what a benchmark, run as a script with these arguments, prints of
+    `memory_added`}; empty on other systems than Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"peak MB": int(done.stdout)}
+
+
+def memory_added(call):
+    """The MB that a call adds to this process at its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident()["VmRSS"]
+    call()
+    return round((_resident()["VmHWM"] - before) / 1024)
+
+
+def _resident():
+    """{field: kB} of this process."""
+    lines = _lines("/proc/self/status")
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
 
 
 def machine():

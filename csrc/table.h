@@ -11,6 +11,7 @@
 #include "cross_entropy.h"
 #include "engine.h"
 #include "feature_distance.h"
+#include "ikl.h"
 #include "labelled.h"
 #include "pgd_step.h"
 #include "random_start.h"
@@ -31,6 +32,7 @@
   KERNEL(void, fold, Fold)                             \
   KERNEL(void, fold_points, Fold)                      \
   KERNEL(void, from_blocks, Maps)                      \
+  KERNEL(int64_t, ikl, IKL)                            \
   KERNEL(int64_t, margin, Labelled)                    \
   KERNEL(int64_t, mart_bce, Labelled)                  \
   KERNEL(void, patches, Patches)                       \

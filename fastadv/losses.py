@@ -8,7 +8,7 @@ import torch
 
 from . import ops
 from .ops._library import expect_constant, expect_tensors
-from .ops._logits import check_int64_labels, check_range, int64_labels, wide
+from .ops._logits import check_int64_labels, check_range, int64_labels, loss_dtype, wide
 
 
 def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", weight=None):
@@ -46,6 +46,42 @@ def kl(student_logits, teacher_logits, temperature=1.0, reduction="batchmean", w
         grad and teacher_logits.requires_grad,
         grad and weight is not None and weight.requires_grad,
     )[0]
+
+
+def ikl(adv_logits, clean_logits, weight=None, alpha=4.0, beta=20.0):
+    """The improved Kullback-Leibler divergence of IKL (Cui et al. 2024, arXiv 2305.13948):
+
+        alpha mean_i SCE_i + beta / 4 sum_i N_i / sum_i S_i^2,  a = adv_logits, n = clean_logits,
+        SCE_i = -sum_c softmax(n_i)_c log softmax(a_i)_c,  S_i = sum_c w_ic,
+        N_i = sum_jk w_ij w_ik [(n_ij - n_ik) - (a_ij - a_ik)]^2
+
+    The target softmax(n) of the first term is a constant, whose gradient goes to a alone; that of
+    the second goes to both, and each may be differentiated as often as you like. The sum over pairs
+    of classes is computed from each row's weighted mean, without a tensor [B, C, C].
+
+    adv_logits, clean_logits: [B, C], both float32, bfloat16, float16 or float64, any strides.
+    weight: [B, C] in any floating type, at least 0, a constant; None: all alike. Only the
+    proportions of weights matter, over the whole batch. alpha, beta: floats, at least 0. Computed
+    in float32 for half logits; the loss is then float32. An empty batch gives 0, and so does the
+    second term where all weights are 0.
+
+    A class with w_ic = 0 counts 0 in N_i and one with softmax(n_i)_c = 0 in SCE_i (in float32 where
+    n_ic is 86 below the row's largest), even where its logits are -inf: give masked classes a
+    weight of 0. A logit of -inf with a weight above 0 makes the loss NaN, and so does NaN; of the
+    gradients both reach only their own row. A weight that is negative, infinite or NaN raises
+    ValueError on a CPU; on a GPU, and under torch.func, it makes the loss NaN.
+    Raises TypeError or ValueError that names the argument at fault.
+    """
+    expect_tensors(adv_logits=adv_logits, clean_logits=clean_logits)
+    if weight is not None:
+        expect_tensors(weight=weight)
+        if weight.dtype.is_floating_point:
+            weight = weight.to(loss_dtype(adv_logits.dtype))
+    if adv_logits.dtype == torch.float16:  # see `kl`
+        adv_logits, clean_logits = adv_logits.float(), clean_logits.float()
+    grad = torch.is_grad_enabled()
+    wanted = grad and adv_logits.requires_grad, grad and clean_logits.requires_grad
+    return ops.ikl(adv_logits, clean_logits, weight, alpha, beta, *wanted)[0]
 
 
 def cross_entropy(logits, target, label_smoothing=0.0, reduction="mean", ignore_index=-100):

@@ -17,6 +17,7 @@ LOOP = {"ROWS": 1, "BLOCK": 2048, "num_warps": 8}
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # 10 bits: its product with an integer below 2^14 is exact
 LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 LEAST = tl.constexpr(-(2**63))  # below every rank
 _LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -87,6 +88,15 @@ def top_of(logits, row, batch, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.co
         _, at, inside = tile(row, first, batch, C, BLOCK)
         top = tl.maximum(top, read(logits, at, inside))
     return tl.max(top, 1)
+
+
+@triton.jit
+def online(z, top, total, per_t):
+    """The rows' running (max, sum of exp((z - max) / T)) with one more tile; per_t: log2(e) / T. It
+    starts at LOWEST, not at -inf: a first tile may hold masked classes alone."""
+    higher = tl.maximum(top, tl.max(z, 1))
+    total *= tl.exp2((top - higher) * per_t)
+    return higher, total + tl.sum(tl.exp2((z - higher[:, None]) * per_t), 1)
 
 
 @triton.jit

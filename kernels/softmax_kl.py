@@ -15,17 +15,7 @@ import triton
 import triton.language as tl
 
 from .host import reduction_factor
-from .rows import LOG2_E, product, read, reciprocal, rows_of, tile, tiling
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
-
-
-@triton.jit
-def _online(z, top, total, per_t):
-    """The rows' running (max, sum of exp((z - max) / T)) with one more tile."""
-    higher = tl.maximum(top, tl.max(z, 1))
-    total *= tl.exp2((top - higher) * per_t)
-    return higher, total + tl.sum(tl.exp2((z - higher[:, None]) * per_t), 1)
+from .rows import LOG2_E, LOWEST, online, product, read, reciprocal, rows_of, tile, tiling
 
 
 @triton.jit
@@ -69,8 +59,8 @@ def softmax_kl_kernel(
         column, _, inside = tile(row, first, batch, C, BLOCK)
         s = read(student, row[:, None] * STUDENT_STRIDE + column, inside)
         t = read(teacher, row[:, None] * TEACHER_STRIDE + column, inside)
-        s_top, p_sum = _online(s, s_top, p_sum, per_t)
-        t_top, q_sum = _online(t, t_top, q_sum, per_t)
+        s_top, p_sum = online(s, s_top, p_sum, per_t)
+        t_top, q_sum = online(t, t_top, q_sum, per_t)
     p_scale, q_scale = reciprocal(p_sum), reciprocal(q_sum)
 
     terms = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -12,6 +12,7 @@ from fastadv import losses
 G = torch.Generator().manual_seed(0)
 TEACHER = torch.randn(6, 10, generator=G)
 Y = torch.randint(10, (6,), generator=G)
+WEIGHT = torch.rand(6, 10, generator=G, dtype=torch.float64)
 FEATURES = torch.randn(6, 10, generator=G)
 
 
@@ -30,6 +31,15 @@ def dlr(z):
 def kl(z):
     log_q = (TEACHER.to(z) / 2).log_softmax(1)
     return F.kl_div((z / 2).log_softmax(1), log_q, reduction="batchmean", log_target=True)
+
+
+def pairs(adv, clean):
+    """What `losses.ikl` is, over all pairs of classes."""
+    soft = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1).mean()
+    gaps = (clean - adv)[:, :, None] - (clean - adv)[:, None]
+    return 4 * soft + 5 * (WEIGHT[:, :, None] * WEIGHT[:, None] * gaps.square()).sum() / (
+        WEIGHT.sum(1).square().sum()
+    )
 
 
 # {loss: (ours, the same in torch's own functions)}, both of logits [6, 10].
@@ -53,6 +63,10 @@ LOSSES = {
     "entropy": (
         lambda z: losses.entropy(z, reduction="mean"),
         lambda z: -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
+    ),
+    "ikl": (
+        lambda z: losses.ikl(z, 0.5 * z.flip(1), WEIGHT),
+        lambda z: pairs(z, 0.5 * z.flip(1)),
     ),
     "mart_bce": (lambda z: losses.mart_bce(z, Y), mart_bce),
     "dlr": (lambda z: losses.dlr(z, Y, "sum"), dlr),
@@ -172,6 +186,9 @@ def test_losses_refuse_what_is_no_tensor():
     for call, name in (
         (lambda v: losses.kl(v, z), "student_logits"),
         (lambda v: losses.kl(z, v), "teacher_logits"),
+        (lambda v: losses.ikl(v, z), "adv_logits"),
+        (lambda v: losses.ikl(z, v), "clean_logits"),
+        (lambda v: losses.ikl(z, z, v), "weight"),
         (lambda v: losses.cross_entropy(v, Y[:3]), "logits"),
         (lambda v: losses.cross_entropy(z, v), "target"),
         (lambda v: losses.margin(v, Y[:3]), "logits"),

@@ -66,6 +66,20 @@ def kl(s, t):
     return terms.sum(1)
 
 
+def pairs(adv, clean):
+    """What `losses.ikl` is, over all pairs of classes."""
+    weight = torch.linspace(0, 1, adv.shape[1]).to(adv)
+    soft = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum() / max(len(adv), 1)
+    d = clean - adv
+    squares = (weight * weight[:, None] * (d[:, :, None] - d[:, None]).square()).sum()
+    return 4 * soft + 5 * squares / (max(len(adv), 1) * weight.sum().square())
+
+
+def ikl(adv, clean):
+    weight = torch.linspace(0, 1, adv.shape[1]).expand(adv.shape)
+    return losses.ikl(adv, clean, weight)
+
+
 def cross_entropy(z):
     return F.cross_entropy(z, labels(z), label_smoothing=0.1, reduction="none")
 
@@ -96,6 +110,7 @@ def in_place_step(x_adv, grad, x):
 CALLS = {
     "kl": (lambda s, t: losses.kl(s, t, 3.0, "none"), kl, 2, False),
     "kl, mean": (losses.kl, lambda s, t: kl(3 * s, 3 * t).sum() / max(len(s), 1), 2, False),
+    "ikl": (ikl, pairs, 2, False),
     "cross_entropy": (
         lambda z: losses.cross_entropy(z, labels(z), 0.1, "none"),
         cross_entropy,

@@ -23,6 +23,7 @@ namespace {
 #include "dlr.inl"
 #include "feature_distance.inl"
 #include "fold.inl"
+#include "ikl.inl"
 #include "maps.inl"
 #include "margin.inl"
 #include "mart_bce.inl"

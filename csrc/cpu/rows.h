@@ -140,11 +140,12 @@ static void for_rows(int64_t batch, int64_t classes, int threads, const Body& bo
 struct Partial {
   double chunk[64] = {};
 
-  float sum() const {
-    double total = 0;
-    for (const double part : chunk) total += part;
-    return static_cast<float>(total);
+  double total() const {
+    double sum = 0;
+    for (const double part : chunk) sum += part;
+    return sum;
   }
+  float sum() const { return static_cast<float>(total()); }
 };
 
 // How many of the labels are neither `ignored` nor in [0, classes).

@@ -8,6 +8,7 @@ from .cross_entropy import cross_entropy
 from .dlr import dlr
 from .feature_distance import feature_distance
 from .fold_bn import fold_bn_
+from .ikl import ikl
 from .margin import margin
 from .mart_bce import mart_bce
 from .pgd_step import pgd_step, pgd_step_
@@ -23,6 +24,7 @@ __all__ = [
     "dlr",
     "feature_distance",
     "fold_bn_",
+    "ikl",
     "margin",
     "mart_bce",
     "pgd_step",

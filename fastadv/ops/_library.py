@@ -27,6 +27,7 @@ ON_GPU = {
     "softmax_kl": "cuda",
 }
 BACKENDS = ("auto", "native", "triton", "cuda", "reference")
+KL_INSTEAD = ", or use losses.kl on the logits behind it, which is differentiable in both"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that losses take
 _library = torch.library.Library("fastadv", "DEF")
 _log = logging.getLogger("fastadv")
@@ -84,13 +85,10 @@ def expect_tensors(**values):
             raise TypeError(f"{name} is a {type(value).__name__}, must be a tensor")
 
 
-def expect_constant(name, probabilities):
-    """Raises ValueError where a gradient is asked for that losses of probabilities do not have."""
-    if probabilities.requires_grad:
-        raise ValueError(
-            f"{name} requires grad, must be a constant: detach it, or use losses.kl on the logits "
-            "behind it, which is differentiable in both"
-        )
+def expect_constant(name, tensor, instead=KL_INSTEAD):
+    """Raises ValueError where a gradient is asked for that a loss does not have."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, must be a constant: detach it{instead}")
 
 
 def expect(name, tensor, *, dtype=None, like=None, shape=None):

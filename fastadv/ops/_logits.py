@@ -9,18 +9,23 @@ from ._native import CPU, DTYPES, contiguous, empty, run
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def check_logits(logits, least=1):
+def check_logits(logits, least=1, name="logits"):
     """[B, C] of a floating point type with C >= least."""
     if logits.dim() != 2 or logits.shape[1] < least:
         shape = tuple(logits.shape)
-        raise ValueError(f"logits has shape {shape}, must be [B, C] with C >= {least}")
+        raise ValueError(f"{name} has shape {shape}, must be [B, C] with C >= {least}")
     if logits.dtype not in FLOATS:
-        raise TypeError(f"logits is {logits.dtype}, must be one of {FLOATS}")
+        raise TypeError(f"{name} is {logits.dtype}, must be one of {FLOATS}")
 
 
 def wide(tensor):
     """Halves as float32, others as they are."""
     return tensor.float() if tensor.itemsize < 4 else tensor
+
+
+def row_strided(tensor):
+    """With unit stride along classes; a slice of a wider tensor is taken as it is."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def int64_labels(y):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..kernels.host import reduction_factor
 from . import _native
 from ._library import FLOATS, define, expect, gradients_from_forward
-from ._logits import loss_dtype
+from ._logits import loss_dtype, row_strided
 from ._reference import at_least_fp32
 
 REDUCTIONS = "none", "sum", "batchmean", "mean"
@@ -80,16 +80,11 @@ def _fake(*args):
     return _outputs(*args)
 
 
-def _rows(logits):
-    """The logits with unit stride along classes; a slice of a wider tensor is taken as it is."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
 def _compiled(student, teacher, weight, temperature, reduction, *wanted):
     if student.dtype == torch.float64:
         return reference(student, teacher, weight, temperature, reduction, *wanted)
     outputs = _outputs(student, teacher, weight, temperature, reduction, *wanted)
-    student, teacher = _rows(student), _rows(teacher)
+    student, teacher = row_strided(student), row_strided(teacher)
     weight = weight if weight is None else weight.contiguous()
     dtype, device = student.dtype, student.get_device()
     _native.run(

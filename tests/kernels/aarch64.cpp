@@ -188,6 +188,13 @@ static void losses() {
                     classes, classes, 3.0, 9.0, reduced, type},
           {&loss, &grad, &other_grad, &weight_grad});
     }
+    const Array clean = numbers(n, 8, 0, type), by_class = positive(n);
+    for (const Array* adv : {&student, &teacher}) {
+      run("ikl" + name, table.ikl,
+          IKL{loss, grad, other_grad, *adv, clean, adv == &student ? nullptr : (float*)by_class,
+              batch, classes, classes, classes, classes, 4.0, 20.0, type},
+          {&loss, &grad, &other_grad});
+    }
     for (const Reduction reduction : {Reduction::none, Reduction::sum, Reduction::mean}) {
       for (const double smoothing : {0.0, 0.1}) {
         run("cross_entropy/labels" + name, table.cross_entropy,
