@@ -233,13 +233,3 @@ def _soft_mart_bce(logits, y):
     wrong = torch.where(ids == best[:, :1], top[:, 1:], top[:, :1])
     loss = log_q + (1.0001 - wrong + 1e-12).log()
     return -(y * loss).masked_fill(y == 0, 0).sum(1)
-
-
-def ikl(adv_logits, clean_logits, weight=None, alpha=4.0, beta=20.0):
-    """alpha SCE + beta MSE, the improved Kullback-Leibler divergence (Cui et al. 2024)."""
-    classes = adv_logits.shape[1]
-    w = torch.full_like(adv_logits, 1 / classes) if weight is None else weight
-    soft = -(clean_logits.detach().softmax(1) * adv_logits.log_softmax(1)).sum(1).mean()
-    d, total = clean_logits - adv_logits, w.sum(1, keepdim=True)
-    spread = 2 * total[:, 0] * (w * (d - (w * d).sum(1, keepdim=True) / total) ** 2).sum(1)
-    return alpha * soft + beta / 4 * spread.sum() / (total**2).sum()
