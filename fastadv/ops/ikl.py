@@ -55,7 +55,8 @@ def reference(adv, clean, weight, alpha, beta, adv_grad, clean_grad):
     log_p, q = a.log_softmax(dim=1), n.detach().softmax(dim=1)
     first = -(q * log_p.masked_fill(q == 0, 0)).sum(dim=1)
 
-    d = (n - a).masked_fill(weight == 0, 0)
+    d = n - a
+    d = d.masked_fill((weight == 0) & ~d.isfinite(), 0)
     mass = weight.sum(dim=1, keepdim=True)
     apart = d - (weight * d).sum(dim=1, keepdim=True) / mass.masked_fill(mass == 0, 1)
     mass = mass.double()  # whose squares may be out of fp32's range

@@ -318,6 +318,19 @@ def test_an_empty_batch_is_zero():
             assert [g.shape for g in torch.autograd.grad(loss, pair)] == [(0, 10)] * 2
 
 
+def test_a_derivative_to_the_weight_is_right_or_refused():
+    """Also where a weight is 0, whose class counts nothing."""
+    adv, clean, weight, *_ = (t.double() for t in make(5, 10).args[:3])
+    tangent = torch.linspace(-1, 1, 50, dtype=torch.float64).view(5, 10)
+
+    def along(function):
+        return torch.func.jvp(lambda w: function(adv, clean, w), (weight,), (tangent,))[1]
+
+    torch.testing.assert_close(along(losses.ikl), along(pairs))
+    with pytest.raises(ValueError, match="weight requires grad, must be a constant"):
+        torch.func.grad(lambda w: losses.ikl(adv, clean, w))(weight)
+
+
 def test_weights_of_any_floating_type():
     adv, clean, weight, *_ = make(5, 10).args
     for dtype in (torch.float16, torch.float64):
@@ -374,8 +387,8 @@ INTERPRETED = (
     "TestExtremes",
 )
 REGISTERS = {"ikl_kernel": 80}
-SMALL, REST = torch.empty(64, 10), (4.0, 20.0, True, True)
+SMALL, LARGE, REST = torch.empty(64, 10), torch.empty(64, 1000), (4.0, 20.0, True, True)
 COMPILED = [(f"ikl_kernel {kind}", (z, z, None, *REST), 0) for kind, z in WIDE.items()] + [
-    ("ikl_kernel C=1000 weighted", (z := torch.empty(64, 1000), z, z, *REST), 1),
+    ("ikl_kernel C=1000 weighted", (LARGE, LARGE, LARGE, *REST), 1),
     ("ikl_kernel C=10", (SMALL, SMALL, SMALL, *REST), None),
 ]
