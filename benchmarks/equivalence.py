@@ -35,7 +35,8 @@ from fastadv import data, models, ops
 from fastadv.evaluate import from_run
 from fastadv.runs.config import Config
 from fastadv.train import train
-from fastadv.train.build import build_average, build_loader
+from fastadv.train.average import build_average
+from fastadv.train.build import build_loader
 from fastadv.train.optimizer import learning_rate
 from fastadv.train.recipes import digits_student, digits_teacher
 

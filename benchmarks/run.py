@@ -7,6 +7,7 @@
     python benchmarks/run.py --suite cache --seconds 60          # RSLAD steps with a huge teacher
     python benchmarks/run.py --suite eval                        # AutoAttack's standard version
     python benchmarks/run.py --suite data                        # images from a folder of files
+    python benchmarks/run.py --suite parallel                    # steps of several processes
     python benchmarks/run.py --suite gpu                         # all of it on a GPU, see gpu.py
     python benchmarks/run.py --table                             # all tables anew
 
@@ -32,6 +33,7 @@ SUITES = {
     "cache": ["bench_teacher_cache"],
     "eval": ["bench_evaluate"],
     "data": ["bench_data"],
+    "parallel": ["bench_parallel"],
 }
 END_TO_END = {module for modules in SUITES.values() for module in modules}
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))

@@ -10,7 +10,7 @@ from timing import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
-SUITES = ("attack", "networks", "train", "cache", "eval", "data", "ops")
+SUITES = ("attack", "networks", "train", "cache", "eval", "data", "parallel", "ops")
 COLUMNS = ("GB/s", "of copy", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
 COLUMNS += ("data", "teacher", "attack", "outer")
 

@@ -1,5 +1,6 @@
 """The benchmarks: steps and attacks on tiny networks, and those that train, minutes long."""
 
+import contextlib
 import html
 import importlib
 import json
@@ -423,6 +424,24 @@ def test_the_data_benchmark_on_a_few_files(bench, monkeypatch):
             patch.setattr(module.pictures, "decode", lambda _, size: wrong[:, :size, :size])
             with pytest.raises(AssertionError):
                 case.gate()
+    assert torch.get_num_threads() == threads
+
+
+def test_the_parallel_benchmark_on_a_tiny_network(bench, monkeypatch):
+    module, threads = bench("bench_parallel"), torch.get_num_threads()
+    monkeypatch.setattr(module, "NETWORK", "resnet20")
+    monkeypatch.setattr(module, "PROCESSES", 2)
+    ddp = "DistributedDataParallel"
+    with contextlib.closing(module.cases()) as cases:
+        case = next(cases)
+        rows = bench("run").measure(case, 0)
+        assert [row["provider"] for row in rows] == ["one all-reduce", ddp, f"{ddp}, defaults"]
+        assert rows[0]["images/s"] == pytest.approx(8e6 / rows[0]["us"], rel=0.05)
+        mean_ = module.parallel.mean_
+        monkeypatch.setattr(module.parallel, "mean_", lambda t: (mean_(t), t[0].mul_(1.01)))
+        with pytest.raises(AssertionError):
+            case.gate()
+    assert not torch.distributed.is_initialized()
     assert torch.get_num_threads() == threads
 
 

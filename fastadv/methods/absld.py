@@ -56,13 +56,12 @@ class ABSLD(RSLAD):
             losses.cross_entropy(logits.detach(), batch.y, reduction="none")
             for logits in (adv, clean)
         ]
-        errors = torch.stack(errors) @ probabilities(batch.y, adv)
+        errors = parallel.mean(torch.stack(errors) @ probabilities(batch.y, adv))
         return loss / 10, state | {"errors": state["errors"] + errors}
 
     def end_epoch(self, state):
         state = super().end_epoch(state)  # the rate drops at the end of its epoch
-        gap = parallel.mean(state["errors"])
-        gap = gap - gap.mean(1, keepdim=True)
+        gap = state["errors"] - state["errors"].mean(1, keepdim=True)
         gap = gap / gap.abs().amax(1, keepdim=True).clamp(min=1e-12)
         step = self.decayed(self.temperature_rate, state) * gap
         temperatures = (state["temperatures"] - step).clamp(0.5, 5)

@@ -42,10 +42,11 @@ class IKL(StabilityAttack):
         loss = losses.cross_entropy(clean, batch.y)
         loss = loss + losses.ikl(adv, clean, weight, self.alpha, self.beta)
         said = (clean.detach() / self.temperature).softmax(1)
-        return loss, state | {"sums": state["sums"] + (y.T @ said).to(state["sums"])}
+        sums = parallel.mean((y.T @ said).to(state["sums"]))
+        return loss, state | {"sums": state["sums"] + sums}
 
     def end_epoch(self, state):
-        sums = parallel.total(state["sums"])
+        sums = state["sums"]
         seen = sums.sum(1, keepdim=True)
         prior = torch.where(seen > 0, sums / seen, state["prior"])
         return super().end_epoch(state) | {"prior": prior, "sums": torch.zeros_like(sums)}

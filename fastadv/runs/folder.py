@@ -100,7 +100,9 @@ class Run:
             optimizer["state"].setdefault(int(parameter), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
         torch.set_rng_state(tensors["rng"])
-        self.so_far = {} if parallel.rank() else part("so_far.")
+        self.so_far = part("so_far.")
+        if parallel.rank():
+            self.so_far.pop("bad_gradients", None)  # the first process has the total
         self.epoch, self.step = metadata["epoch"] + 1, metadata["step"]
         self.best, self.worse = metadata["best"], metadata["worse"]
 
@@ -110,15 +112,19 @@ class Run:
         patience = self.config.patience
         return self.epoch >= self.config.epochs or (patience and self.worse >= patience)
 
-    def end_step(self, epoch, step, **sums):
+    def end_step(self, epoch, step, loss, bad_gradients):
         """Writes a checkpoint within an epoch where the last one is `save_every` minutes old.
-        sums: what this process has added up in the epoch. Collective."""
+        loss, bad_gradients: what this process has added up in the epoch. Collective."""
         if self.config.save_every is None:
             return
         due = time.monotonic() - self.saved > 60 * self.config.save_every
         if parallel.total(torch.tensor(int(due and not parallel.rank()))):
             self.epoch, self.step = epoch, step + 1
-            self.so_far = {name: parallel.total(value) for name, value in sums.items()}
+            # So any number of processes goes on with them.
+            self.so_far = {
+                "loss": parallel.mean(loss),
+                "bad_gradients": parallel.total(bad_gradients),
+            }
             if not parallel.rank():
                 self.save("last.safetensors")
 

@@ -98,8 +98,10 @@ def mean_(tensors):
     """Replaces every float tensor of a list by its mean over the processes, by one all-reduce.
     Collective."""
     if world() > 1 and tensors:
-        means = mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        for tensor, part in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= world()
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
 

@@ -82,7 +82,8 @@ def train(config, resume=False):
             update, within = divmod(step, config.accumulate)
             together = min(config.accumulate, len(loader) - update * config.accumulate)
             last = within + 1 == together
-            batch.x_adv = method.perturb(nets, batch, run.state)
+            with gradients_kept(parameters):
+                batch.x_adv = method.perturb(nets, batch, run.state)
             raised = contextlib.nullcontext()
             if awp and epoch >= config.awp_warmup:
                 raised = awp.raised(lambda batch=batch: method.outer(nets, batch, run.state)[0])
@@ -198,6 +199,18 @@ def cached_share(cache):
     cache.hits = cache.misses = 0
     hits, misses = parallel.total(counts).tolist()
     return round(hits / max(hits + misses, 1), 4)
+
+
+@contextlib.contextmanager
+def gradients_kept(parameters):
+    """A context whose backward passes leave no gradients behind: a user's own attack may call
+    `loss.backward()`, which must not reach the update."""
+    held = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    yield
+    for p, gradient in zip(parameters, held, strict=True):
+        p.grad = gradient
 
 
 def finite(loss, epoch):

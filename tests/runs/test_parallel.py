@@ -1,8 +1,10 @@
-"""Training by two processes on the CPU: the same as by one, one record, and a quick end."""
+"""Training by two processes on the CPU: the same as by one, one record, and a quick end. Two nodes
+are two `torchrun` here."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +153,29 @@ def test_batchnorm_statistics_and_averages_are_the_same_in_both(folders):
     state = model.state_dict()
     assert average.keys() == {f"2.module.{k}" for k in state}
     assert all(torch.equal(average[f"2.module.{k}"], state[k]) for k in state)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_two_processes_of_one_do(folders, npz, odd, teacher, tmp_path):
+    _, expected = folders
+    runs = {"at": EQUAL["at"], "whole": BATCHNORM | {"data_dir": odd}}
+    job = jobs(tmp_path, npz, teacher, runs)
+    first = f"--master-addr 127.0.0.1 --master-port {free_port()}".split()
+    node = ("-m", "torch.distributed.run", *first, "--nnodes", "2", "--nproc-per-node", "1")
+    for process in [start(*node, "--node-rank", rank, JOB, job) for rank in (0, 1)]:
+        succeed(process)
+    for name in runs:
+        assert same_in_both(tmp_path, name)
+        for key, value in held(expected, name, 0).items():
+            torch.testing.assert_close(held(tmp_path, name, 0)[key], value, rtol=1e-5, atol=1e-6)
+        one, two = (log.read(folder / name / "metrics.jsonl") for folder in (expected, tmp_path))
+        for a, b in zip(one, two, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
 
 
 def test_divergence_in_one_is_an_error_in_both(folders):
