@@ -20,6 +20,8 @@ class IKL(StabilityAttack):
     mixed image has the mixture of its classes' rows.
     """
 
+    loss_scale = 5.0  # cross-entropy once, and the soft one alpha times
+
     def __init__(self, alpha=4.0, beta=20.0, gamma=1.0, temperature=4.0, **options):
         super().__init__(**options)
         self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
