@@ -33,7 +33,10 @@ def group():
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()
 

@@ -11,7 +11,8 @@ from fastadv.runs import checkpoint
 from fastadv.train.__main__ import restarted
 from fastadv.train.cli import parse
 
-# Kills process 1 at its seventh update, in the middle of the second epoch, unless restarted.
+# Kills the process of this number, such as 1 of "dies1", at its seventh update, in the middle of
+# the second epoch, unless restarted.
 JOB = """
 import os, signal, sys, torch
 from fastadv.train.__main__ import main
@@ -20,12 +21,12 @@ step, count = torch.optim.SGD.step, 0
 def dies(self, *args, **kwargs):
     global count
     count += 1
-    if (count, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (7, "1", "0"):
+    rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if (count, f"dies{rank}", restarts) == (7, name, "0"):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args, **kwargs)
 
-if sys.argv.pop(1) == "dies":
-    torch.optim.SGD.step = dies
+name, torch.optim.SGD.step = sys.argv.pop(1), dies
 main(sys.argv[1:])
 """
 FLAGS = "--method at --data npz --student digits_net --student-width 4 --eps 0.1 --steps 2 "
@@ -64,15 +65,17 @@ def test_a_killed_process_is_restarted_and_ends_bit_for_bit(npz, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     launch += ["--nproc-per-node", "2", "job.py"]
     errors = {}
-    for name in ("dies", "lives"):
+    for name in ("dies0", "dies1", "lives"):
         line = [*launch, name, *FLAGS.split(), "--data-dir", str(npz), "--out", name]
         done = subprocess.run(
             line, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False
         )
         assert done.returncode == 0, done.stderr
         errors[name] = done.stderr
-    assert "exitcode: -9" in errors["dies"]
-    assert "exitcode" not in errors["lives"]
-    first, second = (checkpoint.load(tmp_path / n / "last.safetensors")[0] for n in errors)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    expected, _ = checkpoint.load(tmp_path / "lives/last.safetensors")
+    assert "exitcode" not in errors.pop("lives")
+    for name, error in errors.items():
+        assert "exitcode: -9" in error
+        found, _ = checkpoint.load(tmp_path / name / "last.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
