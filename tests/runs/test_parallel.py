@@ -246,3 +246,16 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch):
             parallel.check_device(name)
     with pytest.raises(ValueError, match="the demo runs in one process, not 2: give flags"):
         main([])
+
+
+def test_means_reach_tensors_of_any_strides_and_dtype(monkeypatch):
+    added = torch.arange(28) / 7
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor: tensor.add_(added))
+    whole = torch.zeros(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    tensors = [whole, torch.ones(()), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(0)]
+    parallel.mean_(tensors)
+    assert torch.equal(whole, added[:24].view(2, 3, 2, 2) / 2)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(tensors[1], (1 + added[24]) / 2)
+    assert torch.equal(tensors[2], (added[25:] / 2).bfloat16())
