@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastadv.errors import UsageError
-from fastadv.runs import checkpoint
+from fastadv.runs import checkpoint, parallel
 from fastadv.train.__main__ import restarted
 from fastadv.train.cli import parse
 
@@ -57,6 +57,21 @@ def test_a_restart_goes_on_with_its_own_run_alone(npz, tmp_path, environment):
 def test_a_restart_must_find_the_folder(npz, environment):
     with pytest.raises(UsageError, match="^--out is missing, must be given with --max-restarts"):
         parse([*FLAGS.split(), "--data-dir", str(npz)])
+
+
+def test_a_restart_sees_no_keys_of_the_start_before(environment):
+    kept, seen = torch.distributed.HashStore(), []  # as torchrun keeps its store
+    environment.setenv("WORLD_SIZE", "2")
+    environment.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 2)]))
+    environment.setattr(parallel.dist, "destroy_process_group", lambda: None)
+    environment.setattr(
+        parallel.dist, "init_process_group", lambda *_, store, **__: seen.append(store.add("k", 1))
+    )
+    for count in "011":
+        environment.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        with parallel.group():
+            pass
+    assert seen == [1, 1, 2]
 
 
 @pytest.mark.slow
