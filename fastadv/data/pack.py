@@ -151,8 +151,8 @@ def read(path: Path, listing, image_size: int) -> tuple[Tensor, np.ndarray]:
         raise UsageError(f"{path} has images of {head.size} pixels, must have {image_size}")
     if head.facts["seed"] != listing.seed:
         raise UsageError(f"seed is {listing.seed}, must be {head.facts['seed']}, that of {path}")
-    known = (head.labels == -1) | (head.labels == listing.labels)
-    if head.json != wanted.json or not known.all():
+    same = head.json == wanted.json  # and so as many labels
+    if not (same and ((head.labels == -1) | (head.labels == listing.labels)).all()):
         raise UsageError(
             f"{path} is of other pictures than {listing.root} has now, must be of these: pack "
             f"again by `{command(listing.root, image_size)}`"

@@ -141,7 +141,9 @@ def _check(method, option, value, default):
     if isinstance(default, bool):
         right, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
-        most, kind = (1, "in [0, 1]") if option in SHARES else (math.inf, "of at least 0")
+        most, kind = (
+            (1, "in [0, 1]") if option in SHARES and default <= 1 else (math.inf, "of at least 0")
+        )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right, kind = number and 0 <= value <= most and value < math.inf, f"a number {kind}"
         if option in POSITIVE:

@@ -153,3 +153,11 @@ def test_options_of_a_method_of_ones_own_may_be_of_any_kind(monkeypatch):
     assert methods.get("own", **given).given == (*given.values(),)
     with pytest.raises(UsageError, match="layers of method own is 3, must be a name, or names"):
         methods.get("own", layers=3)
+
+
+@pytest.mark.parametrize("name", [*methods.METHODS, "vfd+at", "igdm+rslad"])
+def test_every_default_may_be_given(name):
+    parts, _ = methods.parts(name)
+    kinds = [methods.named(name), *(methods.WRAPPERS[part] for part in parts)]
+    given = {k: v for kind in kinds for k, v in methods.options(kind).items()}
+    methods.get(name, **given)
