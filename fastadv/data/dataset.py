@@ -50,6 +50,13 @@ class Dataset:
     classes: tuple[str, ...] = ()
 
 
+def mapped_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array that is mapped from a file, to be read alone."""
+    with warnings.catch_warnings():  # torch warns that nobody may write to it
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
 def image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
     """The ImageSet of arrays uint8 [N, C, H, W] and integer [N], in the order as published."""
     images = torch.from_numpy(np.array(images, order="C"))

@@ -2,7 +2,6 @@
 2023): an .npz file of millions of them, which is mapped and never loaded."""
 
 import struct
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
-from .dataset import Dataset, ImageSet
+from .dataset import Dataset, ImageSet, mapped_tensor
 
 NAMES = ("image", "label")
 HEADERS = {
@@ -49,17 +48,12 @@ def load_extra(path: str | Path, dataset: Dataset) -> ImageSet:
                 f"{path}: label holds {part.min()} to {part.max()}, must be in 0.."
                 f"{dataset.num_classes - 1}, the classes of {dataset.name}"
             )
-    images, labels = _tensor(images), _tensor(labels.astype(np.int64, copy=False))
+    images = mapped_tensor(images)
+    labels = mapped_tensor(labels.astype(np.int64, copy=False))
     if images.shape[1:] != shape:
         images = images.permute(0, 3, 1, 2)
     first = max(int(split.index.max()) for split in (dataset.train, dataset.val)) + 1
     return ImageSet(images, labels, torch.arange(first, first + len(labels)))
-
-
-def _tensor(array):
-    with warnings.catch_warnings():  # torch warns that nobody may write to it
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
 
 
 def _mapped(path, name):

@@ -149,9 +149,10 @@ class Loader:
         """The rows of an epoch, int64, batch after batch."""
         count, batches = len(self.labels), len(self)
         passes = 1 if self.extra is None else -(-batches * self._own // count)
-        order = torch.arange(count).repeat(passes)
         if self.shuffle:
             order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+        else:
+            order = torch.arange(count).repeat(passes)
         if self.extra is None:
             return order
         own = order[: batches * self._own].view(batches, -1)
@@ -162,7 +163,8 @@ class Loader:
     def view_batch(self, rows: Tensor, view: Tensor) -> Fields:
         """The images at `rows` of the split in the given views, as an epoch yields them.
 
-        rows, view: int64 [B], 0 to len(split) - 1 and 0 to views - 1. Raises ValueError for others.
+        rows, view: int64 [B], 0 to len(split) - 1, or on to those of `extra`, and 0 to views - 1.
+        Raises ValueError for others.
         """
         rows, view = rows.cpu(), view.cpu()
         for name, ids, end in (("rows", rows, self._rows), ("view", view, self.views)):

@@ -17,12 +17,10 @@ import json
 import os
 import shlex
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +28,7 @@ from ..errors import UsageError
 from ..runs import checkpoint
 from ..runs.progress import bar
 from . import pictures
+from .dataset import mapped_tensor
 
 MAGIC, VERSION, PAGE = b"fastadvP", 1, 4096
 PREFIX = struct.Struct("<8sII")
@@ -160,9 +159,7 @@ def read(path: Path, listing, image_size: int) -> tuple[Tensor, np.ndarray]:
     if not (rows := head.rows()):
         raise UsageError(f"{path} has no pictures, must have one or more")
     mapped = np.memmap(path, np.uint8, "r", head.images_at, (rows, 3, head.size, head.size))
-    with warnings.catch_warnings():  # torch warns that nobody may write to it
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(mapped), head.labels.astype(np.int64)
+    return mapped_tensor(mapped), head.labels.astype(np.int64)
 
 
 def verify(path: Path) -> int:

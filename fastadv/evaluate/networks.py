@@ -23,7 +23,7 @@ def from_run(path, otherwise=""):
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path is {described(path)}, must be a file or a run's folder")
-    path = _file(path)
+    path = checkpoint_file(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (a run's is DIR/best.safetensors)")
     ours = Path(path).suffix == ".safetensors"
@@ -41,7 +41,7 @@ def from_run(path, otherwise=""):
     return model, config
 
 
-def _file(path):
+def checkpoint_file(path):
     """The checkpoint that `path` names: a folder stands for the best of its run."""
     return Path(path) / "best.safetensors" if Path(path).is_dir() else path
 
@@ -84,7 +84,7 @@ def check_fits(model, dataset, path):
 def check_names(path, dataset):
     """Raises UsageError where the checkpoint at `path` is of a run on classes of other names, or in
     another order, than the data set's. Weights from elsewhere have no names."""
-    path = _file(path)
+    path = checkpoint_file(path)
     if Path(path).suffix == ".safetensors":
         _, metadata = checkpoint.read(path)
         check_classes(path, metadata or {}, dataset)

@@ -98,23 +98,21 @@ def get(name, **given):
     """The method of this name, such as "rslad", "vfd+rslad" or "vfd+igdm+rslad"; options are its
     constructor's, as in get("rslad", adv_weight=5/6), and those of the wrappers before it. Raises
     UsageError for an unknown name or option, and for a value unlike the option's default."""
-    base, wrappers = named(name), [WRAPPERS[wrapper] for wrapper in parts(name)[0]]
+    base = named(name)
+    wrappers = {WRAPPERS[part]: options(WRAPPERS[part]) for part in parts(name)[0]}
     known = options(base)
-    for wrapper in wrappers:
-        known |= options(wrapper)
+    for own in wrappers.values():
+        known |= own
     for key, value in given.items():
         if key not in COMMON and key not in known:
             listed = ", ".join(f"{option}={default}" for option, default in known.items())
             raise UsageError(f"method {name} has no option {key}; it has {listed or 'none'}")
         if key in known:
             _check(name, key, value, known[key])
-    of_wrappers = {
-        wrapper: {key: given.pop(key) for key in options(wrapper).keys() & given.keys()}
-        for wrapper in wrappers
-    }
-    method = base(**given)
-    for wrapper in reversed(wrappers):
-        method = wrapper(method, **of_wrappers[wrapper])
+    taken = {option for own in wrappers.values() for option in own}
+    method = base(**{k: v for k, v in given.items() if k not in taken})
+    for wrapper, own in reversed(wrappers.items()):
+        method = wrapper(method, **{k: v for k, v in given.items() if k in own})
     return method
 
 
@@ -141,9 +139,8 @@ def _check(method, option, value, default):
     if isinstance(default, bool):
         right, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
-        most, kind = (
-            (1, "in [0, 1]") if option in SHARES and default <= 1 else (math.inf, "of at least 0")
-        )
+        share = option in SHARES and default <= 1  # of the same name, ikl has a weight
+        most, kind = (1, "in [0, 1]") if share else (math.inf, "of at least 0")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right, kind = number and 0 <= value <= most and value < math.inf, f"a number {kind}"
         if option in POSITIVE:

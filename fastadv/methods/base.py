@@ -248,6 +248,10 @@ class Method(nn.Module):
         """The state that the next epoch starts with."""
         return state | {"epoch": state["epoch"] + 1} if "epoch" in state else state
 
+    def grown(self, weight, state):
+        """`weight` in the share of the epochs that have begun: the whole in the last one."""
+        return weight * (int(state["epoch"]) + 1) / self.epochs
+
     def decayed(self, rate, state):
         """`rate` after the milestones that state["epoch"] has passed."""
         return rate * 0.1 ** sum(int(state["epoch"]) >= epoch for epoch in self.milestones)

@@ -36,20 +36,22 @@ class IGDM(Wrapper):
     def outer(self, nets, batch, state):
         student = Mirrored(nets.student, batch)
         loss, after = self.base.outer(replace(nets, student=student), batch, state)
-        weight = self.igdm_weight * (int(state["epoch"]) + 1) / self.epochs
-        return loss + weight * gradient_gap(nets, batch, *student.pair).mean(), after
+        weight = self.grown(self.igdm_weight, state)
+        return loss + weight * gradient_gap(nets, batch, *student.seen).mean(), after
 
 
 class Mirrored:
-    """Wraps a student and passes x - d through it right after x_adv = x + d. Keeps both logits."""
+    """Wraps a student and passes x - d through it right after x_adv = x + d. Keeps x - d and the
+    logits of both."""
 
     def __init__(self, net, batch):
-        self.net, self.batch, self.pair = net, batch, None
+        self.net, self.batch, self.seen = net, batch, None
 
     def __call__(self, x):
         logits = self.net(x)
-        if x is self.batch.x_adv and self.pair is None:
-            self.pair = logits, self.net(mirrored(self.batch))
+        if x is self.batch.x_adv and self.seen is None:
+            mirror = mirrored(self.batch)
+            self.seen = mirror, logits, self.net(mirror)
         return logits
 
 
@@ -58,8 +60,9 @@ def mirrored(batch):
     return batch.x - (batch.x_adv - batch.x)
 
 
-def gradient_gap(nets, batch, adv, mirror):
-    """KL(t(x + d) - t(x - d) || s(x + d) - s(x - d)), [B], of the student's logits of both."""
+def gradient_gap(nets, batch, mirror, of_adv, of_mirror):
+    """KL(t(x + d) - t(x - d) || s(x + d) - s(x - d)), [B]. mirror: x - d; of_adv, of_mirror: the
+    student's logits of x + d and of that."""
     with torch.no_grad():
-        taught = batch.teacher_logits(nets, on="x_adv") - nets.teacher(mirrored(batch))
-    return losses.kl(adv - mirror, taught, reduction="none")
+        taught = batch.teacher_logits(nets, on="x_adv") - nets.teacher(mirror)
+    return losses.kl(of_adv - of_mirror, taught, reduction="none")

@@ -58,15 +58,15 @@ class SAAD(Method):
         return losses.kl(nets.student(x_adv), taught, reduction="none")
 
     def outer(self, nets, batch, state):
-        adv, mirror = nets.student(batch.x_adv), nets.student(mirrored(batch))
+        mirror = mirrored(batch)
+        adv, of_mirror = nets.student(batch.x_adv), nets.student(mirror)
         taught = batch.teacher_logits(nets, on="x_adv")
-        share = self.igdm_weight * (int(state["epoch"]) + 1) / self.epochs
         entropy = self.entropy(taught)
         w = self.entropy_scale * (entropy - parallel.least(entropy.min()))
-        loss = losses.kl(adv, taught, reduction="none") + share * gradient_gap(
-            nets, batch, adv, mirror
+        gap = self.grown(self.igdm_weight, state) * gradient_gap(
+            nets, batch, mirror, adv, of_mirror
         )
-        loss = (w * loss).mean()
+        loss = (w * (losses.kl(adv, taught, reduction="none") + gap)).mean()
         if self.beta:
             n = w / (-parallel.least((-w).min()) + 1e-8)  # the least w is 0
             clean = losses.kl(nets.student(batch.x), batch.teacher_logits(nets), reduction="none")

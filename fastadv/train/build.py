@@ -1,7 +1,6 @@
 """Makes the parts that a Config describes: the method, the networks, the loader."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -11,7 +10,7 @@ from ..attacks import PGD
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
-from ..evaluate import check_fits, check_names, from_run
+from ..evaluate import check_fits, check_names, checkpoint_file, from_run
 from ..models.weights import load_pretrained
 from ..models.zoo import is_own
 from ..runs import parallel
@@ -75,7 +74,7 @@ def start_student(student, config, dataset):
     """Copies the weights of the config's student_checkpoint, if any, into the student."""
     if (path := config.student_checkpoint) is None:
         return
-    path = Path(path) / "best.safetensors" if Path(path).is_dir() else path
+    path = checkpoint_file(path)
     with about("student_checkpoint"):
         fresh = load_pretrained(student, path, dataset.num_classes)
     if fresh and parallel.rank() == 0:

@@ -17,6 +17,7 @@ from ..info import isa
 from ..runs import log, parallel
 from ..runs.config import device as usable
 from ..runs.folder import Run
+from ..runs.progress import bar
 from ..teacher_cache import TeacherCache
 from .average import build_average, recompute_statistics
 from .awp import AWP
@@ -69,16 +70,15 @@ def train(config, resume=False):
         bad_gradients = run.so_far.get("bad_gradients", torch.tensor(0)).to(device)
         method.attack = scheduled(config, attack, epoch)
         start = time.perf_counter()
-        bar = tqdm(
+        shown = bar(
             with_teachers(loader.epoch(epoch, first), caches),
             f"{folder.name} {epoch + 1}/{config.epochs}",
-            len(loader),
+            total=len(loader),
             initial=first,
-            leave=False,
             unit="batch",
-            disable=parallel.rank() > 0 or None,  # None: where nobody watches
+            delay=0,
         )
-        for step, batch in enumerate(bar, first):
+        for step, batch in enumerate(shown, first):
             update, within = divmod(step, config.accumulate)
             together = min(config.accumulate, len(loader) - update * config.accumulate)
             last = within + 1 == together
@@ -105,7 +105,7 @@ def train(config, resume=False):
             loss_sum += loss.detach()
             bad_gradients += method.attack.bad_gradients
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{finite(parallel.mean(loss), epoch):.4f}")
+                shown.set_postfix(loss=f"{finite(parallel.mean(loss), epoch):.4f}")
             if last and step + 1 < len(loader):
                 run.end_step(epoch, step, loss=loss_sum, bad_gradients=bad_gradients)
         if config.swa_start is not None and epoch >= config.swa_start:

@@ -1,7 +1,17 @@
 import os
 
 import numpy as np
+import pytest
 import torch
+
+from fastadv.testing import isas, using_isa
+
+
+@pytest.fixture(params=isas())
+def isa(request):
+    """Each instruction set that runs here, in turn."""
+    with using_isa(request.param):
+        yield
 
 
 def convert_bfloat16_as_gpus_do():

@@ -10,15 +10,9 @@ from wide_rows import LABELS, WIDE
 from fastadv import ops
 from fastadv.ops import _library
 from fastadv.ops.cross_entropy import reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, unchecked, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, unchecked
 
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    with using_isa(request.param):
-        yield
 
 
 REDUCTIONS = ("none", "sum", "mean")

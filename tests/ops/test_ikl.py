@@ -9,7 +9,7 @@ from wide_rows import WIDE
 from fastadv import losses, ops
 from fastadv.ops import _library, _native
 from fastadv.ops.ikl import reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -147,12 +147,6 @@ def test_memory_is_the_loss_and_the_gradients(monkeypatch):
     assert sum(t.nbytes for t in taken) == 2 * adv.nbytes + 4
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert allocated == 2 * adv.nbytes + 4
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    with using_isa(request.param):
-        yield
 
 
 @pytest.mark.usefixtures("isa")

@@ -10,15 +10,9 @@ from wide_rows import labelled
 from fastadv import ops
 from fastadv.ops import _library
 from fastadv.ops.mart_bce import reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, unchecked, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, unchecked
 
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    with using_isa(request.param):
-        yield
 
 
 def plain(logits, y):

@@ -7,16 +7,10 @@ from wide_rows import WIDE
 from fastadv import ops
 from fastadv.ops import _native
 from fastadv.ops.softmax_entropy import reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values, using_isa
 
 HALVES = (torch.bfloat16, torch.float16)
 OFFSETS = (0.0, 1e-5, 0.1)
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    with using_isa(request.param):
-        yield
 
 
 def plain(logits, temperature, offset):

@@ -11,7 +11,7 @@ from wide_rows import WIDE
 from fastadv import losses, ops
 from fastadv.ops import _library, _native
 from fastadv.ops.softmax_kl import reference
-from fastadv.testing import OpCase, assert_close, check_op, check_values, isas, using_isa
+from fastadv.testing import OpCase, assert_close, check_op, check_values
 
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 ALL = (True, True, True)
@@ -221,12 +221,6 @@ def test_shifting_the_logits_changes_nothing(values, shift):
     got = ops.softmax_kl(student + shift, teacher - shift, *args[2:])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 / temperature)
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    with using_isa(request.param):
-        yield
 
 
 @pytest.mark.usefixtures("isa")
