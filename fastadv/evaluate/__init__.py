@@ -1,7 +1,7 @@
 """Evaluation: attacks on fast twins, the verdict on the model itself in float32."""
 
 from ..attacks.suite import PAPER
-from .networks import check_fits, check_names, checkpoint_file, from_code, from_run
+from .networks import check_fits, check_names, from_code, from_run
 from .record import Record
 from .report import describe, rates, table
 from .search import accuracies, correct, run
@@ -12,7 +12,6 @@ __all__ = [
     "accuracies",
     "check_fits",
     "check_names",
-    "checkpoint_file",
     "correct",
     "describe",
     "from_code",

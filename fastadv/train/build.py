@@ -10,7 +10,8 @@ from ..attacks import PGD
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
-from ..evaluate import check_fits, check_names, checkpoint_file, from_run
+from ..evaluate import check_fits, check_names, from_run
+from ..evaluate.networks import checkpoint_file
 from ..models.weights import load_pretrained
 from ..models.zoo import is_own
 from ..runs import parallel
