@@ -106,7 +106,7 @@ def _folder(data_dir: str | Path, name: str) -> Path:
 
 def _dataset(name: str, num_classes: int, train: tuple, test: tuple, seed: int) -> Dataset:
     val, train = cut(image_set(*train), HELD_OUT, seed=seed)
-    return Dataset(name, num_classes, 4, 2, train, val, image_set(*test))
+    return Dataset(name, num_classes, 4, 2, train, val, image_set(*test), mixed=True)
 
 
 def _array(item) -> np.ndarray:

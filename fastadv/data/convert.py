@@ -155,10 +155,16 @@ def _label(label, what, num_classes):
 def _image(image, split, i, image_size):
     """An image of any form as uint8 [C, H, W]."""
     if hasattr(image, "mode") and hasattr(image, "convert"):  # Pillow's, which may be missing here
-        grey = image.mode in ("1", "L", "LA", "I", "I;16")
+        if image.mode in ("I", "F"):
+            raise UsageError(
+                f"{split} item {i} is a Pillow image of mode {image.mode}, whose range is not "
+                "known: must have 8 or 16 bits"
+            )
+        grey = image.mode.startswith(("1", "L", "I"))
         image = np.array(pictures.rgb(image).convert("L" if grey else "RGB"))
     if isinstance(image, np.ndarray) and image.dtype.kind in "uif":
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = np.ascontiguousarray(image, image.dtype.newbyteorder("="))
+        image = torch.from_numpy(image)
     if not isinstance(image, Tensor):
         kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
         raise UsageError(

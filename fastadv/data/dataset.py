@@ -30,6 +30,12 @@ class ImageSet:
         """The subset at `rows` (int64), in that order, with the indices it had."""
         return ImageSet(self.images[rows], self.labels[rows], self.index[rows])
 
+    def sample(self, count: int, seed: int = 0) -> "ImageSet":
+        """`count` images drawn without replacement, the same ones for each `seed`, in the order
+        that they have here; all where there are no more."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[:count].sort().values)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -38,6 +44,8 @@ class Dataset:
     Crops are taken after zero padding by `padding` pixels on each side; `flips` is 2 when mirrored
     images keep their class and 1 when they do not. `index` of val counts in train's set where val
     was held out of it. `classes` has the names of the classes, if they have any.
+    `mixed`: the images are published in an order that has nothing to do with their classes, so that
+    the first N stand for all; those of folders lie class by class.
     """
 
     name: str
@@ -48,6 +56,7 @@ class Dataset:
     val: ImageSet
     test: ImageSet
     classes: tuple[str, ...] = ()
+    mixed: bool = False
 
 
 def mapped_tensor(array: np.ndarray) -> Tensor:

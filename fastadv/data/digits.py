@@ -19,4 +19,4 @@ def load(seed: int) -> Dataset:
     levels, labels = load_digits(return_X_y=True)
     images = np.round(levels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     train, val, test = cut(image_set(images, labels), 1000, 297, seed=seed)
-    return Dataset("digits", 10, 1, 1, train, val, test)
+    return Dataset("digits", 10, 1, 1, train, val, test, mixed=True)

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,24 +114,38 @@ def _subfolders(folder):
 
 def _split(root, split, classes):
     """(files, labels, index) of one folder of classes, in the order of the names."""
-    files, labels = [], []
+    files, labels, others = [], [], Counter()
     for name in bar(_subfolders(root / split), f"list {split}", unit="class"):
         folder = root / split / name
         if name not in classes:
             raise UsageError(f"{folder} is a class that {root / 'train'} lacks, must be one of it")
-        found = sorted(
-            (Path(where) / file).relative_to(root).as_posix()
-            for where, _, names in os.walk(folder, onerror=_refuse)
-            for file in names
-            if file.lower().endswith(pictures.EXTENSIONS) and not file.startswith(".")
-        )
+        found, of_others = _visible(folder)
+        others.update(of_others)
         if not found:
             raise UsageError(f"{folder} has no pictures, must have JPEG, PNG or WebP files")
-        files += found
+        files += sorted(path.relative_to(root).as_posix() for path in found)
         labels += [classes.index(name)] * len(found)
     if not files:
         raise UsageError(f"{root / split} has no pictures, must have a folder for each class")
+    if others:
+        passed = ", ".join(f"{count} {ending or 'without'}" for ending, count in others.items())
+        text = f"{root / split} has files that are no JPEG, PNG or WebP by their ending, which are"
+        warnings.warn(f"{text} passed over: {passed}", stacklevel=4)
     return files, np.array(labels), np.arange(len(files))
+
+
+def _visible(folder):
+    """(paths of the pictures anywhere below a folder, endings of the other files), without hidden
+    files and folders."""
+    found, endings = [], []
+    for where, below, names in os.walk(folder, onerror=_refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for path in (Path(where) / name for name in names if not name.startswith(".")):
+            if path.suffix.lower() in pictures.EXTENSIONS:
+                found.append(path)
+            else:
+                endings.append(path.suffix)
+    return found, endings
 
 
 def _refuse(error):

@@ -86,24 +86,23 @@ class Head:
         return head
 
     @classmethod
-    def read(cls, path: Path) -> "Head":
-        """The head of the packed file at `path`. Raises UsageError unless it is whole, and the
-        images behind it as many as it says."""
-        with open(path, "rb") as file:
-            prefix = file.read(PREFIX.size)
-            if len(prefix) < PREFIX.size or prefix[:8] != MAGIC:
-                raise UsageError(f"{path} is no packed file of fastadv, must be one: delete it")
-            _, length, crc = PREFIX.unpack(prefix)
-            size, text = os.path.getsize(path), file.read(length)
-            try:
-                head = cls(_checked(json.loads(text), size))
-                numbers = file.read(head.end - head.table_at)
-                whole = (head.json, len(numbers)) == (text, head.end - head.table_at)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                whole = False
+    def read(cls, file) -> "Head":
+        """The head of an open packed file, which is read up to its images. Raises UsageError unless
+        it is whole, and the images behind it as many as it says."""
+        path, size, prefix = file.name, os.fstat(file.fileno()).st_size, file.read(PREFIX.size)
+        if len(prefix) < PREFIX.size or prefix[:8] != MAGIC:
+            raise UsageError(f"{path} is no packed file of fastadv, must be one: delete it")
+        _, length, crc = PREFIX.unpack(prefix)
+        text = file.read(length)
+        try:
+            head = cls(_checked(json.loads(text), size))
+            numbers = file.read(head.end - head.table_at)
+            head.table, head.labels = head.parted(numbers)
+            whole = head.json == text and head.blocks_agree()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
         if not whole or zlib.crc32(numbers, zlib.crc32(text)) != crc:
             raise UsageError(f"{path} is damaged or cut short, must match its checksum: delete it")
-        head.table, head.labels = head.parted(numbers)
         expected = head.images_at + head.rows() * head.image_bytes
         if size != expected:
             raise UsageError(f"{path} is {size} bytes long, must be {expected}: delete it")
@@ -113,6 +112,11 @@ class Head:
         """(table, labels) of the bytes between JSON and images."""
         table = np.frombuffer(numbers, "<u4", self.table.size).reshape(-1, 2)
         return table, np.frombuffer(numbers, "<i8", self.count, self.table.nbytes)
+
+    def blocks_agree(self) -> bool:
+        """Whether each block has as many images as labels."""
+        whole = np.add.reduceat(self.labels >= 0, np.arange(0, self.count, self.block), dtype="<u4")
+        return np.array_equal(whole, self.table[:, 0])
 
     def rows(self) -> int:
         """How many images there are."""
@@ -132,7 +136,7 @@ def _checked(facts, size):
     """The JSON of a head in a file of `size` bytes. Raises for one that cannot be."""
     counts = [*facts["counts"].values()]
     numbers = [facts["image_size"], facts["block"], *counts]
-    right = facts["version"] == VERSION and all(type(n) is int and n >= 1 for n in numbers)
+    right = facts["version"] == VERSION and all(type(n) is int and 0 < n < 2**31 for n in numbers)
     if not right or sum(counts) > size:
         raise ValueError
     return facts
@@ -145,7 +149,11 @@ def _crc(images: bytes, labels: np.ndarray) -> int:
 def read(path: Path, listing, image_size: int) -> tuple[Tensor, np.ndarray]:
     """(images uint8 [rows, 3, S, S] mapped from the file, labels int64 [N], -1 for files that were
     left out). Raises UsageError unless the file is whole, and of this listing and size."""
-    head, wanted = Head.read(path), Head.of(listing, image_size)
+    with open(path, "rb") as file:  # once: another might lie there the next time
+        head, wanted = Head.read(file), Head.of(listing, image_size)
+        rows = head.rows()
+        place = head.images_at, (rows, 3, head.size, head.size)
+        mapped = np.memmap(file, np.uint8, "r", *place) if rows else None
     if head.size != image_size:
         raise UsageError(f"{path} has images of {head.size} pixels, must have {image_size}")
     if head.facts["seed"] != listing.seed:
@@ -156,9 +164,8 @@ def read(path: Path, listing, image_size: int) -> tuple[Tensor, np.ndarray]:
             f"{path} is of other pictures than {listing.root} has now, must be of these: pack "
             f"again by `{command(listing.root, image_size)}`"
         )
-    if not (rows := head.rows()):
+    if not rows:
         raise UsageError(f"{path} has no pictures, must have one or more")
-    mapped = np.memmap(path, np.uint8, "r", head.images_at, (rows, 3, head.size, head.size))
     return mapped_tensor(mapped), head.labels.astype(np.int64)
 
 
@@ -167,18 +174,14 @@ def verify(path: Path) -> int:
     images are not those that were packed, FileNotFoundError where there is no file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, must be packed first")
-    head = Head.read(path)
-    with (
-        open(path, "rb") as file,
-        tqdm(total=head.count, desc="verify", unit="picture", disable=None) as shown,
-    ):
+    with open(path, "rb") as file:
+        head = Head.read(file)
         file.seek(head.images_at)
-        for number, (rows, crc) in enumerate(head.table.tolist()):
+        for number, (rows, crc) in enumerate(bar(head.table.tolist(), "verify", unit="block")):
             files = head.files(number)
             if _crc(file.read(rows * head.image_bytes), head.labels[files]) != crc:
                 at = f"pictures {files.start} to {files.stop - 1}"
                 raise UsageError(f"{path} is damaged in {at}, must match its checksums: delete it")
-            shown.update(files.stop - files.start)
     return head.rows()
 
 
@@ -228,8 +231,11 @@ def _lock(file, path):
         raise OSError(errno.ENOSYS, "this system has no file locks of the kind needed") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{path} is being written by another process: wait for it") from None
+        mine = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:  # or it was, and has its name by now
+        raise UsageError(f"{path} is being written by another process: wait for it")
 
 
 def _fill(file, listing, image_size, workers, skip_broken):

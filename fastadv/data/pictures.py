@@ -40,6 +40,10 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(path, formats=FORMATS) as image:
+        try:
+            image.getexif()
+        except Exception:  # what is no EXIF surfaces as nearly any type, and says of no turn
+            return square(rgb(image), size)
         return square(rgb(ImageOps.exif_transpose(image)), size)
 
 
@@ -77,7 +81,8 @@ def files_per_block(size: int) -> int:
 def blocks(root: Path, files: list[str], size: int, workers: int | None = None) -> Iterator[Block]:
     """The pictures at `files`, relative to `root`, block by block in their order.
 
-    workers: processes that decode; None takes one per core, fewer for few files.
+    workers: processes that decode; None takes one per core, fewer for few files. Raises what the
+    system says of a file, such as that it may not be read, and MemoryError: it is not broken.
     """
     per_block = files_per_block(size)
     if workers is None:
@@ -90,6 +95,9 @@ def blocks(root: Path, files: list[str], size: int, workers: int | None = None) 
         generator=torch.Generator(),  # leaves torch's own random state alone
     )
     for images, broken in loader:
+        for reason in broken.values():
+            if isinstance(reason, Exception):
+                raise reason
         yield Block(images.numpy(), broken)
 
 
@@ -101,16 +109,18 @@ class _Files(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        """The image, or why there is none."""
+        """The image, or why there is none: in words, or the system's error."""
         path = self.root / self.files[i]
         try:
             return decode(path, self.size)
         except Exception as error:  # a broken file surfaces as nearly any exception type
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                return error
             return f"{type(error).__name__}: {error}".removesuffix(f" {str(path)!r}")
 
 
 def _block(found):
     """(images tensor, broken) of a worker: tensors pass between processes without a copy."""
-    images = [one for one in found if not isinstance(one, str)]
-    broken = {i: one for i, one in enumerate(found) if isinstance(one, str)}
+    images = [one for one in found if isinstance(one, np.ndarray)]
+    broken = {i: one for i, one in enumerate(found) if not isinstance(one, np.ndarray)}
     return torch.from_numpy(np.stack(images) if images else np.empty((0,), np.uint8)), broken

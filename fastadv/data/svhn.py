@@ -37,7 +37,7 @@ def load(data_dir: str | Path, seed: int) -> Dataset:
         raise UsageError(f"{path}: {len(full)} images, but {HELD_OUT} are held out")
     val, train = cut(full, HELD_OUT, seed=seed)
     test = image_set(*_read(path.with_name("test_32x32.mat")))
-    return Dataset("svhn", 10, 4, 1, train, val, test)
+    return Dataset("svhn", 10, 4, 1, train, val, test, mixed=True)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,8 @@ def add_images(add):
     add("--image-size", type=WHOLE, metavar="N", help=text)
     text = "validation images (held out from training) or test images; default: %(default)s"
     add("--split", choices=("val", "test"), default="test", help=text)
-    add("--limit", type=WHOLE, metavar="N", help="only the first N images")
+    text = "only N images: the first of CIFAR, SVHN and digits, of others N drawn by a fixed seed"
+    add("--limit", type=WHOLE, metavar="N", help=text)
 
 
 def add_attacks(add):
@@ -215,7 +216,18 @@ def folder(out, label):
     return out / "-".join(part for part in path.parts if part.strip("./")).replace(":", "-")
 
 
-def evaluate(subject, dataset, split, args, source):
+def limited(dataset, args):
+    """(ImageSet, in words how many images of which it has) of the split and limit of the flags."""
+    split = getattr(dataset, args.split)
+    if args.limit is None or args.limit >= len(split):
+        return split, f"{len(split)} images"
+    if dataset.mixed:  # what papers take, and the same for all who compare
+        return split.take(torch.arange(args.limit)), f"first {args.limit} of {len(split)} images"
+    words = f"{args.limit} of {len(split)} images, drawn by a fixed seed"
+    return split.sample(args.limit), words
+
+
+def evaluate(subject, dataset, split, words, args, source):
     """Attacks one network and reports it: {stage: accuracy}."""
     eps = subject.config.eps if args.eps is None else args.eps
     settings = {
@@ -230,11 +242,11 @@ def evaluate(subject, dataset, split, args, source):
         "seed": args.seed,
     }
     stages = suite.stages(["clean", *args.attacks.split(",")], eps, args.norm)
-    first = split.take(torch.arange(min(args.batch_size, len(split))))
-    x, y = first.images.to(args.device).float() / 255, first.labels.to(args.device)
+    some = split.sample(args.batch_size)
+    x, y = some.images.to(args.device).float() / 255, some.labels.to(args.device)
     model, stages, warnings = validity.probe(subject.model.to(args.device), x, y, stages)
     print(
-        f"\n{subject.label}: {dataset.name} {args.split}, {len(split)} images, {args.norm} eps "
+        f"\n{subject.label}: {dataset.name} {args.split}, {words}, {args.norm} eps "
         f"{report.fraction(eps, args.norm)}, {args.precision} search, fp32 verdict, seed "
         f"{args.seed}",
         flush=True,
@@ -268,7 +280,7 @@ def evaluate(subject, dataset, split, args, source):
     for warning in warnings:
         print(f"warning: {warning}")
     if out:
-        settings |= {"checkpoint": subject.label, "date": date.today().isoformat()}
+        settings |= {"checkpoint": subject.label, "chosen": words, "date": date.today().isoformat()}
         text = report.as_json(record, stages, settings, warnings)
         checkpoint.atomic_write(out / "report.json", text)
         if args.save_adversarial:
@@ -295,10 +307,8 @@ def command(args):
     if source is not None:
         networks.check_fits(source, dataset, args.source)
         networks.check_names(args.source, dataset)
-    split = getattr(dataset, args.split)
-    if args.limit:
-        split = split.take(torch.arange(min(args.limit, len(split))))
-    results = {subject.label: evaluate(subject, dataset, split, args, source) for subject in found}
+    images = limited(dataset, args)
+    results = {one.label: evaluate(one, dataset, *images, args, source) for one in found}
     if len(results) > 1:
         root = os.path.commonpath(map(os.path.abspath, results))
         short = {os.path.relpath(label, root): rates for label, rates in results.items()}

@@ -80,10 +80,18 @@ def test_formats_nested_folders_and_hidden_files(tmp_path):
     tree(tmp_path)
     for name in ("a.JPG", "b.jpeg", "c.WebP", "deep/er/d.png"):
         save(tmp_path / "test/cat" / name)
-    for name in ("._a.png", "notes.txt"):
-        (tmp_path / "test/cat" / name).write_text("no picture")
+    for name in ("._a.png", ".thumbs/b.png", "deep/.thumbs/c.png"):
+        path = tmp_path / "test/cat" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("no picture")
     (tmp_path / "test/.cache").mkdir()
     assert len(load(tmp_path).test) == 16
+    for name in ("notes.txt", "e.gif", "deep/f.gif", "README"):
+        (tmp_path / "test/cat" / name).write_text("no picture")
+    with pytest.warns(UserWarning, match="test has files .* passed over: ") as caught:
+        assert len(load(tmp_path).test) == 16
+    (said,) = (str(warning.message) for warning in caught)
+    assert sorted(said.split("over: ")[1].split(", ")) == ["1 .txt", "1 without", "2 .gif"]
 
 
 MODES = {
@@ -124,6 +132,14 @@ def test_a_turned_photograph_stands_upright(tmp_path):
     saved = save(tmp_path / "a.png", shape=shape, exif=exif)
     found = pictures.decode(tmp_path / "a.png", 12)
     assert np.array_equal(found.transpose(1, 2, 0), np.rot90(saved, -1))
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+def test_what_is_no_exif_turns_nothing(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    save(path, shape=(12, 12, 3), exif=b"Exif\0\0no TIFF at all")
+    whole = np.array(Image.open(path).convert("RGB"))
+    assert np.array_equal(pictures.decode(path, 12).transpose(1, 2, 0), whole)
 
 
 @pytest.mark.parametrize("shape", [(20, 60, 3), (60, 20, 3)])
@@ -179,6 +195,21 @@ def test_a_broken_picture_is_named(tmp_path, kind):
     message = rf"train/dog/3\.png is broken \(({reason}).*--image-size 12 --skip-broken`"
     with pytest.raises(UsageError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError("no room")])
+def test_an_error_of_the_system_breaks_no_picture(tmp_path, monkeypatch, error, workers):
+    """With --skip-broken a whole picture would be missing, and nobody would know."""
+    tree(tmp_path)
+
+    def failing(path, size):
+        raise error
+
+    monkeypatch.setattr(pictures, "decode", failing)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        pack.write(folder.scan(tmp_path), 12, workers=workers, skip_broken=True)
+    assert not pack.place(tmp_path, 12).exists()
 
 
 def test_folders_of_another_form_are_named(tmp_path):

@@ -105,6 +105,26 @@ def test_grey_images_and_those_among_coloured_ones():
     assert torch.equal(made.test.images[6:], LEVELS[6:])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_numbers_of_either_byte_order(order):
+    items = [(x.numpy().astype(f"{order}f4") / 255, y) for x, y in pairs(lambda x: x)]
+    assert items[0][0].dtype.byteorder in (order, "=")
+    assert torch.equal(convert.as_image_set(items).images, LEVELS)
+    deep = np.arange(144, dtype=np.uint16).reshape(12, 12) * 450
+    form = "I;16" if order == "<" else "I;16B"
+    image = Image.frombytes(form, (12, 12), deep.astype(f"{order}u2").tobytes())
+    (found,) = convert.as_image_set([(image, 0)]).images
+    assert torch.equal(found, torch.from_numpy((deep >> 8).astype(np.uint8))[None])
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pillow_images_of_an_unknown_range_are_refused(mode):
+    """Pillow's own conversion would make [0, 1] black, or cut at 255."""
+    items = [*pairs(FORMS["Pillow"])[:2], (Image.new(mode, (12, 12), 1), 0)]
+    with pytest.raises(UsageError, match=f"^train item 2 is a Pillow image of mode {mode}, .* 16 "):
+        data.from_dataset(items, items)
+
+
 def test_val_and_augmentation_that_are_given():
     items = TensorDataset(LEVELS, LABELS)
     made = data.from_dataset(

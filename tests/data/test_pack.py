@@ -14,6 +14,7 @@ import zlib
 import pytest
 import torch
 from pictures import save, tree
+from PIL import Image
 
 from fastadv import data
 from fastadv.data import __main__ as command
@@ -137,19 +138,32 @@ def test_every_damaged_byte_of_the_head_is_seen(root):
         changed[at] ^= 1 << at % 8
         path.write_bytes(changed)
         with pytest.raises(UsageError, match=r"packed-12.fastadv is .*must"):
-            pack.Head.read(path)
+            pack.verify(path)
 
 
 def test_a_head_that_promises_too_much(root):
     path, _ = write(root)
     listing = folder.scan(root)
-    for counts in ({"train": 2**60}, {"train": -1}, {"train": "1"}, {}, 7):
+    for counts in ({"train": 2**60}, {"train": 2**80}, {"train": -1}, {"train": "1"}, {}, 7):
         facts = pack.Head.of(listing, SIZE).facts | {"counts": counts}
         text = json.dumps(facts).encode()
         prefix = pack.PREFIX.pack(pack.MAGIC, len(text), zlib.crc32(text))
         path.write_bytes(prefix + text)
         with pytest.raises(UsageError, match=r"is damaged or cut short"):
             load(root)
+
+
+def test_a_table_of_other_numbers_than_the_labels(root):
+    path, _ = write(root)
+    content = path.read_bytes()
+    with open(path, "rb") as file:
+        head = pack.Head.read(file)
+    head.table = head.table.copy()
+    head.table[0, 0] = 2**32 - 1  # of which verify would read as many images
+    path.write_bytes(head.bytes() + content[head.end :])
+    for call in (load, lambda root: pack.verify(path)):
+        with pytest.raises(UsageError, match=r"is damaged or cut short"):
+            call(root)
 
 
 def test_damaged_images_are_found_by_verify(root, capsys):
@@ -291,12 +305,71 @@ def test_a_full_disk(root, monkeypatch, code):
     assert write(root)[0].read_bytes() == expected
 
 
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "another class"])
+def test_changed_folders_are_packed_again(root, change):
+    """Training refuses the packed file in words, and the same command packs the pictures anew."""
+    write(root)
+    there = root / "train/dog/3.png"
+    if change == "added":
+        save(root / "train/dog/9.png", 99, (SIZE, SIZE, 3))
+    elif change == "removed":
+        there.unlink()
+    elif change == "renamed":
+        there.rename(root / "train/dog/9.png")
+    else:
+        for split in ("train", "test"):
+            save(root / split / "emu/0.png", 99, (SIZE, SIZE, 3))
+    with pytest.raises(UsageError, match="is of other pictures than .*: pack again by `python -m"):
+        load(root)
+    command.main(["pack", str(root), "--image-size", str(SIZE), "--workers", "0"])
+    packed = load(root)
+    pack.place(root, SIZE).unlink()
+    assert same(packed, load(root))
+
+
+def test_a_file_that_is_replaced_while_it_is_read(root, monkeypatch):
+    """Labels and images come from one file, though another lies there by now."""
+    path, _ = write(root)
+    expected, after = load(root), Image.new("RGB", (SIZE, SIZE))
+    read = pack.Head.read
+
+    def replaced(file):
+        head = read(file)
+        for picture in root.rglob("*.png"):
+            after.save(picture)
+        path.unlink()
+        write(root)
+        return head
+
+    monkeypatch.setattr(pack.Head, "read", replaced)
+    listing = folder.scan(root)
+    images, _ = pack.read(path, listing, SIZE)
+    assert torch.equal(images[: len(expected.train)], expected.train.images)
+
+
 def test_two_writers_at_once(root):
     with open(temporary(root), "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="is being written by another process: wait for it$"):
             write(root)
     write(root)
+
+
+def test_a_file_that_another_writer_has_just_finished(root, monkeypatch):
+    """It has been renamed between opening it and locking it: writing on would damage it."""
+    lock, whole = fcntl.flock, []
+
+    def late(file, how):
+        if not whole:
+            whole.append(None)
+            temporary(root).unlink()
+            whole.append(write(root)[0].read_bytes())
+        return lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UsageError, match="is being written by another process: wait for it$"):
+        write(root)
+    assert pack.place(root, SIZE).read_bytes() == whole[1]
 
 
 def test_a_killed_writer_ends_with_the_same_bytes(tmp_path):

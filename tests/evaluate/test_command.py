@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,26 @@ def test_a_folder_is_of_one_evaluation(teacher, tmp_path):
     ]:
         with pytest.raises(ValueError, match=match):
             main([*line, *other])
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_limit_takes_images_of_all_classes(teacher, npz, tmp_path, monkeypatch, capsys, mixed):
+    """The images of a folder lie class by class: the first N would be of one class."""
+    read = data.load("npz", npz)
+    order = read.test.labels.argsort(stable=True)
+    given = replace(read, test=read.test.take(order), mixed=mixed)
+    monkeypatch.setattr(data, "load", lambda *args, **options: given)
+    line = f"--checkpoint {teacher} --attacks clean --limit 21 --out {tmp_path}"
+    main(line.split())
+    chosen = given.test.take(torch.arange(21)) if mixed else given.test.sample(21)
+    assert len(chosen.labels.unique()) == (1 if mixed else 3)
+    model, _ = evaluate.from_run(teacher)
+    right = evaluate.accuracies(model, chosen, ("clean",), eps=0.1)["clean"]
+    report = only_report(tmp_path)
+    assert float(report["attacks"]["clean"]["accuracy"]) / 100 == pytest.approx(right, abs=1e-4)
+    words = "first 21 of 80 images" if mixed else "21 of 80 images, drawn by a fixed seed"
+    assert report["chosen"] == words
+    assert words in capsys.readouterr().out
 
 
 def test_reports_have_robustbenchs_fields_and_the_examples(npz, teacher, tmp_path):

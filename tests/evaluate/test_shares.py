@@ -58,7 +58,7 @@ def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
     line = [sys.executable, *TORCHRUN, "-m", "fastadv.evaluate", *common, str(tmp_path / "two")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("images, linf") == 1  # one process prints
+    assert done.stdout.count("images, drawn") == 1  # one process prints
     found, _ = checkpoint.load(state)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
