@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from ..errors import UsageError
 from ..runs.progress import bar
 from . import pictures
-from .dataset import Dataset, ImageSet, check_classes, cut
+from .dataset import Dataset, ImageSet, check_classes, check_split, cut
 
 HELD_OUT = 1_000
 MAX_CLASSES = 100_000
@@ -47,7 +47,8 @@ def from_dataset(
     """
     given = {"train": train, "test": test} | ({} if val is None else {"val": val})
     splits = {
-        split: as_image_set(items, split, num_classes, image_size) for split, items in given.items()
+        split: check_split(as_image_set(items, split, num_classes, image_size), split, num_classes)
+        for split, items in given.items()
     }
     shapes = {split: list(part.images.shape[1:]) for split, part in splits.items()}
     for split, shape in shapes.items():

@@ -58,6 +58,12 @@ class Dataset:
     classes: tuple[str, ...] = ()
     mixed: bool = False
 
+    def counted(self) -> str:
+        """How many images and classes there are, in words."""
+        train, val, test = (f"{len(s):,}" for s in (self.train, self.val, self.test))
+        images = f"{train} images to train on, {val} to validate, {test} to test"
+        return f"{self.name}: {images}; {self.num_classes} classes"
+
 
 def mapped_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array that is mapped from a file, to be read alone."""
@@ -89,37 +95,42 @@ def check_dataset(dataset: Dataset, name: str) -> Dataset:
         value = getattr(dataset, field)
         if type(value) is not int or not least <= value <= most:
             raise UsageError(f"{name}: {field} is {value!r}, must be an int in [{least}, {most}]")
-    splits = {which: getattr(dataset, which) for which in ("train", "val", "test")}
-    for which, split in splits.items():
-        for field in ("images", "labels", "index"):
-            if not isinstance(value := getattr(split, field, None), Tensor):
-                kind = type(value).__name__
-                raise UsageError(f"{name}: {which}.{field} is a {kind}, must be a tensor")
-    shape = dataset.train.images.shape[1:]
-    for which, split in splits.items():
-        images, count = split.images, len(split.images)
-        alike = images.dim() == 4 and images.shape[1:] == shape
-        if images.dtype != torch.uint8 or not alike or not count:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UsageError(f"{name}: {which}.images are {found}, must be uint8 [N, C, H, W]")
-        if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+    for which in ("train", "val", "test"):
+        split = check_split(getattr(dataset, which), f"{name}: {which}", dataset.num_classes)
+        shape, wanted = list(split.images.shape), list(dataset.train.images.shape[1:])
+        if shape[1:] != wanted:
             raise UsageError(
-                f"{name}: {which}.images are {list(images.shape)}, must be [N, C, H, W]: "
-                "images.permute(0, 3, 1, 2)"
+                f"{name}: {which}.images are {shape}, must be {wanted} each as those of train"
             )
-        for field in ("labels", "index"):
-            numbers = getattr(split, field)
-            if numbers.dtype != torch.int64 or numbers.shape != (count,):
-                found = f"{numbers.dtype} {list(numbers.shape)}"
-                raise UsageError(f"{name}: {which}.{field} are {found}, must be int64 [{count}]")
-        least, most = split.labels.min(), split.labels.max()
-        if least < 0 or most >= dataset.num_classes:
-            raise UsageError(
-                f"{name}: {which}.labels lie in {least}..{most}, must be in "
-                f"0..{dataset.num_classes - 1}"
-            )
-        _check_index(split, f"{name}: {which}.index")
     return dataset
+
+
+def check_split(split: ImageSet, what: str, num_classes: int | None = None) -> ImageSet:
+    """`split`, which `what` names. Raises UsageError unless it is an ImageSet as the class says,
+    with labels below `num_classes`, if they are known."""
+    for field in ("images", "labels", "index"):
+        if not isinstance(value := getattr(split, field, None), Tensor):
+            raise UsageError(f"{what}.{field} is a {type(value).__name__}, must be a tensor")
+    images, count = split.images, len(split.images)
+    if images.dtype != torch.uint8 or images.dim() != 4 or not count:
+        found = f"{images.dtype} {list(images.shape)}"
+        raise UsageError(f"{what}.images are {found}, must be uint8 [N, C, H, W]")
+    if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+        raise UsageError(
+            f"{what}.images are {list(images.shape)}, must be [N, C, H, W]: "
+            "images.permute(0, 3, 1, 2)"
+        )
+    for field in ("labels", "index"):
+        numbers = getattr(split, field)
+        if numbers.dtype != torch.int64 or numbers.shape != (count,):
+            found = f"{numbers.dtype} {list(numbers.shape)}"
+            raise UsageError(f"{what}.{field} are {found}, must be int64 [{count}]")
+    least, most = int(split.labels.min()), int(split.labels.max())
+    if least < 0 or most >= (num_classes or 2**31):
+        wanted = f"in 0..{num_classes - 1}" if num_classes else "whole numbers from 0 on"
+        raise UsageError(f"{what}.labels lie in {least}..{most}, must be {wanted}")
+    _check_index(split, f"{what}.index")
+    return split
 
 
 def _check_index(split: ImageSet, what: str) -> None:

@@ -1,6 +1,7 @@
 """Images that train beside a data set's own, such as generated ones (Gowal et al. 2021; Wang et al.
 2023): an .npz file of millions of them, which is mapped and never loaded."""
 
+import math
 import struct
 import zipfile
 from pathlib import Path
@@ -91,5 +92,7 @@ def _member(path, archive, name):
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         start = member.header_offset + 30 + sum(LOCAL_HEADER.unpack(file.read(30)))
+    if header + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise UsageError(f"{path} is damaged: {name} has {member.file_size} bytes, not {shape}")
     order = "F" if fortran else "C"
     return np.memmap(path, dtype, "r", start + header, tuple(shape), order)

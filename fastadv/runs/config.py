@@ -183,7 +183,13 @@ class Config:
         if late and self.schedule == "step":
             yield (
                 f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
-                "does not drop there"
+                "does not drop there; give epochs before that, such as "
+                f"{max(self.epochs // 2, 1)},{max(self.epochs * 3 // 4, 1)}"
+            )
+        if 0 < (reach := self.steps * self.step_size) < self.eps * (1 - 1e-6):
+            yield (
+                f"steps is {self.steps} and step_size {self.step_size:.4g}, which together reach "
+                f"{reach:.4g} of eps {self.eps:.4g}: give more or larger steps"
             )
         if self.batch_size > images:
             yield (

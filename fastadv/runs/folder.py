@@ -74,16 +74,27 @@ class Run:
             try:
                 self._restore(tensors, metadata)
             except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).partition("\n")[0]
+                missing = isinstance(error, KeyError)  # also in runs of older versions
+                reason = f"it has no {error}" if missing else str(error).partition("\n")[0]
                 raise UsageError(
                     f"{path} is not of the run that config.json beside it describes: {reason}"
                 ) from error
         elif any(row["epoch"] > 0 for row in log.read(self.metrics)):
             raise FileNotFoundError(f"{path}: no such file, but {self.metrics} has later epochs")
+        self._check_together(path)
         if parallel.rank() == 0:
             for half_written in self.folder.glob(".*.tmp"):
                 half_written.unlink()
             log.keep_before(self.metrics, self.epoch)
+
+    def _check_together(self, path):
+        """Raises UsageError unless all processes go on from the same step."""
+        mine = torch.tensor([self.epoch, self.step])
+        if not torch.equal(parallel.least(mine), -parallel.least(-mine)):
+            raise UsageError(
+                f"{path} ends at step {self.step} of epoch {self.epoch + 1} here and elsewhere on "
+                "another machine: the processes must share the run's folder"
+            )
 
     def _restore(self, tensors, metadata):
         part = partial(_with_prefix, tensors)

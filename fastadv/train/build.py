@@ -45,6 +45,12 @@ def build_method(config):
         epochs=config.epochs,
         **config.method_options,
     )
+    if config.eps_schedule != "constant" and not isinstance(method.attack, PGD):
+        kind = type(method.attack).__name__
+        raise UsageError(
+            f"eps_schedule is {config.eps_schedule!r}, must be constant with the method's own "
+            f"attack, a {kind}: only a PGD has a radius and a step to change"
+        )
     if method.attack_bn == "train" and config.precision_attack != config.precision_outer:
         raise UsageError(
             f"precision_attack is {config.precision_attack}, must be precision_outer "

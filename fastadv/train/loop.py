@@ -55,6 +55,7 @@ def train(config, resume=False):
     run.resume() if resume else run.open()
     # Nothing is refused from here on: advice before an error would hide it.
     if parallel.rank() == 0:
+        tqdm.write(dataset.counted())
         if run.finished:
             tqdm.write(f"{folder.name}: training ended with epoch {run.epoch}, none is left")
         for doubt in config.doubts(len(dataset.train)):
@@ -110,6 +111,7 @@ def train(config, resume=False):
                 run.end_step(epoch, step, loss=loss_sum, bad_gradients=bad_gradients)
         if config.swa_start is not None and epoch >= config.swa_start:
             average.update_parameters(student)
+        seconds = time.perf_counter() - start
         if config.recompute_bn and run.model is not student:
             recompute_statistics(run.model, loader, epoch)
         run.state = method.end_epoch(run.state)
@@ -119,7 +121,7 @@ def train(config, resume=False):
             "lr": rate,
             "loss": finite(parallel.mean(loss_sum) / len(loader), epoch),
             "bad_gradients": int(parallel.total(bad_gradients)),
-            "images_per_s": round(images / (time.perf_counter() - start), 1),
+            "images_per_s": round(images / seconds, 1),
         }
         for which, cache in caches.items():
             row[f"{which}_cached"] = cached_share(cache)

@@ -36,7 +36,7 @@ def learning_rate(config, update, updates):
         top = (rise or 0.3 * updates) - 1
         if update < top:
             return _cosine(config.lr / 25, config.lr, update / top)
-        return _cosine(config.lr, config.lr / 25e4, (update - top) / max(updates - 1 - top, 1))
+        return _cosine(config.lr, config.lr / 25e4, (update - top) / ((updates - 1 - top) or 1))
     if update < rise:
         return config.lr * ((update + 1) / rise)
     if config.schedule == "step":

@@ -47,6 +47,19 @@ def test_what_is_of_another_kind_is_named(wrong, match):
         check_dataset(dataset(**wrong), "mine")
 
 
+def test_a_sample_is_the_same_each_time_and_in_order():
+    images = torch.arange(40).byte()[:, None, None, None].expand(40, 1, 2, 2)
+    whole = data.ImageSet(images, torch.arange(40) // 10, torch.arange(100, 140))
+    chosen = whole.sample(12)
+    assert torch.equal(chosen.index, whole.sample(12).index)
+    assert not torch.equal(chosen.index, whole.sample(12, seed=1).index)
+    assert torch.equal(chosen.index, chosen.index.unique())
+    assert torch.equal(chosen.images[:, 0, 0, 0].long() + 100, chosen.index)
+    assert torch.equal(chosen.labels, (chosen.index - 100) // 10)
+    assert len(chosen.labels.unique()) == 4
+    assert torch.equal(whole.sample(99).index, whole.index)
+
+
 def test_images_with_channels_last_are_refused():
     """They would train, as images of many channels and one or three columns."""
     for channels in (1, 3):

@@ -141,6 +141,20 @@ def saved(path, save=np.savez, **fields):
     return path
 
 
+@pytest.mark.parametrize("count", [29, 32])
+def test_a_header_of_another_number_of_rows(tmp_path, dataset, count):
+    """Of too many the last ones would be bytes of what lies behind the array."""
+    crafted = tmp_path / "b.npz"
+    with (
+        zipfile.ZipFile(saved(tmp_path / "a.npz", **arrays())) as whole,
+        zipfile.ZipFile(crafted, "w") as other,
+    ):
+        for name in whole.namelist():
+            other.writestr(name, whole.read(name).replace(b"(30, ", b"(%d, " % count))
+    with pytest.raises(UsageError, match=r"b.npz is damaged: image has \d+ bytes, not \("):
+        load_extra(crafted, dataset)
+
+
 def test_a_file_is_mapped_where_it_lies(tmp_path, dataset):
     fields = arrays()
     first = saved(tmp_path / "a.npz", something=np.zeros(3), **fields)

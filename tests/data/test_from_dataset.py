@@ -1,5 +1,7 @@
 """torch Datasets and sequences as fastadv's own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,20 @@ def test_numbers_of_either_byte_order(order):
     image = Image.frombytes(form, (12, 12), deep.astype(f"{order}u2").tobytes())
     (found,) = convert.as_image_set([(image, 0)]).images
     assert torch.equal(found, torch.from_numpy((deep >> 8).astype(np.uint8))[None])
+
+
+def test_image_sets_are_checked_too():
+    good = data.ImageSet(LEVELS, LABELS, torch.arange(12))
+    assert data.from_dataset(good, good).test is good
+    for field, value, match in (
+        ("images", LEVELS / 255, r"images are torch.float32 \[12, 3, .*, must be uint8"),
+        ("labels", LABELS.float(), "labels are torch.float32"),
+        ("labels", LABELS - 1, "labels lie in -1..2, must be whole numbers from 0 on"),
+        ("labels", LABELS.tolist(), "labels is a list, must be a tensor"),
+        ("index", torch.arange(12) - 1, "index lies in -1..10, must be in 0.."),
+    ):
+        with pytest.raises(UsageError, match=f"^test.{match}"):
+            data.from_dataset(good, replace(good, **{field: value}))
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -112,7 +112,7 @@ def test_digits_have_no_folder():
 
 def test_what_a_run_hardly_means(npz, tmp_path):
     """Said when it trains, and not where its record is read."""
-    small = {"epochs": 2, "milestones": (1, 2, 5), "batch_size": 145}
+    small = {"epochs": 2, "milestones": (1, 2, 5), "batch_size": 145, "step_size": 0.05}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         doubtful = config(npz, tmp_path / "run", **small)
@@ -122,17 +122,24 @@ def test_what_a_run_hardly_means(npz, tmp_path):
         train(doubtful)
     said = [str(one.message) for one in caught if one.category is UserWarning]
     assert said == [
-        "milestones has 2, 5, which 2 epochs do not reach: lr does not drop there",
+        "milestones has 2, 5, which 2 epochs do not reach: lr does not drop there; give "
+        "epochs before that, such as 1,1",
         "batch_size is 145, more than the 144 training images: an epoch is one step",
     ]
-    assert list(config(npz, tmp_path, batch_size=11).doubts(144)) == [
+    full = {"step_size": 0.05}
+    assert list(config(npz, tmp_path, batch_size=11, **full).doubts(144)) == [
         "batch_size is 11, which leaves one of 144 images for the last batch: BatchNorm has little "
         "or nothing to take statistics of"
     ]
-    assert not list(config(npz, tmp_path, batch_size=1).doubts(144))
+    assert not list(config(npz, tmp_path, batch_size=1, **full).doubts(144))
+    assert list(config(npz, tmp_path, eps=0.2, step_size=None, steps=2).doubts(144)) == [
+        "steps is 2 and step_size 0.05, which together reach 0.1 of eps 0.2: give more or larger "
+        "steps"
+    ]
+    assert not list(config(npz, tmp_path, eps=0.7, step_size=None, steps=4).doubts(144))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        train(config(npz, tmp_path / "fine", epochs=2, milestones=(1,), batch_size=144))
+        train(config(npz, tmp_path / "fine", epochs=2, milestones=(1,), batch_size=144, **full))
 
 
 def test_a_record_from_elsewhere_is_read():

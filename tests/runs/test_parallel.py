@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import evaluate
+from fastadv import UsageError, evaluate
 from fastadv.runs import checkpoint, log, parallel
 from fastadv.runs.config import Config
 from fastadv.train import train
@@ -246,6 +246,16 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch):
             parallel.check_device(name)
     with pytest.raises(ValueError, match="the demo runs in one process, not 2: give flags"):
         main([])
+
+
+def test_processes_that_share_no_folder_do_not_go_on(npz, tmp_path, monkeypatch):
+    """Each would go on from what its own machine has, and gradients would be of two networks."""
+    settings = SETTINGS | {"method": "at", "data_dir": str(npz), "out": str(tmp_path / "run")}
+    train(Config(**settings))
+    other = torch.tensor([1, 0])  # of the process that is one epoch behind
+    monkeypatch.setattr(parallel, "least", lambda mine: torch.minimum(mine, mine.sign() * other))
+    with pytest.raises(UsageError, match="ends at step 0 of epoch 3 here .* must share the run"):
+        train(Config(**settings | {"epochs": 3}), resume=True)
 
 
 def test_means_reach_tensors_of_any_strides_and_dtype(monkeypatch):

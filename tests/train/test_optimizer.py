@@ -50,6 +50,9 @@ def test_rates_are_those_of_torchs_schedulers():
         ),
     ):
         assert ours(**settings) == pytest.approx(torchs(make), rel=1e-9, abs=1e-12), settings
+    for count in (1, 2, 3, 4):
+        few = torchs(lambda o, n=count: lr_scheduler.OneCycleLR(o, 0.1, n), count)
+        assert ours(count, schedule="onecycle") == pytest.approx(few), count
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "linear"])

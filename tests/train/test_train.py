@@ -8,13 +8,19 @@ from safetensors.torch import load_file
 from small_runs import config, with_teachers
 
 from fastadv import data, evaluate, methods
-from fastadv.attacks import PGD
+from fastadv.attacks import APGD, PGD
 from fastadv.runs import checkpoint, folder, log
 from fastadv.runs.folder import Run
 from fastadv.teacher_cache import TeacherCache
 from fastadv.train import train
 from fastadv.train.build import build_loader
 from fastadv.train.cli import parse
+
+
+class OwnAttack(methods.AT):
+    def __init__(self, attack=None, **options):
+        super().__init__(attack=attack, **options)
+        self.attack = APGD(eps=0.1)
 
 
 def test_a_run_leaves_its_whole_record(npz, tmp_path):
@@ -444,7 +450,7 @@ def test_divergence_is_an_error(npz, tmp_path):
         train(config(npz, tmp_path / "run", lr=1e30))
 
 
-def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
+def test_unusable_settings_name_themselves(npz, tmp_path, teacher, monkeypatch):
     def fails(match, **changed):
         with pytest.raises(ValueError, match=match):
             train(config(npz, tmp_path / "none", **changed))
@@ -485,6 +491,9 @@ def test_unusable_settings_name_themselves(npz, tmp_path, teacher):
         config(npz, tmp_path, recompute_bn=True)
     with pytest.raises(ValueError, match="eps_schedule is 'cosine', must be constant or linear"):
         config(npz, tmp_path, eps_schedule="cosine")
+    with monkeypatch.context() as patch:
+        patch.setitem(methods.METHODS, "at", OwnAttack)
+        fails("eps_schedule is 'linear', .* own attack, a APGD: only a PGD", eps_schedule="linear")
     fails("device is 'gpu', which cannot be used here", device="gpu")
     fails("student_width is 0, must be at least 1", student_width=0)
     with pytest.raises(ValueError, match="epochs is 0, must be at least 1"):
