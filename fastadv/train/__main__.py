@@ -1,6 +1,6 @@
 r"""python -m fastadv.train: adversarial training and robustness distillation.
 
-    python -m fastadv.train                     # without flags: the demo, under three minutes
+    python -m fastadv.train                     # without flags: the demo, three to eight minutes
     python -m fastadv.train --method rslad --data cifar10 --data-dir DIR --student resnet18 \
         --teacher wrn34_10 --teacher-checkpoint model_cifar_wrn.pt --precision bf16 --out runs/rslad
     python -m fastadv.train --recipe rslad-cifar10-resnet18 --data-dir DIR --teacher-checkpoint FILE
