@@ -77,6 +77,17 @@ def table(rows):
     return lines
 
 
+def about(rows):
+    """On what the rows were measured, in words."""
+    seeds, torchs, cpus = (sorted({str(row[k]) for row in rows}) for k in ("seed", "torch", "cpu"))
+    days = sorted({row["time"][:10] for row in rows})
+    return (
+        f"{len(data.load('digits').test)} test images, linf eps {EPS}, seeds {', '.join(seeds)}; "
+        f"torch {', '.join(torchs)}, {' and '.join(cpus)}, "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; the rows say which."
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,14 +106,11 @@ def main():
             rates = measure(name, seed, folder, checkpoints)
             with open(results, "a") as file:
                 file.write(json.dumps({"method": name, "seed": seed, **rates} | where) + "\n")
-    lines = table(newest(results))
+    rows = newest(results)
+    lines = table(rows)
     print("\n".join(lines))
     if not args.out:
-        about = (
-            f"{len(data.load('digits').test)} test images, linf eps {EPS}, seeds {args.seeds}; "
-            f"torch {where['torch']}, {where['cpu']}, {where['time'][:10]}; commits in the rows."
-        )
-        replace_between(PAGE, MARKS, [*lines, "", about])
+        replace_between(PAGE, MARKS, [*lines, "", about(rows)])
 
 
 if __name__ == "__main__":
