@@ -9,6 +9,7 @@ A process on its own is a world of one. Collective functions must be called by a
 """
 
 import contextlib
+import functools
 import os
 from datetime import timedelta
 
@@ -101,11 +102,20 @@ def mean_(tensors):
     """Replaces every float tensor of a list by its mean over the processes, by one all-reduce.
     Collective."""
     if world() > 1 and tensors:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        parts = [tensor.reshape(-1) for tensor in tensors]
+        dtype = functools.reduce(torch.promote_types, {part.dtype for part in parts})
+        flat = _kept(sum(map(len, parts)), dtype, parts[0].device)
+        torch.cat(parts, out=flat)
         dist.all_reduce(flat)
         flat /= world()
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(tensors, flat.split([*map(len, parts)]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(count, dtype, device):
+    """Memory for `mean_`, which is kept for the next step: fresh pages take as long as the sum."""
+    return torch.empty(count, dtype=dtype, device=device)
 
 
 def barrier():
