@@ -43,8 +43,8 @@ def teachers(folder):
     return given
 
 
-def measure(name, seed, folder, checkpoints, **options):
-    """{attack: test accuracy} of the run's best checkpoint by validation; `options` of the method
+def measure(name, seed, folder, checkpoints, split="test", **options):
+    """{attack: accuracy on `split`} of the run's best checkpoint by validation; `options` of the method
     besides its settings'. The run folder is `folder`/NAME-SEED."""
     needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
     given = {field: checkpoints[field] for field in needed}
@@ -54,7 +54,7 @@ def measure(name, seed, folder, checkpoints, **options):
     fields["method_options"] |= options
     train(Config(**fields | given | common))
     model, _ = from_run(out / "best.safetensors")
-    return accuracies(model, data.load("digits").test, ATTACKS, eps=EPS)
+    return accuracies(model, getattr(data.load("digits"), split), ATTACKS, eps=EPS)
 
 
 def newest(results):
