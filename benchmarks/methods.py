@@ -44,8 +44,8 @@ def teachers(folder):
 
 
 def measure(name, seed, folder, checkpoints, split="test", **options):
-    """{attack: accuracy on `split`} of the run's best checkpoint by validation; `options` of the method
-    besides its settings'. The run folder is `folder`/NAME-SEED."""
+    """{attack: accuracy on `split`} of the run's best checkpoint by validation. options: of the
+    method, besides its settings'. The run folder is `folder`/NAME-SEED."""
     needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
     given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"

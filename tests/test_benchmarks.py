@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv import evaluate, freeze
+from fastadv import evaluate, freeze, methods
 from fastadv.attacks import suite
 from fastadv.data.dataset import ImageSet
 
@@ -405,6 +405,33 @@ def test_a_teacher_asked_less_often_is_timed_beside_the_exact_method(bench, monk
     assert [row["teacher_every"] for row in rows] == [1, 2, 5]
     assert all(row["epoch_s"] >= 0 and row["method"] == "adaad" for row in rows)
     assert {*asked} == {("adaad", 1), ("adaad", 2), ("adaad", 5)}
+
+
+def test_choices_of_vfd_are_compared_with_the_default_by_seed(bench, monkeypatch, tmp_path):
+    module, asked = bench("vfd"), []
+
+    def measure(method, seed, folder, checkpoints, split, **options):
+        asked.append((method, split, options))
+        return {"clean": 0.9, "pgd20": 0.5 + 0.1 * seed + (0.02 + 0.02 * seed) * bool(options)}
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "teachers", lambda folder: {})
+    line = ["vfd.py", "--only", "default,l2", "--seeds", "0,1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", line)
+    module.main()
+    assert asked == [("vfd+at", "val", {}), ("vfd+at", "val", {"distance": "l2"})] * 2
+    rows = [json.loads(row) for row in (tmp_path / "vfd.jsonl").read_text().splitlines()]
+    assert [(row["choice"], row["seed"]) for row in rows] == [
+        ("default", 0),
+        ("l2", 0),
+        ("default", 1),
+        ("l2", 1),
+    ]
+    assert module.table(rows)[2:] == [
+        "| default | 90.0 ± 0.0 | 55.0 ± 7.1 | - |",
+        "| l2 | 90.0 ± 0.0 | 58.0 ± 8.5 | +3.0 ± 1.0 |",
+    ]
+    assert all(methods.get("vfd+at", **options) for options in module.CHOICES.values())
 
 
 def test_the_data_benchmark_on_a_few_files(bench, monkeypatch):

@@ -180,11 +180,12 @@ class Config:
     def doubts(self, images):
         """Sentences on settings that can be, but are hardly meant for so many training images."""
         late = [str(epoch) for epoch in self.milestones if epoch >= self.epochs]
+        half, most = self.epochs // 2, self.epochs * 3 // 4
+        remedy = f"; give earlier ones, such as {half},{most}" if 0 < half < most else ""
         if late and self.schedule == "step":
             yield (
                 f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
-                "does not drop there; give epochs before that, such as "
-                f"{max(self.epochs // 2, 1)},{max(self.epochs * 3 // 4, 1)}"
+                f"does not drop there{remedy}"
             )
         if 0 < (reach := self.steps * self.step_size) < self.eps * (1 - 1e-6):
             yield (

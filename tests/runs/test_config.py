@@ -122,8 +122,7 @@ def test_what_a_run_hardly_means(npz, tmp_path):
         train(doubtful)
     said = [str(one.message) for one in caught if one.category is UserWarning]
     assert said == [
-        "milestones has 2, 5, which 2 epochs do not reach: lr does not drop there; give "
-        "epochs before that, such as 1,1",
+        "milestones has 2, 5, which 2 epochs do not reach: lr does not drop there",
         "batch_size is 145, more than the 144 training images: an epoch is one step",
     ]
     full = {"step_size": 0.05}
@@ -137,6 +136,10 @@ def test_what_a_run_hardly_means(npz, tmp_path):
         "steps"
     ]
     assert not list(config(npz, tmp_path, eps=0.7, step_size=None, steps=4).doubts(144))
+    assert list(Config(epochs=30, milestones=(15, 30)).doubts(1280)) == [
+        "milestones has 30, which 30 epochs do not reach: lr does not drop there; give earlier "
+        "ones, such as 15,22"
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         train(config(npz, tmp_path / "fine", epochs=2, milestones=(1,), batch_size=144, **full))
