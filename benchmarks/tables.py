@@ -19,7 +19,7 @@ RIVALS = {
     "attack": ("published", "published_bf16", "compiled"),
     "train": ("published, fp32 eager", "published, bf16 autocast", "published, fp32 compiled"),
     "eval": ("official",),
-    "ops": ("eager", "compile", "compile in place"),
+    "ops": ("published", "eager", "compile", "compile in place"),
 }
 STEP, FAST = "resnet18, wrn34_10, 64x3x32x32", ("fastadv_fp32", "fastadv_bf16")
 # (what it is, suite, op, shape, fastadv in float32, in bfloat16). What loses stays in.
@@ -33,6 +33,7 @@ HEADLINES = (
     ("AutoAttack, ResNet-18, 32 images", "eval", "autoattack", "resnet18, 32 images", *FAST),
     ("`ops.pgd_step_`, 128x3x32x32", "ops", "pgd_step", "128x3x32x32", "fastadv in place", None),
     ("`losses.kl`, 1024x100", "ops", "softmax_kl", "1024x100", "fastadv", None),
+    ("`losses.ikl`, 128x100", "ops", "ikl", "128x100", "fastadv", None),
     ("`losses.entropy`, 128x100", "ops", "softmax_entropy", "128x100 exact", "fastadv", None),
     ("`losses.feature`, 2x200000", "ops", "feature_distance", "2x200000 mse", "fastadv", None),
     ("`losses.cross_entropy`, 128x10", "ops", "cross_entropy", "128x10", "fastadv", None),
