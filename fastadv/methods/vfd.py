@@ -24,7 +24,7 @@ class VFD(Wrapper):
     The paper's abstract fixes: a pre-trained natural teacher; the features of adversarial and of
     clean examples are both aligned to its; it joins any base method. This project's choice, as the
     full text was not available: the penultimate layer, the distance, both weights, the projector,
-    and that the attack stays the base's.
+    and that the attack stays the base's. `benchmarks/vfd.py` compares them with others.
 
     base: a Method. layers: names of `forward_features`, "student:teacher" where they differ.
     distance: "mse" (mean over elements), "l2" or "cosine". normalise: features to unit length
