@@ -1,5 +1,6 @@
 """Picture files as square uint8 images, decoded by Pillow in worker processes."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(path, formats=FORMATS) as image:
+        image.load()  # so that what is broken surfaces here
         try:
             image.getexif()
         except Exception:  # what is no EXIF surfaces as nearly any type, and says of no turn
@@ -114,7 +116,8 @@ class _Files(torch.utils.data.Dataset):
         try:
             return decode(path, self.size)
         except Exception as error:  # a broken file surfaces as nearly any exception type
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            of_system = getattr(error, "errno", None) not in (None, errno.EINVAL)  # of a bad seek
+            if of_system or isinstance(error, MemoryError):
                 return error
             return f"{type(error).__name__}: {error}".removesuffix(f" {str(path)!r}")
 

@@ -212,6 +212,29 @@ def test_an_error_of_the_system_breaks_no_picture(tmp_path, monkeypatch, error, 
     assert not pack.place(tmp_path, 12).exists()
 
 
+def test_no_part_of_a_damaged_picture_passes_for_the_whole(tmp_path):
+    """Whatever byte is cut or turned: the picture as Pillow reads it, or an error."""
+    path = tmp_path / "a.png"
+    whole = save(path, shape=(12, 12, 3)).transpose(2, 0, 1)
+    content, rejected = path.read_bytes(), 0
+    for at in range(8, len(content), 3):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        for damaged in (content[:at], bytes(flipped)):
+            path.write_bytes(damaged)
+            try:
+                found = pictures.decode(path, 12)
+            except Exception:  # as surfaces of a broken file
+                rejected += 1
+                continue
+            with Image.open(path) as image:
+                image.load()
+                assert np.array_equal(found, np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+    assert rejected > 300
+    path.write_bytes(content)
+    assert np.array_equal(pictures.decode(path, 12), whole)
+
+
 def test_folders_of_another_form_are_named(tmp_path):
     def refused(match, size=12):
         with pytest.raises(UsageError, match=match):
