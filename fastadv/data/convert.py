@@ -161,7 +161,7 @@ def _image(image, split, i, image_size):
                 f"{split} item {i} is a Pillow image of mode {image.mode}, whose range is not "
                 "known: must have 8 or 16 bits"
             )
-        grey = image.mode.startswith(("1", "L", "I"))
+        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I;")
         image = np.array(pictures.rgb(image).convert("L" if grey else "RGB"))
     if isinstance(image, np.ndarray) and image.dtype.kind in "uif":
         image = np.ascontiguousarray(image, image.dtype.newbyteorder("="))

@@ -1,5 +1,6 @@
 """Picture files as square uint8 images, decoded by Pillow in worker processes."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from ..errors import MissingPackage
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens others too, by decoders that few have tested
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# EXIF's orientations as Pillow's transpositions, which are numbered 0 to 6.
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 BLOCK_BYTES = 1 << 21  # what a worker hands over at once: shared memory may be as small as 64 MB
 
 
@@ -43,10 +46,15 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as image:
         image.load()  # so that what is broken surfaces here
         try:
-            image.getexif()
-        except Exception:  # what is no EXIF surfaces as nearly any type, and says of no turn
-            return square(rgb(image), size)
-        return square(rgb(ImageOps.exif_transpose(image)), size)
+            upright = ImageOps.exif_transpose(image)
+        except (MemoryError, OSError):
+            raise
+        except Exception:  # odd or no EXIF surfaces as nearly any type: only the turn is needed
+            upright = image
+            with contextlib.suppress(Exception):
+                turn = TURNS.get(image.getexif().get(0x0112))
+                upright = image if turn is None else image.transpose(turn)
+        return square(rgb(upright), size)
 
 
 def rgb(image):

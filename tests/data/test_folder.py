@@ -142,6 +142,20 @@ def test_what_is_no_exif_turns_nothing(tmp_path, ending):
     assert np.array_equal(pictures.decode(path, 12).transpose(1, 2, 0), whole)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_odd_entries_of_exif_break_no_picture(tmp_path, orientation):
+    """Pillow turns the picture and fails at writing the other entries back."""
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2)
+    exif += struct.pack("<HHII", 0x0100, 5, 1, 38)  # the width as a fraction
+    exif += struct.pack("<HHIHHI", 0x0112, 3, 1, orientation, 0, 0) + struct.pack("<II", 1, 1)
+    plain = Image.Exif()
+    plain[0x0112] = orientation
+    for name, entries in (("odd.png", exif), ("plain.png", plain)):
+        save(tmp_path / name, shape=(12, 12, 3), exif=entries)
+    found, expected = (pictures.decode(tmp_path / n, 12) for n in ("odd.png", "plain.png"))
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", [(20, 60, 3), (60, 20, 3)])
 def test_pictures_are_resized_and_cropped(tmp_path, shape):
     save(tmp_path / "a.png", shape=shape)

@@ -133,6 +133,12 @@ def test_image_sets_are_checked_too():
             data.from_dataset(good, replace(good, **{field: value}))
 
 
+def test_colours_of_another_space_are_no_grey():
+    colour = Image.new("LAB", (12, 12), (128, 60, 200))
+    (found,) = convert.as_image_set([(colour, 0)]).images
+    assert torch.equal(found, torch.from_numpy(np.array(colour.convert("RGB"))).permute(2, 0, 1))
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pillow_images_of_an_unknown_range_are_refused(mode):
     """Pillow's own conversion would make [0, 1] black, or cut at 255."""
