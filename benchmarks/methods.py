@@ -68,13 +68,17 @@ def table(rows):
     """Markdown: mean and standard deviation over seeds, in percent."""
     lines = ["| method | clean | PGD-20 |", "|---|---|---|"]
     for name in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for attack in ATTACKS:
-            values = [100 * row[attack] for row in rows if row["method"] == name]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        mine = [row for row in rows if row["method"] == name]
+        lines.append(f"| {' | '.join([name, *cells(mine)])} |")
     return lines
+
+
+def cells(rows):
+    """Of each of ATTACKS the mean and standard deviation over rows, in percent, in words."""
+    for attack in ATTACKS:
+        values = [100 * row[attack] for row in rows]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        yield f"{statistics.mean(values):.1f}{spread}"
 
 
 def about(rows):
@@ -88,21 +92,29 @@ def about(rows):
     )
 
 
-def main():
+def arguments(description, name, known):
+    """The flags of a command that trains on digits, as values: `only`, the chosen of `known`;
+    seeds; out, or None; folder, of its runs; results, the file NAME.jsonl of its rows."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="these methods, comma separated")
+    parser.add_argument("--only", help=f"these of {', '.join(known)}, comma separated")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, help="run folders and rows go here")
     args = parser.parse_args()
-    folder = args.out or Path(tempfile.mkdtemp(prefix="fastadv-methods-"))
-    results = (args.out or RESULTS) / "methods.jsonl"
-    names = args.only.split(",") if args.only else METHODS
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.only = args.only.split(",") if args.only else [*known]
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.folder = args.out or Path(tempfile.mkdtemp(prefix=f"fastadv-{name}-"))
+    args.results = (args.out or RESULTS) / f"{name}.jsonl"
+    return args
+
+
+def main():
+    args = arguments(__doc__, "methods", METHODS)
+    folder, results = args.folder, args.results
     checkpoints, where = teachers(folder), machine()
-    for name in names:
-        for seed in seeds:
+    for name in args.only:
+        for seed in args.seeds:
             rates = measure(name, seed, folder, checkpoints)
             with open(results, "a") as file:
                 file.write(json.dumps({"method": name, "seed": seed, **rates} | where) + "\n")

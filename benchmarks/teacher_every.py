@@ -10,11 +10,10 @@ training steps, timed in turn. Rows are appended to benchmarks/results/teacher_e
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
-from methods import ATTACKS, measure, teachers
+from methods import cells, measure, teachers
 from timing import RESULTS, Case, interleave, machine, summary
 
 from fastadv import data
@@ -61,13 +60,9 @@ def table(rows):
     seconds = {(r["method"], r["teacher_every"]): r["epoch_s"] for r in rows if "epoch_s" in r}
     for name, every in dict.fromkeys((row["method"], row["teacher_every"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["teacher_every"]) == (name, every)]
-        cells = []
-        for attack in ATTACKS:
-            values = [100 * row[attack] for row in mine if "seed" in row]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells.append(f"{seconds[name, every] / seconds[name, 1]:.2f}")
-        lines.append(f"| {name} | {every} | {' | '.join(cells)} |")
+        rates = cells([row for row in mine if "seed" in row])
+        time = f"{seconds[name, every] / seconds[name, 1]:.2f}"
+        lines.append(f"| {' | '.join([name, str(every), *rates, time])} |")
     return lines
 
 

@@ -9,14 +9,11 @@ benchmarks/methods.py. Test images play no part, so that the table of methods st
 is chosen here. Rows are appended to benchmarks/results/vfd.jsonl.
 """
 
-import argparse
 import json
 import statistics
-import tempfile
-from pathlib import Path
 
-from methods import ATTACKS, measure, teachers
-from timing import RESULTS, machine
+from methods import arguments, cells, measure, teachers
+from timing import machine
 
 METHOD = "vfd+at"
 CHOICES = {
@@ -40,11 +37,7 @@ def table(rows):
     lines = ["| choice | clean | PGD-20 | PGD-20 minus default |", "|---|---|---|---|"]
     robust = {(row["choice"], row["seed"]): 100 * row["pgd20"] for row in rows}
     for choice in dict.fromkeys(row["choice"] for row in rows):
-        cells = []
-        for attack in ATTACKS:
-            values = [100 * row[attack] for row in rows if row["choice"] == choice]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        mine = [row for row in rows if row["choice"] == choice]
         gains = [
             value - robust["default", seed]
             for (name, seed), value in robust.items()
@@ -53,27 +46,19 @@ def table(rows):
         gain = f"{statistics.mean(gains):+.1f}" if gains else "-"
         if len(gains) > 1:
             gain += f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}"
-        lines.append(f"| {choice} | {' | '.join(cells)} | {gain} |")
+        lines.append(f"| {' | '.join([choice, *cells(mine), gain])} |")
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", help="these choices, comma separated")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--out", type=Path, help="run folders and rows go here")
-    args = parser.parse_args()
-    folder = args.out or Path(tempfile.mkdtemp(prefix="fastadv-vfd-"))
-    results, where, rows = (args.out or RESULTS) / "vfd.jsonl", machine(), []
-    chosen, checkpoints = args.only.split(",") if args.only else CHOICES, teachers(folder)
-    for seed in map(int, args.seeds.split(",")):
-        for choice in chosen:
-            place = folder / choice.replace(" ", "-")
+    args = arguments(__doc__, "vfd", CHOICES)
+    checkpoints, where, rows = teachers(args.folder), machine(), []
+    for seed in args.seeds:
+        for choice in args.only:
+            place = args.folder / choice.replace(" ", "-")
             rates = measure(METHOD, seed, place, checkpoints, "val", **CHOICES[choice])
             rows.append({"choice": choice, "seed": seed, **rates})
-            with open(results, "a") as file:
+            with open(args.results, "a") as file:
                 file.write(json.dumps(rows[-1] | where) + "\n")
     print("\n".join(table(rows)))
 

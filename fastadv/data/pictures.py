@@ -1,6 +1,5 @@
 """Picture files as square uint8 images, decoded by Pillow in worker processes."""
 
-import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -15,8 +14,16 @@ from ..errors import MissingPackage
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens others too, by decoders that few have tested
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# EXIF's orientations as Pillow's transpositions, which are numbered 0 to 6.
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+ORIENTATION = 0x0112  # of EXIF, whose values are Pillow's:
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 BLOCK_BYTES = 1 << 21  # what a worker hands over at once: shared memory may be as small as 64 MB
 
 
@@ -41,19 +48,17 @@ def decode(path: str | Path, size: int) -> np.ndarray:
 
     Raises what Pillow does for a file that is broken, of another format, or too large to be meant.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(path, formats=FORMATS) as image:
         image.load()  # so that what is broken surfaces here
         try:
-            upright = ImageOps.exif_transpose(image)
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
         except (MemoryError, OSError):
             raise
-        except Exception:  # odd or no EXIF surfaces as nearly any type: only the turn is needed
-            upright = image
-            with contextlib.suppress(Exception):
-                turn = TURNS.get(image.getexif().get(0x0112))
-                upright = image if turn is None else image.transpose(turn)
+        except Exception:  # what is no EXIF surfaces as nearly any type, and says of no turn
+            turn = None
+        upright = image.transpose(Image.Transpose[turn]) if turn else image
         return square(rgb(upright), size)
 
 

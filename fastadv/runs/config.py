@@ -180,9 +180,9 @@ class Config:
     def doubts(self, images):
         """Sentences on settings that can be, but are hardly meant for so many training images."""
         late = [str(epoch) for epoch in self.milestones if epoch >= self.epochs]
-        half, most = self.epochs // 2, self.epochs * 3 // 4
-        remedy = f"; give earlier ones, such as {half},{most}" if 0 < half < most else ""
         if late and self.schedule == "step":
+            half, most = self.epochs // 2, self.epochs * 3 // 4
+            remedy = f"; give earlier ones, such as {half},{most}" if 0 < half < most else ""
             yield (
                 f"milestones has {', '.join(late)}, which {self.epochs} epochs do not reach: lr "
                 f"does not drop there{remedy}"

@@ -112,7 +112,7 @@ def mean_(tensors):
             tensor.copy_(part.view(tensor.shape))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # steps with and without an update
 def _kept(count, dtype, device):
     """Memory for `mean_`, which is kept for the next step: fresh pages take as long as the sum."""
     return torch.empty(count, dtype=dtype, device=device)

@@ -111,6 +111,7 @@ def train(config, resume=False):
                 run.end_step(epoch, step, loss=loss_sum, bad_gradients=bad_gradients)
         if config.swa_start is not None and epoch >= config.swa_start:
             average.update_parameters(student)
+        mean_loss = finite(parallel.mean(loss_sum) / len(loader), epoch)  # when all is computed
         seconds = time.perf_counter() - start
         if config.recompute_bn and run.model is not student:
             recompute_statistics(run.model, loader, epoch)
@@ -119,7 +120,7 @@ def train(config, resume=False):
         row = {
             "epoch": epoch,
             "lr": rate,
-            "loss": finite(parallel.mean(loss_sum) / len(loader), epoch),
+            "loss": mean_loss,
             "bad_gradients": int(parallel.total(bad_gradients)),
             "images_per_s": round(images / seconds, 1),
         }

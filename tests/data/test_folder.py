@@ -144,7 +144,7 @@ def test_what_is_no_exif_turns_nothing(tmp_path, ending):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_odd_entries_of_exif_break_no_picture(tmp_path, orientation):
-    """Pillow turns the picture and fails at writing the other entries back."""
+    """Pillow's own turning fails at writing the other entries back; those are not needed."""
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2)
     exif += struct.pack("<HHII", 0x0100, 5, 1, 38)  # the width as a fraction
     exif += struct.pack("<HHIHHI", 0x0112, 3, 1, orientation, 0, 0) + struct.pack("<II", 1, 1)
