@@ -44,8 +44,9 @@ def teachers(folder):
 
 
 def measure(name, seed, folder, checkpoints, split="test", **options):
-    """{attack: accuracy on `split`} of the run's best checkpoint by validation. options: of the
-    method, besides its settings'. The run folder is `folder`/NAME-SEED."""
+    """{attack: accuracy on `split`} of the run's best checkpoint by validation; on "val", which
+    chose that one, of the last. options: of the method, besides its settings'. The run folder is
+    `folder`/NAME-SEED."""
     needed = [f"{which}_checkpoint" for which in methods.get(name).teachers]
     given = {field: checkpoints[field] for field in needed}
     out = folder / f"{name}-{seed}"
@@ -53,7 +54,7 @@ def measure(name, seed, folder, checkpoints, split="test", **options):
     fields = digits_student(name)
     fields["method_options"] |= options
     train(Config(**fields | given | common))
-    model, _ = from_run(out / "best.safetensors")
+    model, _ = from_run(out / ("last.safetensors" if split == "val" else "best.safetensors"))
     return accuracies(model, getattr(data.load("digits"), split), ATTACKS, eps=EPS)
 
 
