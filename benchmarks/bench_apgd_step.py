@@ -68,4 +68,4 @@ def cases():
     return [case(128, 3, 32, 32), case(64, 3, 224, 224)]
 
 
-test_apgd_step = pytest_cases(cases())
+test_apgd_step = pytest_cases(cases)

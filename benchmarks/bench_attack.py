@@ -4,7 +4,8 @@
     PYTHONPATH=build/peers python benchmarks/run.py --suite attack
 
 "published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model),
-"published_bf16" the same under torch.autocast in channels_last. "conv_fp32" and "conv_bf16" are
+"published_bf16" the same under torch.autocast in channels_last, "recipe" that on a frozen network
+with its BatchNorm folded (published.recipe); on a GPU "max-autotune" is the compiler's mode. "conv_fp32" and "conv_bf16" are
 floors: the time that torch's own convolutions alone take for the same forward passes and input
 gradients; "x floor" is a provider's time over its floor. Peak memory is the memory that one attack
 adds to a fresh process. With a WideResNet the slowest rivals are left out, which would take minutes
@@ -52,26 +53,32 @@ def images(batch):
     return torch.rand(batch, 3, 32, 32), torch.arange(batch) % 10
 
 
-def attacks(model, x, y):
-    """{provider: attack(steps, start) -> x_adv} of all providers that need no other package."""
-    compiled, low = torch.compile(model), copy.deepcopy(model).to(memory_format=NHWC)
-    losses = {net: lambda v, net=net: F.cross_entropy(net(v), y) for net in (model, compiled)}
+def attacks(model, x, y, slow=True):
+    """{provider: attack(steps, start) -> x_adv} of all providers that need no other package; slow:
+    those too that take minutes with a large network, some of them to compile."""
+    low, fast = copy.deepcopy(model).to(memory_format=NHWC), published.recipe(model)
+    nhwc = x.contiguous(memory_format=NHWC)
 
     def autocast(v):
         with torch.autocast(v.device.type, torch.bfloat16):
-            return F.cross_entropy(low(v), y)
+            return low(v)
 
-    found = {
-        "published": partial(published.pgd, losses[model], x),
-        "published_backward": partial(published.pgd, losses[model], x, backward=True),
-        "compiled": partial(published.pgd, losses[compiled], x),
-        "published_bf16": partial(published.pgd, autocast, x.contiguous(memory_format=NHWC)),
-        **{f"fastadv_{name}": fastadv(model, x, y, dtype) for name, dtype in DTYPES.items()},
-    }
+    def loop(logits, x=x, **options):
+        return partial(published.pgd, lambda v: F.cross_entropy(logits(v), y), x, **options)
+
+    found = {"published": loop(model)}
+    if slow:
+        found["published_backward"] = loop(model, backward=True)
+        found["compiled"] = loop(torch.compile(model))
+    found["published_bf16"], found["recipe"] = loop(autocast, nhwc), loop(fast, nhwc)
+    for name, dtype in DTYPES.items():
+        found[f"fastadv_{name}"] = fastadv(model, x, y, dtype)
     if x.is_cuda:
         twin = frozen(model, torch.bfloat16)
         found["fastadv_bf16 graph"] = captured(twin, x, y)
-        found["fastadv_bf16 graph compiled"] = captured(torch.compile(twin), x, y)
+        if slow:
+            found["max-autotune"] = loop(torch.compile(model, mode="max-autotune"))
+            found["fastadv_bf16 graph compiled"] = captured(torch.compile(twin), x, y)
     return found
 
 
@@ -183,22 +190,20 @@ def growth(name, provider, batch=64, **size):
     return memory_added(lambda: attack(steps=2))
 
 
-def case(name, batch=64, rivals=True, samples=5, **size):
+def case(name, batch=64, rivals=True, samples=5, memory=True, **size):
+    """rivals: with the slowest of them and torchattacks. memory: with peak memory. size: of `models.get`."""
     torch.manual_seed(0)
     model, (x, y) = network(name, **size), images(batch)
-    peer, torchattacks, missing = torchattacks_pgd(model, x, y)
-    providers = attacks(model, x, y)
-    if peer:
-        providers[peer] = torchattacks
+    providers, left_out = attacks(model, x, y, slow=rivals), []
+    if rivals:
+        peer, torchattacks, missing = torchattacks_pgd(model, x, y)
+        providers |= {peer: torchattacks} if peer else {}
+        left_out += [missing] if missing else []
+    else:
+        left_out.append("torchattacks and what is compiled: too slow")
     floors = {f"conv_{key}": convolutions(model, x, dtype) for key, dtype in DTYPES.items()}
-    left_out = [missing] if missing else []
-    if not rivals:
-        slow = [key for key in providers if key in ("published_backward", "compiled", peer)]
-        for key in slow:
-            del providers[key]
-        left_out = [f"{', '.join(slow)}: too slow"]
     if low := without_bfloat16(x.device):
-        del providers["published_bf16"], floors["conv_bf16"]
+        del providers["published_bf16"], providers["recipe"], floors["conv_bf16"]
         left_out.append(low)
     with exact():
         agreed = agreement(model, x, y)
@@ -212,7 +217,7 @@ def case(name, batch=64, rivals=True, samples=5, **size):
             floor()
 
     def facts():
-        if x.is_cuda:
+        if not memory or x.is_cuda:
             return agreed
         measured = {provider: peak(name, provider, batch=batch, **size) for provider in MEASURED}
         return {key: agreed.get(key, {}) | measured.get(key, {}) for key in agreed | measured}

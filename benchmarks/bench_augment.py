@@ -61,4 +61,4 @@ def cases():
     return [case(4, 128, 3, 32, 32), case(1, 128, 1, 8, 8), case(16, 64, 3, 224, 224)]
 
 
-test_augment = pytest_cases(cases())
+test_augment = pytest_cases(cases)

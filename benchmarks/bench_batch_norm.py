@@ -59,4 +59,4 @@ def cases():
     return [*plain, case(*maps[0], added=True), case(*maps[0], dtype=torch.float32)]
 
 
-test_batch_norm = pytest_cases(cases())
+test_batch_norm = pytest_cases(cases)

@@ -50,4 +50,4 @@ def cases():
     ]
 
 
-test_cross_entropy = pytest_cases(cases())
+test_cross_entropy = pytest_cases(cases)

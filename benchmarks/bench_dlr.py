@@ -46,4 +46,4 @@ def cases():
     return [case(128, 10), case(128, 100), case(128, 1000)]
 
 
-test_dlr = pytest_cases(cases())
+test_dlr = pytest_cases(cases)

@@ -53,4 +53,4 @@ def cases():
     return [*maps, *large, case("mse", 128, 512, 4, 4, dtype=torch.bfloat16)]
 
 
-test_feature_distance = pytest_cases(cases())
+test_feature_distance = pytest_cases(cases)

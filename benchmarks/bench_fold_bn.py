@@ -55,4 +55,4 @@ def cases():
     return [case("resnet18"), case("wrn34_10")]
 
 
-test_fold_bn = pytest_cases(cases())
+test_fold_bn = pytest_cases(cases)

@@ -47,4 +47,4 @@ def cases():
     return [case(128, 10), case(128, 100), case(128, 1000), case(128, 1000, torch.bfloat16)]
 
 
-test_margin = pytest_cases(cases())
+test_margin = pytest_cases(cases)

@@ -45,4 +45,4 @@ def cases():
     return [case(128, 10), case(128, 100), case(1024, 1000)]
 
 
-test_mart_bce = pytest_cases(cases())
+test_mart_bce = pytest_cases(cases)

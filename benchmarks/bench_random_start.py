@@ -60,4 +60,4 @@ def cases():
     return [case(plain, *shape) for plain in KINDS for shape in shapes]
 
 
-test_random_start = pytest_cases(cases())
+test_random_start = pytest_cases(cases)

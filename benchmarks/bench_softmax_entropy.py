@@ -51,4 +51,4 @@ def cases():
     return [case(*shape, *form) for form in forms for shape in shapes]
 
 
-test_softmax_entropy = pytest_cases(cases())
+test_softmax_entropy = pytest_cases(cases)

@@ -47,4 +47,4 @@ def cases():
     return [*(case(*shape) for shape in shapes), case(1024, 10, both=True)]
 
 
-test_softmax_kl = pytest_cases(cases())
+test_softmax_kl = pytest_cases(cases)

@@ -1,100 +1,157 @@
-"""The tests and benchmarks for a machine with an NVIDIA GPU; `--suite gpu` of run.py. It takes
-eight minutes and needs no network.
+"""The suite for a machine with an NVIDIA GPU, and what its rows say to choose.
 
-    python benchmarks/run.py --suite gpu
+    python benchmarks/run.py --suite gpu --out DIR --budget 420
+    python benchmarks/run.py --suite gpu --out DIR --only attack,train    # these parts alone
+    python benchmarks/gpu.py choose DIR/rows.jsonl    # the literals that the rows justify
 
-It first installs the checkout into this Python and runs the tests for a GPU, those of CUDA kernels
-also under compute-sanitizer if that is installed (see prepare.py). Then it times, on random images
-and networks of random weights: ops on tensors of 300 MB ("of copy" is their bandwidth over that of
-a copy on the same GPU) and on small ones, PGD-10, and whole training steps. "published" is the
-published loop (see published.py) in float32 and eager mode, with torch's own settings, which
-compute convolutions in TF32; "graph" replays a CUDA graph, "graph compiled" one of a twin under
-torch.compile. Rows are appended to benchmarks/results/<gpu>.jsonl. Without a GPU it runs the tests
-that need none, and stops.
+The parts run in the order of their value, each in a process and with a time limit of its own (see
+parts.py): the compiled build, the card's ceilings, the ops by CUDA C++ and by Triton, PGD-10,
+training steps, the launch settings of Triton's kernels, the tests for GPUs, those of the CUDA
+kernels under compute-sanitizer, and short training runs. One that fails costs the others nothing.
+DIR has rows.jsonl, a log of each part and summary.txt, written as they come. No network is needed.
+
+Without a GPU it is a dry run: the same parts on tiny stand-ins and a CPU, whose times mean nothing.
 """
 
+import argparse
 import json
+import math
+import shutil
+import subprocess
 import sys
-import traceback
-from functools import partial
+from pathlib import Path
 
-import bench_attack
-import bench_augment
-import bench_pgd_step
-import bench_random_start
-import bench_softmax_kl
-import bench_train_step
+import tables
 import torch
-from run import line, measure
-from tables import markdown
-from timing import RESULTS, Case, interleave, machine, summary
+from parts import Part, run_parts, screen
 
-from fastadv.ops import _library
-
-
-def there(make, *args, **options):
-    """The case that `make` returns, with its tensors and networks made on the GPU."""
-    with torch.device("cuda"):
-        return make(*args, **options)
-
-
-def cases():
-    """Yields functions that return a case each, so that only one case is in memory at a time. An op
-    on 8 images takes as long as its launch."""
-    few, some, many = (8, 3, 32, 32), (512, 3, 32, 32), (512, 3, 224, 224)
-    for shape in (few, some, many):
-        yield partial(there, bench_pgd_step.case, *shape)
-    for shape in (some, many):
-        yield partial(there, bench_random_start.case, bench_random_start.linf, *shape)
-    for shape in ((512, 10), (2**22, 10), (2**16, 1000)):
-        yield partial(there, bench_softmax_kl.case, *shape)
-    yield partial(there, bench_augment.case, 4, *some)
-    yield partial(there, bench_attack.case, "resnet18", batch=512)
-    yield partial(there, bench_attack.case, "mobilenet_v2", batch=512, rivals=False)
-    yield partial(there, bench_attack.case, "wrn34_10", batch=128, rivals=False)
-    for method in ("rslad", "advfunmatch"):
-        yield partial(bench_train_step.case, method, "resnet18", batch=512, device="cuda")
+ROOT = Path(__file__).parents[1]
+CASES = Path(__file__).with_name("gpu_cases.py")
+INSTALL = "-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", "."
+# Fails if a compiled part is missing: the extension is optional, so that pip does not report that
+# it could not be built.
+BUILT = """
+import shutil, sys, torch
+from fastadv.ops import _native
+wanted = torch.cuda.is_available() and shutil.which("nvcc")
+sys.exit(_native.missing or (wanted and _native.cuda_missing()) or 0)
+"""
+GAIN = 1.1  # a choice is changed for this much
 
 
-def copy_bandwidth():
-    """The bandwidth of a copy of 1 GB, in GB/s of reading and writing together."""
-    source = torch.rand(2**28, device="cuda")
-    target = torch.empty_like(source)
-    case = Case("copy", "1 GB", {"copy": lambda: target.copy_(source)}, gate=bool)
-    return 2 * source.nbytes / summary(interleave(case)["copy"])["us"] / 1e3
+def parts(out):
+    """The suite's parts."""
+    gpu, python = torch.cuda.is_available(), sys.executable
+    dry = {} if gpu else {"ATTACK_STEPS": "1"}
+    cuda, triton = ({"FASTADV_BACKEND": name} if gpu else dry for name in ("cuda", "triton"))
+
+    def cases(name, limit, environment=dry):
+        return Part(name, (python, CASES, name, "--out", out), limit, environment)
+
+    pytest = python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"
+    files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
+    files = [path.relative_to(ROOT) for path in files if path.name != "test_benchmarks.py"]
+    sanitizer = shutil.which("compute-sanitizer")
+    missing = "no GPU" if not gpu else None if sanitizer else "compute-sanitizer is not installed"
+    check = sanitizer, "--error-exitcode", "1", "--report-api-errors", "no"
+    return [
+        Part("build", (python, __file__, "build"), 150, missing=None if gpu else "no GPU"),
+        cases("ceilings", 30),
+        cases("ops_cuda", 60, cuda),
+        cases("ops_triton", 90, triton),
+        cases("attack", 150),
+        cases("train", 120),
+        cases("tune", 60, triton),
+        Part("tests", (*pytest, *files, *(() if gpu else ("--collect-only",))), 120),
+        Part("sanitizer", (*check, *pytest, "tests/kernels/test_cuda_device.py"), 60, {}, missing),
+        cases("learn", 60),
+    ]
 
 
-def rows(seconds):
-    """Yields the rows of all cases; None for a case that fails, whose error is printed."""
-    copy = copy_bandwidth()
-    print(f"copy: {copy:.0f} GB/s")
-    for make in cases():
-        try:
-            for row in measure(make(), seconds):
-                share = {"of copy": round(row["GB/s"] / copy, 2)} if "GB/s" in row else {}
-                yield {"suite": "gpu"} | row | share
-        except Exception:  # of a kernel, a compiler or memory: the others are worth having
-            traceback.print_exc()
-            yield None
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+def suite(out, budget, only):
+    """Runs the parts and prints one screen. Exits with an error if one failed or ran out of time;
+    one for which no time was left is no error."""
+    chosen = [part for part in parts(out) if not only or part.name in only.split(",")]
+    if not chosen:
+        sys.exit(f"--only is {only!r}, must be of {', '.join(part.name for part in parts(out))}")
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes = run_parts(chosen, out, budget, ROOT)
+    if (rows := out / "rows.jsonl").exists():
+        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        print("\n".join(["", *tables.markdown(found), "", *choices(found)]))
+    print("\n".join(["", *screen(outcomes, out)]))
+    if not torch.cuda.is_available():
+        print("no GPU: a dry run on stand-ins, whose times mean nothing")
+    bad = [outcome.name for outcome in outcomes if outcome.state in ("failed", "timed out")]
+    if bad:
+        sys.exit(f"did not pass: {', '.join(bad)}")
+
+
+def build():
+    """Installs the checkout into this Python. Exits if a compiled part is missing."""
+    for command in (("-m", "pip", "install", *INSTALL), ("-c", BUILT)):
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def choices(rows):
+    """The literals that the rows justify, as lines to paste: which ops run CUDA C++ on a GPU, and
+    the launch settings of Triton's kernels that are GAIN times as fast as those in use."""
+    return [*backends(rows), *launches(rows)]
+
+
+def backends(rows):
+    """The lines of ON_GPU: ops whose CUDA C++ is GAIN times as fast as Triton's, as the geometric
+    mean over shapes of what fastadv's providers take."""
+    times = {"ops_cuda": {}, "ops_triton": {}}
+    for row in rows:
+        if row["part"] in times and row["provider"].startswith("fastadv"):
+            times[row["part"]][row["op"], row["shape"], row["provider"]] = row["us"]
+    gains = {}
+    for key, us in times["ops_cuda"].items():
+        if key in times["ops_triton"]:
+            gains.setdefault(key[0].split()[0], []).append(math.log(times["ops_triton"][key] / us))
+    if not gains:
+        return []
+    lines = ["ON_GPU = {  # fastadv/ops/_library.py"]
+    for op, logs in gains.items():
+        gain = math.exp(sum(logs) / len(logs))
+        for name in [op, "pgd_step_"] if op == "pgd_step" else [op]:
+            line = f'    "{name}": "cuda",  # {gain:.2f}x Triton'
+            lines.append(line if gain >= GAIN else f"    # {name}: {gain:.2f}x Triton")
+    return [*lines, "}"]
+
+
+def launches(rows):
+    """One line for each launch setting in rows of the part "tune"."""
+    tried = {}
+    for row in rows:
+        if row["part"] == "tune":
+            tried.setdefault((row["op"], row["shape"]), {})[row["provider"]] = row
+    lines = []
+    for (where, shape), found in tried.items():
+        current = next(name for name, row in found.items() if row["current"])
+        best = min(found, key=lambda name: found[name]["us"])
+        gain = found[current]["us"] / found[best]["us"]
+        module, name = where.split(".")
+        where = f"kernels/{module}.py at {shape}: {gain:.2f}x"
+        if gain >= GAIN:
+            lines.append(f"{name} = {best}  # {where}")
+        else:
+            lines.append(f"{name} = {current}  # as it is: {where} with {best}")
+    return lines
 
 
 def main():
-    """Times all cases, prints their rows and appends them to the results. Exits with an error if a
-    case failed."""
-    where, found = machine(), []
-    results = RESULTS / f"{where['gpu'].lower().replace(' ', '-')}.jsonl"
-    backends = {"backends": {name: op.cuda for name, op in _library.ops.items()}}
-    for row in rows(seconds=1.0):
-        found.append(row)
-        if row:
-            print(line(row), flush=True)
-            with open(results, "a") as file:
-                file.write(json.dumps(row | where | backends) + "\n")
-    print("\n".join(["", *markdown(list(filter(None, found))), "", str(where)]))
-    if None in found:
-        sys.exit(f"{found.count(None)} cases failed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=["choose", "build"])
+    parser.add_argument("rows", type=Path, nargs="?", help="of choose: a file rows.jsonl")
+    args = parser.parse_args()
+    if args.command == "build":
+        build()
+    else:
+        print("\n".join(choices([json.loads(v) for v in args.rows.read_text().splitlines()])))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     python benchmarks/run.py --suite eval                        # AutoAttack's standard version
     python benchmarks/run.py --suite data                        # images from a folder of files
     python benchmarks/run.py --suite parallel                    # steps of several processes
-    python benchmarks/run.py --suite gpu                         # all of it on a GPU, see gpu.py
+    python benchmarks/run.py --suite gpu --out DIR               # all of it on a GPU, see gpu.py
     python benchmarks/run.py --table                             # all tables anew
 
 Rows are appended to benchmarks/results/<suite>.jsonl. The tables of docs/benchmarks.md and README
@@ -21,9 +21,9 @@ import json
 import sys
 from pathlib import Path
 
+import gpu
 import tables
 import torch
-from prepare import execute, prepare
 from timing import RESULTS, exact, interleave, machine, summary
 
 SUITES = {
@@ -108,10 +108,11 @@ def main():
     parser.add_argument("--only", help="one op, method or network")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case")
     parser.add_argument("--table", action="store_true", help="rewrite all tables and stop")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="of gpu: its folder")
+    parser.add_argument("--budget", type=float, default=420, help="of gpu: seconds in all")
     args = parser.parse_args()
     if args.suite == "gpu":
-        prepare()
-        execute(sys.executable, Path(__file__).with_name("gpu.py"))
+        gpu.suite(args.out.resolve(), args.budget, args.only)
     elif args.table:
         tables.write()
     else:

@@ -11,12 +11,22 @@ from timing import RESULTS
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 SUITES = ("attack", "networks", "train", "cache", "eval", "data", "parallel", "ops")
-COLUMNS = ("GB/s", "of copy", "images/s", "x floor", "peak MB", "equal signs", "cosine", "robust")
+COLUMNS = (
+    "GB/s",
+    "of copy",
+    "TFLOP/s",
+    "images/s",
+    "x floor",
+    "peak MB",
+    "equal signs",
+    "cosine",
+    "robust",
+)
 COLUMNS += ("data", "teacher", "attack", "outer")
 
 # The code as published, then torch's other forms of it.
 RIVALS = {
-    "attack": ("published", "published_bf16", "compiled"),
+    "attack": ("published", "published_bf16", "recipe", "compiled", "max-autotune"),
     "train": ("published, fp32 eager", "published, bf16 autocast", "published, fp32 compiled"),
     "eval": ("official",),
     "ops": ("published", "eager", "compile", "compile in place"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-import pytest
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+LOOPS = 100  # calls in a CUDA graph
 
 
 @dataclass
@@ -24,8 +24,9 @@ class Case:
     nbytes: memory traffic of one call when every operand is touched once; exceptions by provider.
     images: of one call, where they are what is counted. floors: {provider: the one whose time it
     cannot beat}. facts: {provider: {column: value}} of what is no time, asked after the timing.
-    left_out: the providers that are missing, and why. calls: how often each provider is called
-    before it is timed; with 0 the gate does that. samples: the least number of them.
+    left_out: the providers that are missing, and why. loops: {provider: how often one call of it
+    does what a call of the others does once}. calls: how often each provider is called before it is
+    timed; with 0 the gate does that. samples: the least number of them.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Case:
     floors: dict[str, str] = field(default_factory=dict)
     facts: Callable = dict
     left_out: str | None = None
+    loops: dict[str, int] = field(default_factory=dict)
     calls: int = 4
     samples: int = 5
 
@@ -89,8 +91,26 @@ def interleave(case, seconds=2.0):
             for _ in range(repeats[name]):
                 call()
             finish()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
+            done = repeats[name] * case.loops.get(name, 1)
+            samples[name].append((time.perf_counter() - start) / done)
     return samples
+
+
+def in_graph(call):
+    """A function that makes LOOPS calls as one CUDA graph, so that the host has next to no part in
+    their time; for tensors on a CPU, LOOPS calls."""
+    if not torch.cuda.is_available():
+        return lambda: [call() for _ in range(LOOPS)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LOOPS):
+            call()
+    return graph.replay
 
 
 def summary(samples):
@@ -171,17 +191,13 @@ def _lines(path):
 
 
 def pytest_cases(cases):
-    """A parametrised pytest-benchmark test over cases x providers: a group per op and shape."""
-    params = [
-        pytest.param(case, name, id=f"{case.shape}-{name}")
-        for case in cases
-        for name in case.providers
-    ]
+    """A pytest-benchmark test over the cases that cases() returns and their providers: a group per
+    op and shape. conftest.py calls cases(), so that nothing is made where it is not run."""
 
-    @pytest.mark.parametrize(("case", "provider"), params)
     def test(benchmark, case, provider):
         case.gate()
         benchmark.group = f"{case.op} {case.shape}"
         benchmark(case.providers[provider])
 
+    test.cases = cases
     return test

@@ -37,8 +37,8 @@ def test_the_attack_benchmark_on_a_tiny_network(bench):
     rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
     left_out = rows["published"].get("left out", "")
     low = "torch in bf16" not in left_out
-    names = ["published", "published_backward", "compiled", *["published_bf16"] * low]
-    assert [*rows][: 5 + low] == [*names, "fastadv_fp32", "fastadv_bf16"]
+    names = ["published", "published_backward", "compiled", *["published_bf16", "recipe"] * low]
+    assert [*rows][: 5 + 2 * low] == [*names, "fastadv_fp32", "fastadv_bf16"]
     assert [*rows][-1 - low :] == ["conv_fp32", "conv_bf16"][: 1 + low]
     assert any("torchattacks" in name for name in rows) != ("torchattacks" in left_out)
     for row in rows.values():
@@ -50,6 +50,15 @@ def test_the_attack_benchmark_on_a_tiny_network(bench):
     assert 0.5 < bf16["equal signs"] <= 1
     assert bf16["peak MB"] >= 0
     assert rows["published"]["peak MB"] > 0
+
+
+def test_the_recipe_is_the_published_loop_up_to_rounding(bench, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+    model = bench("bench_attack").network("mobilenet_v2", width=4)
+    logits = bench("published").recipe(model)
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(logits(x), model(x), rtol=1e-3, atol=1e-5)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # the model itself is kept
 
 
 def test_the_attack_benchmark_refuses_a_wrong_attack(bench, monkeypatch):
@@ -271,94 +280,6 @@ def test_every_method_becomes_robust_on_the_digits(tmp_path):
         assert row["clean"] > 0.9, name
         if name not in ("natural", "funmatch"):
             assert row["pgd20"] > rates["natural"]["pgd20"] + 0.5, name
-
-
-@pytest.fixture
-def commands(monkeypatch):
-    """What the suite for GPUs would run, compute-sanitizer with a failure."""
-    found = []
-
-    def run(command, **_):
-        found.append(" ".join(map(str, command)))
-        return SimpleNamespace(returncode="sanitizer" in found[-1])
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "gpu"])
-    return found
-
-
-def test_the_gpu_suite_says_that_there_is_none(bench, commands, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU is present: what needs none has run, nothing was"):
-        bench("run").main()
-    install, _, tests = commands
-    assert install.endswith("--no-build-isolation --no-deps --disable-pip-version-check -e .")
-    assert "-m not gpu and not slow tests/kernels" in tests
-
-
-@pytest.mark.parametrize("sanitizer", [None, "/bin/compute-sanitizer"])
-def test_the_gpu_suite_times_only_what_passes(bench, commands, monkeypatch, sanitizer):
-    prepare = bench("prepare")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(prepare.shutil, "which", lambda name: sanitizer)
-    ends = ["-e .", "or 0)\n", "tests/data/test_loader_views.py"]
-    if sanitizer:
-        with pytest.raises(SystemExit, match="failed: /bin/compute-sanitizer"):
-            bench("run").main()
-        ends.append("-m gpu tests/kernels/test_cuda_device.py")
-    else:
-        bench("run").main()
-        ends.append("benchmarks/gpu.py")
-    assert all(map(str.endswith, commands, ends))
-    assert len(commands) == len(ends)
-
-
-def test_the_gpu_suite_goes_on_after_a_failure(bench, monkeypatch, tmp_path, capsys):
-    gpu = bench("gpu")
-
-    def fails():
-        raise RuntimeError("out of memory")
-
-    good = SimpleNamespace(op="o", shape="s")
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
-    monkeypatch.setattr(gpu, "cases", lambda: [fails, lambda: good])
-    row = {"op": "o", "shape": "s", "provider": "p", "us": 2.0, "p20": 1.0, "p80": 3.0}
-    monkeypatch.setattr(gpu, "measure", lambda case, _: [row | {"speedup": 1.0, "GB/s": 5.0}])
-    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "NVIDIA X"})
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="1 cases failed"):
-        gpu.main()
-    (written,) = map(json.loads, (tmp_path / "nvidia-x.jsonl").read_text().splitlines())
-    assert written["of copy"] == 0.5
-    assert written["backends"]["pgd_step"]
-    assert "out of memory" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_gpu_suite_on_tiny_tensors_of_the_cpu(bench, monkeypatch):
-    gpu, train = bench("gpu"), bench("bench_train_step")
-    tiny = {"batch": 2, "device": "cpu", "teacher_name": "wrn10_1", "samples": 1, "width": 4}
-    make = train.case
-
-    def there(make, *args, **options):
-        args = [min(a, 8) if isinstance(a, int) else a for a in args]
-        if options:
-            name = args[0] if args[0] != "wrn34_10" else "wrn10_1"
-            return make(name, **options | {"batch": 2, "samples": 1, "width": 4})
-        return make(*args)
-
-    monkeypatch.setattr(gpu, "there", there)
-    monkeypatch.setattr(bench("bench_attack"), "peak", lambda *_, **__: {})
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 10.0)
-    monkeypatch.setattr(train, "case", lambda method, name, **_: make(method, name, **tiny))
-    rows = list(gpu.rows(0))
-    assert all(rows)
-    ops = {"pgd_step", "random_start linf", "softmax_kl", "augment"}
-    assert {row["op"] for row in rows} == {*ops, "PGD-10", "RSLAD step", "AdvFunMatch step"}
-    for row in rows:
-        assert ("of copy" in row) == (row["op"] in ops)
-        if "of copy" in row:
-            assert row["of copy"] == pytest.approx(row["GB/s"] / 10, abs=0.01)
 
 
 def test_agreement_is_of_counts_and_pixels(bench):

@@ -1,0 +1,178 @@
+"""The suite for GPUs: its parts survive each other, and the choices follow from the rows."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def python(text):
+    return sys.executable, "-c", text
+
+
+def gone(pid):
+    """Whether a process has ended, given a second to."""
+    for _ in range(20):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys, monkeypatch):
+    parts = bench("parts")
+    monkeypatch.setattr(parts, "GRACE", 0.5)
+    child = f"{tmp_path}/child"
+    hangs = (
+        "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"p = subprocess.Popen(['sleep', '60']); open({child!r}, 'w').write(str(p.pid)); "
+        "print('before it hung'); time.sleep(60)"
+    )
+    given = [
+        parts.Part("crashes", python("import os; print('so far', flush=True); os.abort()"), 30),
+        parts.Part("fails", python("raise ValueError('no such kernel')"), 30),
+        parts.Part("hangs", python(hangs), 2),
+        parts.Part("says where", python("import time\ntime.sleep(60)"), 1),
+        parts.Part("absent", python("1"), 30, missing="no GPU"),
+        parts.Part(
+            "passes", python("import os; print(os.environ['A'])"), 30, {"A": "what it said"}
+        ),
+    ]
+    start = time.monotonic()
+    outcomes = parts.run_parts(given, tmp_path, 60, ROOT)
+    assert time.monotonic() - start < 20
+    states = {outcome.name: outcome.state for outcome in outcomes}
+    assert states == {
+        "crashes": "failed",
+        "fails": "failed",
+        "hangs": "timed out",
+        "says where": "timed out",
+        "absent": "skipped",
+        "passes": "passed",
+    }
+    assert gone(int(Path(child).read_text()))
+    assert (tmp_path / "passes.log").read_text() == "here\n"
+    screen = (tmp_path / "summary.txt").read_text()
+    for text in ("exit status -6", "so far", "ValueError: no such kernel", "before it hung"):
+        assert text in screen
+    assert "stopped after 2 s" in screen
+    assert "\n    KeyboardInterrupt\n" in screen
+    assert "skipped   absent           0 s  no GPU" in screen
+    assert "what it said" not in screen
+    assert "passes" in capsys.readouterr().out
+
+
+def test_parts_share_a_budget(bench, tmp_path, monkeypatch):
+    parts = bench("parts")
+    monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(parts, "GRACE", 0)
+    sleep = python("import time; time.sleep(30)")
+    given = [parts.Part("long", sleep, 30), parts.Part("late", sleep, 30)]
+    long, late = parts.run_parts(given, tmp_path, 1.5, ROOT)
+    assert long.state == "timed out"
+    assert 1 < long.seconds < 10
+    assert (late.state, late.why) == ("skipped", "the budget of 2 s is spent")
+
+
+def op_row(part, op, provider, us, shape="s"):
+    return {"part": part, "op": op, "shape": shape, "provider": provider, "us": us}
+
+
+def setting(where, block, us, current=False, shape="s"):
+    provider = json.dumps({"BLOCK": block, "num_warps": 4})
+    return op_row("tune", where, provider, us, shape) | {"current": current}
+
+
+def test_choices_are_what_rows_justify(bench, tmp_path, monkeypatch, capsys):
+    gpu = bench("gpu")
+    rows = [
+        # twice as fast on one shape, as fast on another: 1.41x
+        op_row("ops_cuda", "pgd_step", "fastadv", 2.0, "small"),
+        op_row("ops_triton", "pgd_step", "fastadv", 4.0, "small"),
+        op_row("ops_cuda", "pgd_step", "fastadv in place", 3.0),
+        op_row("ops_triton", "pgd_step", "fastadv in place", 3.0),
+        op_row("ops_cuda", "pgd_step", "eager", 1.0),  # no choice of ours
+        op_row("ops_triton", "pgd_step", "eager", 90.0),
+        op_row("ops_cuda", "softmax_kl", "fastadv", 3.0),
+        op_row("ops_triton", "softmax_kl", "fastadv", 3.2),  # 1.07x is too little
+        op_row("ops_triton", "ikl", "fastadv", 3.2),  # has no CUDA C++
+        setting("pgd_step.LINF", 1024, 10.0, current=True),
+        setting("pgd_step.LINF", 2048, 8.0),
+        setting("pgd_step.LINF", 4096, 9.0),
+        setting("augment.CONFIG", 1024, 10.0, current=True),
+        setting("augment.CONFIG", 2048, 9.5),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "choose", str(tmp_path / "rows.jsonl")])
+    gpu.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "ON_GPU = {  # fastadv/ops/_library.py",
+        '    "pgd_step": "cuda",  # 1.41x Triton',
+        '    "pgd_step_": "cuda",  # 1.41x Triton',
+        "    # softmax_kl: 1.07x Triton",
+        "}",
+        'LINF = {"BLOCK": 2048, "num_warps": 4}  # kernels/pgd_step.py at s: 1.25x',
+        'CONFIG = {"BLOCK": 1024, "num_warps": 4}  # as it is: kernels/augment.py at s: 1.05x with '
+        '{"BLOCK": 2048, "num_warps": 4}',
+    ]
+    assert gpu.choices([]) == []
+
+
+def test_the_suite_has_every_part_in_order_of_value(bench, monkeypatch, tmp_path):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    parts = gpu.parts(tmp_path)
+    names = [part.name for part in parts]
+    assert names[:5] == ["build", "ceilings", "ops_cuda", "ops_triton", "attack"]
+    assert names[5:] == ["train", "tune", "tests", "sanitizer", "learn"]
+    assert not any(part.missing for part in parts)
+    assert [part.environment.get("FASTADV_BACKEND") for part in parts[2:4]] == ["cuda", "triton"]
+    tests = {str(path) for path in parts[7].command if str(path).endswith(".py")}
+    assert {"tests/kernels/test_cuda_device.py", "tests/attacks/test_graphs.py"} <= tests
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.parts(tmp_path)[8].missing == "compute-sanitizer is not installed"
+    with pytest.raises(SystemExit, match="--only is 'op', must be of build, ceilings, ops_cuda"):
+        gpu.suite(tmp_path, 1, "op")
+
+
+def test_a_dry_run_exercises_every_part(tmp_path):
+    command = [sys.executable, BENCHMARKS / "run.py", "--suite", "gpu", "--out", tmp_path]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "check": False, "cwd": tmp_path}
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("ceilings", "ops_cuda", "ops_triton", "attack", "train", "tune", "tests", "learn"):
+        assert f"\npassed    {part}" in done.stdout
+        assert (tmp_path / f"{part}.log").stat().st_size
+    for part in ("build", "sanitizer"):
+        assert f"\nskipped   {part}" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = {(row["part"], row["op"]) for row in rows}
+    assert {("ceilings", "copy"), ("ceilings", "matmul"), ("ceilings", "launch")} <= found
+    for op in ("pgd_step", "random_start linf", "softmax_kl", "augment"):
+        assert {("ops_cuda", op), ("ops_triton", op)} <= found
+    assert {("attack", "PGD-10"), ("train", "RSLAD step"), ("learn", "training")} <= found
+    assert all(row["gpu"] is None for row in rows)
+    assert all("of copy" in row for row in rows if "GB/s" in row and row["part"] != "ceilings")
+    assert "ON_GPU = {" in done.stdout
+    assert "BALL = {" in done.stdout
+    assert done.stdout.endswith("a dry run on stand-ins, whose times mean nothing\n")
