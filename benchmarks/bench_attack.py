@@ -5,8 +5,8 @@
 
 "published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model),
 "published_bf16" the same under torch.autocast in channels_last, "recipe" that on a frozen network
-with its BatchNorm folded (published.recipe); on a GPU "max-autotune" is the compiler's mode. "conv_fp32" and "conv_bf16" are
-floors: the time that torch's own convolutions alone take for the same forward passes and input
+with its BatchNorm folded (published.recipe); on a GPU "max-autotune" is the compiler's mode. "conv_fp32" and "conv_bf16"
+are floors: the time that torch's own convolutions alone take for the same forward passes and input
 gradients; "x floor" is a provider's time over its floor. Peak memory is the memory that one attack
 adds to a fresh process. With a WideResNet the slowest rivals are left out, which would take minutes
 more.
@@ -191,7 +191,8 @@ def growth(name, provider, batch=64, **size):
 
 
 def case(name, batch=64, rivals=True, samples=5, memory=True, **size):
-    """rivals: with the slowest of them and torchattacks. memory: with peak memory. size: of `models.get`."""
+    """rivals: with the slowest of them and torchattacks. memory: with peak memory. size: options of
+    `models.get`."""
     torch.manual_seed(0)
     model, (x, y) = network(name, **size), images(batch)
     providers, left_out = attacks(model, x, y, slow=rivals), []

@@ -68,7 +68,7 @@ def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys
         "passes": "passed",
     }
     assert gone(int(Path(child).read_text()))
-    assert (tmp_path / "passes.log").read_text() == "here\n"
+    assert (tmp_path / "passes.log").read_text() == "what it said\n"
     screen = (tmp_path / "summary.txt").read_text()
     for text in ("exit status -6", "so far", "ValueError: no such kernel", "before it hung"):
         assert text in screen
