@@ -5,11 +5,11 @@
 
 "published" is the loop of TRADES and RSLAD, "compiled" the same on torch.compile(model),
 "published_bf16" the same under torch.autocast in channels_last, "recipe" that on a frozen network
-with its BatchNorm folded (published.recipe); on a GPU "max-autotune" is the compiler's mode. "conv_fp32" and "conv_bf16"
-are floors: the time that torch's own convolutions alone take for the same forward passes and input
-gradients; "x floor" is a provider's time over its floor. Peak memory is the memory that one attack
-adds to a fresh process. With a WideResNet the slowest rivals are left out, which would take minutes
-more.
+with its BatchNorm folded (published.recipe); on a GPU "max-autotune" is the compiler's mode.
+"conv_fp32" and "conv_bf16" are floors: the time that torch's own convolutions alone take for the
+same forward passes and input gradients; "x floor" is a provider's time over its floor. Peak memory
+is the memory that one attack adds to a fresh process. With a WideResNet the slowest rivals are left
+out, which would take minutes more.
 
 The networks have random weights, and their BatchNorm statistics have seen a few random images.
 "equal signs" and "cosine" compare the input gradient in bfloat16 with the published one for these
