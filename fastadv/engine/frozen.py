@@ -67,7 +67,7 @@ class Frozen(InPrecision):
         self.eval()
         self._source = [model]  # in a list, so that it is no submodule
         self._asked, self._inventory = dtype, _inventory(theirs)
-        self._own = _tensors(self.net)
+        self._own, self._modules_within = _tensors(self.net), [*self.net.modules()]
         self.refreshes = 0
         self.trunk, self._head = None, []
         on_cpu = all(p.is_cpu for p in self.net.parameters())
@@ -161,7 +161,7 @@ class Frozen(InPrecision):
             and (x.device == self.trunk.device and x.dtype == torch.float32)
             and (x.dim() == 4 and channels in (None, x.shape[1]) and len(x) > 0)
             and not (self.trunk.opaque and observed())
-            and not any(map(hooked, self.net.modules()))
+            and not hooked(*self._modules_within)
             and (torch.compiler.is_compiling() or (self._whole() and not transformed()))
         )
 

@@ -36,11 +36,18 @@ disable_compiler = private(torch, "_disable_dynamo")
 below_autograd = private(torch._C, "_AutoDispatchBelowAutograd")
 
 
-def hooked(module):
-    """Whether a hook of its own or of all modules, or another forward, runs with this module."""
-    own = any(getattr(module, kind) for kind in HOOKS)
-    own = own or "forward" in module.__dict__  # not vars(), which torch 2.8 does not compile
-    return own or any(getattr(registry, "_global" + kind) for kind in HOOKS)
+def hooked(*modules):
+    """Whether a hook of its own or of all modules, or another forward, runs with one of these."""
+    if any(getattr(registry, "_global" + kind) for kind in HOOKS):
+        return True
+    for module in modules:  # HOOKS by name: a twin asks this of all its modules in every call
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if "forward" in module.__dict__:  # not vars(), which torch 2.8 does not compile
+            return True
+    return False
 
 
 def transformed():
