@@ -16,7 +16,8 @@ from .dataset import ImageSet
 
 
 class Fields(NamedTuple):
-    """One batch: x float32 [B, C, H, W] in [0, 1]; y, index and view int64 [B].
+    """One batch: x float32 [B, C, H, W] in [0, 1]; y, index and view int64 [B]. The ids, index and
+    view, are on the CPU, where a teacher cache looks them up without waiting for a GPU.
 
     Where images are mixed y is float32 [B, num_classes], the shares of the two labels.
     """
@@ -90,11 +91,10 @@ class Loader:
                 )
         self.device = torch.device(device)
         self.images = split.images.to(resident_on(self.device, split.images.nbytes))
-        self.labels, self.index = split.labels.to(device), split.index.to(device)
+        self.labels, self.index = split.labels.to(device), split.index.cpu()
         self.batch_size, self.padding, self.flips = batch_size, padding, flips
         self.shuffle, self.seed, self.channels_last = shuffle, seed, channels_last
         self.rank, self.world = rank, world
-        self._keys = split.index.cpu()
         self.extra, self._own = extra, batch_size
         if extra is not None:
             self._own = round((1 - extra_fraction) * batch_size)
@@ -174,7 +174,7 @@ class Loader:
             x, y = self._plain(rows, view)
         else:
             x, y = self._augmented(rows, view)
-        return Fields(x, y, self._of(rows, "index"), self._there(view))
+        return Fields(x, y, self._picked(self.index, "index", rows), view)
 
     def _of(self, rows, field):
         """The images, labels or index at `rows`, which are on the CPU, on the device."""
@@ -201,7 +201,7 @@ class Loader:
         return self._float(images, dy, dx, flip, self.padding), self._of(rows, "labels")
 
     def _augmented(self, rows, view):
-        index = self._picked(self._keys, "index", rows)
+        index = self._picked(self.index, "index", rows)
         settings, key = self.augmentation, Key(self.seed, index, view)
         x, y = self._strong(rows, key, IMAGE)
         if not settings.mixes:

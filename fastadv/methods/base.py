@@ -133,9 +133,9 @@ class AdversarialImages:
 @dataclass(repr=False)
 class Batch:
     """x: float32 or float64 [B, C, H, W] in [0, 1]; y: integers [B], or probabilities [B, classes]
-    where images are mixed; index, view: ids of image and augmentation. x_adv: the adversarial
-    images; to read them before they are set is a ValueError. The teachers' outputs for the batch
-    are computed once and kept in `memo`."""
+    where images are mixed; index, view: ids of image and augmentation, on any device. x_adv: the
+    adversarial images; to read them before they are set is a ValueError. The teachers' outputs for
+    the batch are computed once and kept in `memo`."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -242,7 +242,10 @@ class Method(nn.Module):
         nets = self.queried(nets)
         targets = self.targets(nets, batch, state)
         inner = partial(self.inner, nets)
-        return self.attack.ascend(inner, batch.x, *targets, start=start, index=batch.index)
+        index = batch.index
+        if index is not None:
+            index = index.to(batch.x.device, non_blocking=True)
+        return self.attack.ascend(inner, batch.x, *targets, start=start, index=index)
 
     def end_epoch(self, state):
         """The state that the next epoch starts with."""

@@ -158,6 +158,9 @@ class Config:
     )
     seed: int = _flag(0, "weights, order, augmentation and attack starts")
     device: str = _flag("cpu", "cpu or cuda")
+    cuda_graph: str = _flag(
+        "auto", "on a GPU: auto, which replays the attack as one CUDA graph where it can, or off"
+    )
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
 
     def __post_init__(self):

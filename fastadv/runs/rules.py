@@ -30,6 +30,7 @@ CHOICES = {
     "eps_schedule": ("constant", "linear"),
     **dict.fromkeys(("precision_attack", "precision_outer", "precision_teacher"), ("fp32", "bf16")),
     "teacher_cache_dtype": ("float16", "float32"),
+    "cuda_graph": ("auto", "off"),
 }
 
 

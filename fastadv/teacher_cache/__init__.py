@@ -215,7 +215,10 @@ class TeacherCache:
 
     def _named(self, values, device):
         """{name: float32 [B, ...]} of numpy values [B, width]."""
-        flat = torch.from_numpy(values).to(device).float()
+        flat = torch.from_numpy(values)
+        if device.type == "cuda":  # from pinned memory, whose copy the host does not wait for
+            flat = flat.pin_memory()
+        flat = flat.to(device, non_blocking=True).float()
         parts = flat.split([*map(math.prod, self.shapes.values())], 1)
         return {
             name: part.reshape(-1, *shape).contiguous()

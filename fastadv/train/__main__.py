@@ -12,6 +12,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
 from .. import demo
 from ..errors import as_command
 from ..runs import parallel
@@ -36,6 +38,7 @@ def main(argv):
         return
     with parallel.group():
         config, resume = parse(argv, __doc__)
+        torch.backends.cudnn.benchmark = True  # batches of one shape, which pay the search back
         parallel.barrier()  # all have read the folder before one of them writes into it
         if config.data == "digits":
             config = demo.with_teachers(config)

@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from .. import data, methods, models
-from ..attacks import PGD
+from ..attacks import PGD, Captured
 from ..engine.frozen import freeze
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
@@ -59,13 +59,24 @@ def build_method(config):
     return method
 
 
-def scheduled(config, attack, epoch):
-    """The attack of an epoch: `attack` with the radius and the step that eps_schedule gives it."""
-    if config.eps_schedule == "constant":
+def capturing(config, attack):
+    """`attacks.Captured` of the attack where a GPU can replay it as a CUDA graph, else None."""
+    replayed = isinstance(attack, PGD) and attack.restarts == 1 and attack.keep == "last"
+    on_gpu = torch.device(config.device).type == "cuda"
+    return Captured(attack) if replayed and on_gpu and config.cuda_graph == "auto" else None
+
+
+def scheduled(config, attack, epoch, captured=None):
+    """The attack of an epoch: `attack` with the radius and the step that eps_schedule gives it, as
+    a CUDA graph by `captured`, if given."""
+    if config.eps_schedule != "constant":
+        share = (epoch + 1) / config.epochs
+        eps, step_size = share * config.eps, share * config.step_size
+        attack = dataclasses.replace(attack, eps=eps, step_size=step_size)
+    if captured is None:
         return attack
-    share = (epoch + 1) / config.epochs
-    eps, step_size = share * config.eps, share * config.step_size
-    return dataclasses.replace(attack, eps=eps, step_size=step_size)
+    captured.attack = attack
+    return captured
 
 
 def build_student(config, dataset):

@@ -21,7 +21,7 @@ from ..runs.progress import bar
 from ..teacher_cache import TeacherCache
 from .average import build_average, recompute_statistics
 from .awp import AWP
-from .build import build_loader, build_method, build_nets, scheduled
+from .build import build_loader, build_method, build_nets, capturing, scheduled
 from .optimizer import build_optimizer, learning_rate
 
 
@@ -64,12 +64,12 @@ def train(config, resume=False):
             tqdm.write(advice)
 
     updates = -(-len(loader) // config.accumulate)  # in an epoch
-    attack = method.attack
+    attack, captured = method.attack, capturing(config, method.attack)
     while not run.finished:
         epoch, first = run.epoch, run.step
         loss_sum = run.so_far.get("loss", torch.zeros(())).to(device)
         bad_gradients = run.so_far.get("bad_gradients", torch.tensor(0)).to(device)
-        method.attack = scheduled(config, attack, epoch)
+        method.attack = scheduled(config, attack, epoch, captured)
         start = time.perf_counter()
         shown = bar(
             with_teachers(loader.epoch(epoch, first), caches),

@@ -12,15 +12,14 @@ def build_optimizer(config, parameters):
     rest = [p for p in parameters if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if parameters[0].is_cuda:
+        options["fused"] = (
+            True  # one kernel for all; on a CPU it would round otherwise than torch's
+        )
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
 
 
 def learning_rate(config, update, updates):

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from stand_ins import Player
 from torch import nn
 
 from fastadv import freeze, methods
@@ -13,28 +14,6 @@ from fastadv.attacks import APGD, PGD, graphs
 from fastadv.engine.folded import Folded
 
 EPS = 8 / 255
-
-
-class Player:
-    """Stands for `graphs.capture`: a replay runs the function and writes where its first run
-    did."""
-
-    def __init__(self):
-        self.captures = self.replays = 0
-
-    def __call__(self, function):
-        self.captures += 1
-        returned = function()
-
-        def replay():
-            self.replays += 1
-            returned.copy_(function())
-
-        return replay, returned
-
-    @property
-    def counts(self):
-        return self.captures, self.replays
 
 
 @pytest.fixture

@@ -165,8 +165,8 @@ def test_a_view_is_the_same_on_a_gpu(settings):
         loader(image_set(), settings, device=device).view_batch(rows, rows % 3)
         for device in ("cpu", "cuda")
     ]
-    for expected, found in zip(*batches, strict=True):
-        assert found.device.type == "cuda"
+    for name, expected, found in zip(batches[0]._fields, *batches, strict=True):
+        assert found.is_cuda == (name in ("x", "y"))
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-7)  # x: an ulp of / 255
 
 
