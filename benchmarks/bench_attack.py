@@ -34,9 +34,11 @@ from fastadv import freeze, models
 from fastadv.attacks import PGD
 from fastadv.attacks.graphs import Captured
 from fastadv.attacks.pgd import OBJECTIVES, input_gradient
+from fastadv.engine import folded
 
 NHWC = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FUSED = "fastadv_bf16 graph, bias_relu"
 MEASURED = ("published", "fastadv_bf16")  # the providers whose memory is measured
 
 
@@ -75,7 +77,9 @@ def attacks(model, x, y, slow=True):
         found[f"fastadv_{name}"] = fastadv(model, x, y, dtype)
     if x.is_cuda:
         twin = frozen(model, torch.bfloat16)
-        found["fastadv_bf16 graph"] = captured(twin, x, y)
+        for name, fused in (("fastadv_bf16 graph", False), (FUSED, True)):
+            folded.FUSED_RELU = fused  # as the graph is captured
+            found[name] = captured(twin, x, y)
         if slow:
             found["max-autotune"] = loop(torch.compile(model, mode="max-autotune"))
             found["fastadv_bf16 graph compiled"] = captured(torch.compile(twin), x, y)

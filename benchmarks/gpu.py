@@ -96,7 +96,21 @@ def build():
 def choices(rows):
     """The literals that the rows justify, as lines to paste: which ops run CUDA C++ on a GPU, and
     the launch settings of Triton's kernels that are GAIN times as fast as those in use."""
-    return [*backends(rows), *launches(rows)]
+    return [*backends(rows), *fused_relu(rows), *launches(rows)]
+
+
+def fused_relu(rows):
+    """The line of FUSED_RELU: whether PGD-10 is GAIN times as fast with ReLUs in one op, as the
+    geometric mean over networks."""
+    graph, logs = "fastadv_bf16 graph", []
+    us = {(row["shape"], row["provider"]): row["us"] for row in rows if row["part"] == "attack"}
+    for shape, provider in us:
+        if provider == graph and (shape, f"{graph}, bias_relu") in us:
+            logs.append(math.log(us[shape, graph] / us[shape, f"{graph}, bias_relu"]))
+    if not logs:
+        return []
+    gain = math.exp(sum(logs) / len(logs))
+    return [f"FUSED_RELU = {gain >= GAIN}  # fastadv/engine/folded.py: {gain:.2f}x"]
 
 
 def backends(rows):

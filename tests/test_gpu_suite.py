@@ -113,6 +113,8 @@ def test_choices_are_what_rows_justify(bench, tmp_path, monkeypatch, capsys):
         op_row("ops_cuda", "softmax_kl", "fastadv", 3.0),
         op_row("ops_triton", "softmax_kl", "fastadv", 3.2),  # 1.07x is too little
         op_row("ops_triton", "ikl", "fastadv", 3.2),  # has no CUDA C++
+        op_row("attack", "PGD-10", "fastadv_bf16 graph", 6.0),
+        op_row("attack", "PGD-10", "fastadv_bf16 graph, bias_relu", 4.0),
         setting("pgd_step.LINF", 1024, 10.0, current=True),
         setting("pgd_step.LINF", 2048, 8.0),
         setting("pgd_step.LINF", 4096, 9.0),
@@ -129,6 +131,7 @@ def test_choices_are_what_rows_justify(bench, tmp_path, monkeypatch, capsys):
         '    "pgd_step_": "cuda",  # 1.41x Triton',
         "    # softmax_kl: 1.07x Triton",
         "}",
+        "FUSED_RELU = True  # fastadv/engine/folded.py: 1.50x",
         'LINF = {"BLOCK": 2048, "num_warps": 4}  # kernels/pgd_step.py at s: 1.25x',
         'CONFIG = {"BLOCK": 1024, "num_warps": 4}  # as it is: kernels/augment.py at s: 1.05x with '
         '{"BLOCK": 2048, "num_warps": 4}',

@@ -4,8 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import fold_bn_
+from ..ops import bias_relu, fold_bn_
 from .plan import Unsupported, parts
+
+# Whether bias, residual sum and ReLU of a convolution run as one op on a GPU. Provisional: a
+# launch less each, and a bit for an activation in the backward pass, but timed on no GPU yet.
+FUSED_RELU = False
 
 
 class Folded(nn.Module):
@@ -36,12 +40,24 @@ class Folded(nn.Module):
         last = {key: n for n, keys in enumerate(self.reads) for key in keys if key is not None}
         self.wanted = {*last, *self.exits}
         self.ends = [[key for key in last if last[key] == n] for n in range(len(plan))]
+        self.fusible = [
+            layer.conv is not None
+            and layer.affine is None
+            and layer.activation == "relu"
+            and (n, "out") not in self.wanted
+            for n, layer in enumerate(plan)
+        ]
         self.layers = nn.ModuleList(FoldedLayer(layer, dtype) for layer in plan)
         for name in ("scale", "shift"):
             size = (1, segment.channels, 1, 1) if image_affine else 0
             self.register_buffer(name, self.weight.new_empty(size), persistent=False)
         self.eval()
         self.refresh()
+
+    @property
+    def fused_relu(self):
+        """Whether ReLUs run in `bias_relu`."""
+        return FUSED_RELU and self.weight.is_cuda
 
     @property
     def weight(self):
@@ -69,21 +85,31 @@ class Folded(nn.Module):
         if self.image_affine:
             x = torch.addcmul(self.shift, x, self.scale)
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        found = {}
+        fused = self.fused_relu and not torch.compiler.is_compiling()  # which fuses by itself
+        found = {}  # of each value one or two copies, for as many readers
+
+        def read(key):
+            return found[key].pop() if len(found[key]) > 1 else found[key][0]
+
         for n, layer in enumerate(self.layers):
             source, before = self.reads[n]
-            out = layer(x if source is None else found[source])
-            if before is not None:
-                out = out + found[before]
-            if (n, "out") in self.wanted:
-                found[n, "out"] = out
-            if (n, "active") in self.wanted:
-                found[n, "active"] = layer.active(out)
+            source = x if source is None else read(source)
+            before = None if before is None else read(before)
+            if fused and self.fusible[n]:
+                found[n, "active"] = [*layer.relu(source, before)]
+            else:
+                out = layer(source)
+                out = out if before is None else out + before
+                if (n, "out") in self.wanted:
+                    found[n, "out"] = [out]
+                if (n, "active") in self.wanted:
+                    found[n, "active"] = [layer.active(out)]
             for dead in self.ends[n]:
                 del found[dead]
+        results = tuple(found[exit][0] for exit in self.exits)
         if self.inner:
-            results = tuple(found[exit] for exit in self.exits)
             return results if len(results) > 1 else results[0]
+        (out,) = results
         return out.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -121,7 +147,8 @@ class FoldedLayer(nn.Module):
         if layer.affine is not None:
             yield self.scale, self.shift.flatten(), self.ones, None, parts(layer.affine)
 
-    def forward(self, source):
+    def forward(self, source, bias=True):
+        """The convolution, or pooling; without its bias if asked."""
         layer = self.layer
         if layer.adaptive is not None:
             return F.adaptive_avg_pool2d(source, layer.adaptive)
@@ -133,7 +160,15 @@ class FoldedLayer(nn.Module):
         if not self.even:
             source, padding = F.pad(source, (left, right, top, bottom)), 0
         groups = layer.conv.groups
-        return F.conv2d(source, self.weight, self.bias, stride, padding, dilation, groups)
+        bias = self.bias if bias else None
+        return F.conv2d(source, self.weight, bias, stride, padding, dilation, groups)
+
+    def relu(self, source, before):
+        """(y, y), for two readers: the activation after a convolution and a residual, in one op."""
+        out = self(source, bias=False).contiguous(memory_format=torch.channels_last)
+        if before is not None:
+            before = before.contiguous(memory_format=torch.channels_last)
+        return bias_relu(out, self.bias, before, self.layer.cap)
 
     def active(self, out):
         """activation(affine(out))"""

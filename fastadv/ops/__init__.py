@@ -4,6 +4,7 @@ and benchmarks/."""
 from .apgd_step import apgd_step_
 from .augment import augment
 from .batch_norm import batch_norm
+from .bias_relu import bias_relu
 from .cross_entropy import cross_entropy
 from .dlr import dlr
 from .feature_distance import feature_distance
@@ -20,6 +21,7 @@ __all__ = [
     "apgd_step_",
     "augment",
     "batch_norm",
+    "bias_relu",
     "cross_entropy",
     "dlr",
     "feature_distance",

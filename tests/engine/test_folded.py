@@ -10,22 +10,45 @@ from networks import NETWORKS, error, folded, network, results
 from torch import nn
 
 from fastadv import freeze
+from fastadv.engine import folded as module
 from fastadv.engine.folded import Folded
 from fastadv.engine.lower import lower
 from fastadv.engine.plan import Unsupported
 from fastadv.engine.trunk import Trunk
 from fastadv.ops import _library, _native
+from fastadv.ops.bias_relu import Fused
 from fastadv.testing import using_isa
+
+FUSED = {*NETWORKS} - {"wrn_silu", "dm_wrn"}  # which have ReLUs
 
 
 def buffers_of(frozen):
     return dict(frozen.trunk.named_buffers())
 
 
+@pytest.fixture
+def fuse(monkeypatch):
+    """Runs ReLUs in ops.bias_relu from now on, as on a GPU; returns the list of its calls."""
+    calls = []
+
+    def relu(*args):
+        calls.append(args)
+        return Fused.apply(*args)
+
+    def call():
+        monkeypatch.setattr(module, "bias_relu", relu)
+        monkeypatch.setattr(Folded, "fused_relu", True, raising=False)
+        return calls
+
+    return call
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_agrees_with_torch(name, dtype):
+def test_agrees_with_torch(name, dtype, fused, fuse):
     """Logits and input gradient are no farther from float64 than twice torch's own."""
+    calls = fuse() if fused else []
     net = network(name)
     x, weight = torch.rand(17, 3, 8, 8), torch.randn(17, 1)
     exact = results(copy.deepcopy(net).double(), x.double(), weight.double())
@@ -37,6 +60,20 @@ def test_agrees_with_torch(name, dtype):
         assert error(found, expected) <= 2 * error(theirs, expected) + 1e-6
         assert F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.97
     assert error(ours[0], exact[0]) > (1e-4 if dtype == torch.bfloat16 else 0)
+    assert bool(calls) == (fused and name in FUSED)
+
+
+def test_two_readers_get_a_copy_each(fuse):
+    """The gradients at the start of a residual block come apart, for the op to add up."""
+    calls, net = fuse(), network("resnet20")
+    frozen, x = folded(net), torch.rand(2, 3, 8, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    (found,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert any(before is not None for _, _, before, _ in calls)
+    second = torch.autograd.grad(found.square().sum(), x)
+    wanted = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(second, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_activations_have_their_cap():

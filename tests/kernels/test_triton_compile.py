@@ -157,7 +157,8 @@ def main(which):
     report, seen = [], set()
     for op, name, args, narrow in variants():
         launcher = importlib.import_module(f"fastadv.kernels.{op}")
-        launch = getattr(launcher, op, None) or getattr(launcher, f"{op}_")
+        own = name.split()[0].removesuffix("_kernel")  # where a file has two launchers
+        launch = next(vars(launcher)[n] for n in (own, op, f"{op}_") if n in vars(launcher))
         for kernel in [n for n in vars(launcher) if n.endswith("_kernel")]:
             if not isinstance(getattr(launcher, kernel), Recorder):
                 setattr(launcher, kernel, Recorder(getattr(launcher, kernel)))
