@@ -1,6 +1,7 @@
 """The executor of devices other than CPUs against torch, on the CPU."""
 
 import copy
+import sys
 import weakref
 
 import pytest
@@ -16,9 +17,9 @@ from fastadv.engine.lower import lower
 from fastadv.engine.plan import Unsupported
 from fastadv.engine.trunk import Trunk
 from fastadv.ops import _library, _native
-from fastadv.ops.bias_relu import Fused
 from fastadv.testing import using_isa
 
+bias_relu = sys.modules["fastadv.ops.bias_relu"]  # the file, whose name the op has too
 FUSED = {*NETWORKS} - {"wrn_silu", "dm_wrn"}  # which have ReLUs
 
 
@@ -33,7 +34,7 @@ def fuse(monkeypatch):
 
     def relu(*args):
         calls.append(args)
-        return Fused.apply(*args)
+        return bias_relu.Fused.apply(*args)
 
     def call():
         monkeypatch.setattr(module, "bias_relu", relu)
@@ -63,14 +64,22 @@ def test_agrees_with_torch(name, dtype, fused, fuse):
     assert bool(calls) == (fused and name in FUSED)
 
 
-def test_two_readers_get_a_copy_each(fuse):
+def test_two_readers_get_a_copy_each(fuse, monkeypatch):
     """The gradients at the start of a residual block come apart, for the op to add up."""
+    backward, pairs = bias_relu._backward, []
+
+    def noted(grad, other, bits):
+        pairs.append(other is not None)
+        return backward(grad, other, bits)
+
+    monkeypatch.setattr(bias_relu, "_backward", noted)
     calls, net = fuse(), network("resnet20")
     frozen, x = folded(net), torch.rand(2, 3, 8, 8, requires_grad=True)
     (expected,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
     (found,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     assert any(before is not None for _, _, before, _ in calls)
+    assert sum(pairs) == 7  # of 9 blocks; two have a shortcut that reads something else
     second = torch.autograd.grad(found.square().sum(), x)
     wanted = torch.autograd.grad(expected.square().sum(), x)
     torch.testing.assert_close(second, wanted, rtol=1e-3, atol=1e-5)
