@@ -70,7 +70,7 @@ if not GPU:  # the stand-ins of a dry run
 def ceilings():
     """What the card can do: a copy, counting what is read and written, a product of matrices in
     bfloat16, and the shortest launch."""
-    source = torch.rand(2**28 if GPU else 2**10)
+    source = torch.rand(2**28 if GPU else 2**18)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
     yield partial(Case, "copy", "1 GB", copy, bool, nbytes=2 * source.nbytes)
