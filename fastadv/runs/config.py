@@ -192,8 +192,8 @@ class Config:
             )
         if 0 < (reach := self.steps * self.step_size) < self.eps * (1 - 1e-6):
             yield (
-                f"steps is {self.steps} and step_size {self.step_size:.4g}, which together move a pixel "
-                f"by {reach:.4g} of eps {self.eps:.4g}: give more or larger steps"
+                f"steps is {self.steps} and step_size {self.step_size:.4g}, which together move "
+                f"a pixel by {reach:.4g} of eps {self.eps:.4g}: give more or larger steps"
             )
         if self.batch_size > images:
             yield (

@@ -132,8 +132,8 @@ def test_what_a_run_hardly_means(npz, tmp_path):
     ]
     assert not list(config(npz, tmp_path, batch_size=1, **full).doubts(144))
     assert list(config(npz, tmp_path, eps=0.2, step_size=None, steps=2).doubts(144)) == [
-        "steps is 2 and step_size 0.05, which together move a pixel by 0.1 of eps 0.2: give more or larger "
-        "steps"
+        "steps is 2 and step_size 0.05, which together move a pixel by 0.1 of eps 0.2: "
+        "give more or larger steps"
     ]
     assert not list(config(npz, tmp_path, eps=0.7, step_size=None, steps=4).doubts(144))
     assert list(Config(epochs=30, milestones=(15, 30)).doubts(1280)) == [
