@@ -14,6 +14,7 @@ Without a GPU it is a dry run: the same parts on tiny stand-ins and a CPU, whose
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import shutil
@@ -49,6 +50,7 @@ def parts(out):
         return Part(name, (python, CASES, name, "--out", out), limit, environment)
 
     pytest = python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"
+    shared = ("-n", "4") if gpu and importlib.util.find_spec("xdist") else ()
     files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
     files = [path.relative_to(ROOT) for path in files if path.name != "test_benchmarks.py"]
     sanitizer = shutil.which("compute-sanitizer")
@@ -62,7 +64,7 @@ def parts(out):
         cases("attack", 150),
         cases("train", 120),
         cases("tune", 60, triton),
-        Part("tests", (*pytest, *files, *(() if gpu else ("--collect-only",))), 120),
+        Part("tests", (*pytest, *shared, *files, *(() if gpu else ("--collect-only",))), 120),
         Part("sanitizer", (*check, *pytest, "tests/kernels/test_cuda_device.py"), 60, {}, missing),
         cases("learn", 60),
     ]
