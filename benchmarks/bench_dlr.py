@@ -10,7 +10,7 @@ def published(logits, y):
     ranked, order = logits.sort(dim=1)
     right = (order[:, -1] == y).to(logits.dtype)
     other = ranked[:, -2] * right + ranked[:, -1] * (1 - right)
-    own = logits[torch.arange(len(y)), y]
+    own = logits[torch.arange(len(y), device=y.device), y]
     return -(own - other) / (ranked[:, -1] - ranked[:, -3] + 1e-12)
 
 

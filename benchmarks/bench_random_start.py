@@ -15,7 +15,7 @@ def linf(x):
 
 def l2(x):
     noise = torch.randn_like(x).flatten(1)
-    radius = EPS * torch.rand(len(x), 1) ** (1 / noise.shape[1])
+    radius = EPS * torch.rand(len(x), 1, device=x.device) ** (1 / noise.shape[1])
     return torch.clamp(x + (noise * radius / noise.norm(dim=1, keepdim=True)).view_as(x), 0.0, 1.0)
 
 

@@ -245,9 +245,10 @@ def case(
         if engine.method.cacheable():
             with torch.no_grad():
                 wanted = torch.cat([engine.teacher(part) for part in x.split(BLOCK)])
+            misses = engine.cache.misses
             found = engine.lookup(engine.batch())
             torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-6)  # bf16, other layout
-            assert engine.cache.misses == batch
+            assert engine.cache.misses == misses > 0
         for step in steps.values():
             step()
         if rival:

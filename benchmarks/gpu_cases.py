@@ -10,7 +10,9 @@ DIR/rows.jsonl as soon as it is done.
 """
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -39,7 +41,7 @@ import numpy as np
 import published
 import torch
 from run import line, measure
-from timing import LOOPS, Case, exact, in_graph, machine
+from timing import LOOPS, Case, exact, finish, in_graph, machine
 
 from fastadv import methods
 from fastadv.ops import _library
@@ -55,6 +57,7 @@ METHODS, TEACHER = ("rslad", "advfunmatch"), "wrn34_10"
 SETTINGS = [
     {"BLOCK": block, "num_warps": warps} for block in (1024, 2048, 4096) for warps in (4, 8)
 ]
+MADE_THERE = ("ceilings", "ops_cuda", "ops_triton", "attack", "tune") if GPU else ()
 SEEDS = "vfd+at", "rslad", "bmtard", "advfunmatch"  # the methods that the project began with
 SMALL = {}  # what makes the networks of attacks and steps small
 if not GPU:  # the stand-ins of a dry run
@@ -148,12 +151,20 @@ def tuned(name, literal, current, make, shape):
 
     def with_setting(setting, function):
         literal.update(setting)
-        function()
-        literal.update(current)
+        try:
+            function()
+        finally:
+            literal.update(current)
 
     def gate():
-        for setting in settings:
-            with_setting(setting, case.gate)
+        for name in [*providers]:
+            try:
+                with_setting(json.loads(name), case.gate)
+            except Exception:
+                if name == json.dumps(current):
+                    raise
+                traceback.print_exc()
+                del providers[name]
 
     providers = {json.dumps(s): partial(with_setting, s, call) for s in settings}
     facts = {key: {"current": key == json.dumps(current)} for key in providers}
@@ -244,21 +255,59 @@ def copy_bandwidth(path):
     return found[-1] if found else None
 
 
-def rows(part, seconds):
-    """Yields the rows of all cases of a part; of a case that fails None, and its error is printed:
-    the others are worth having."""
-    for make in PARTS[part]():
+def rows(part, seconds, skip=0):
+    """Yields (number of the case, its rows, how many of its providers failed) for all cases of a
+    part but the first `skip`. Of what fails the error is printed: the rest is worth having."""
+    for n, make in enumerate(itertools.islice(PARTS[part](), skip, None), skip):
+        found, failed = [], 0
         try:
-            case = make()
-            if isinstance(case, Case) and not GPU:
-                case = replace(case, samples=1, calls=0)
-            yield from measure(case, seconds) if isinstance(case, Case) else case
+            # Not while it is timed: the default device costs time in every call of torch.
+            with torch.device("cuda") if part in MADE_THERE else contextlib.nullcontext():
+                case = make()
+            if isinstance(case, Case):
+                case, failed = tried(case, part)
+                case = measure(case, seconds)
+            found = [*case]
         except Exception:  # of a kernel, a compiler or memory
             traceback.print_exc()
-            yield None
+            failed += 1
+        yield n, found, failed
+        torch.compiler.reset()
+
+
+def tried(case, part):
+    """(the case without the providers that fail, each with its reason under "left out"; the number
+    of fastadv's own among them). Of a GPU's each has been called until it is compiled and captured
+    as a graph. Without CUDA C++ to compare with, no time goes into the compiler's rivals."""
+    if not GPU:
+        case = replace(case, samples=1, calls=0)
+    left_out, failed = [case.left_out] if case.left_out else [], 0
+    for name, call in [*case.providers.items()]:
+        if part == "ops_cuda" and name.startswith("compile"):
+            del case.providers[name]
+            continue
+        try:
+            for _ in range(3 if GPU and "graph" in name else 1):
+                call()
+            finish()
+        except Exception as error:
+            traceback.print_exc()
+            failed += name.startswith("fastadv")
+            left_out.append(f"{name}: {str(error).partition(chr(10))[0]}")
+            del case.providers[name]
+    return replace(case, left_out="; ".join(left_out) or None), failed
+
+
+def usable():
+    """Whether the GPU still computes for this process: not after an access outside of memory."""
+    try:
+        finish()
         if GPU:
-            torch.compiler.reset()
             torch.cuda.empty_cache()
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 PARTS = {
@@ -273,33 +322,35 @@ PARTS = {
 
 
 def main():
-    """Appends the rows of a part as they come. Exits with an error if a case failed."""
+    """Appends the rows of a part as they come. Exits with an error if something failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--skip", type=int, default=0, help="cases that a former process has done")
+    parser.add_argument("--failed", type=int, default=0, help="failures that it has seen")
     args = parser.parse_args()
     if not GPU:  # for a stand-in it takes too long
         torch.compile = lambda function, **_: function
-    elif args.part not in ("train", "learn"):
-        torch.set_default_device("cuda")
     backends = {name: op.cuda for name, op in _library.ops.items()}
-    where, failed = {"part": args.part} | machine() | {"backends": backends}, 0
+    where, failures = {"part": args.part} | machine() | {"backends": backends}, args.failed
     results = args.out / "rows.jsonl"
     copy = copy_bandwidth(results)
-    for row in rows(args.part, 1.0 if GPU else 0.0):
-        if row is None:
-            failed += 1
-            continue
-        row = shares(row, copy)
-        print(line(row), flush=True)
-        with open(results, "a") as file:
-            file.write(json.dumps(row | where) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    if failed:
-        sys.exit(f"{failed} cases failed")
+    for n, found, failed in rows(args.part, 1.0 if GPU else 0.0, args.skip):
+        failures += failed
+        for row in found:
+            row = shares(row, copy)
+            print(line(row), flush=True)
+            with open(results, "a") as file:
+                file.write(json.dumps(row | where) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        if not usable():  # a new process goes on with the next case
+            rest = "--out", str(args.out), "--skip", str(n + 1), "--failed", str(failures)
+            os.execv(sys.executable, [sys.executable, __file__, args.part, *rest])
+    if failures:
+        sys.exit(f"{failures} failed")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "passed", "failed", "timed out" or "skipped", and why."""
+    """How a part ended: "passed", "failed", "timed out", "not run" for want of time, or "skipped",
+    as it cannot run here; and why."""
 
     name: str
     state: str
@@ -35,16 +36,17 @@ class Outcome:
     why: str = ""
 
 
-def run_parts(parts, out, budget, cwd):
-    """Runs the parts in their order and returns their outcomes. What a part prints goes to
-    `out`/<name>.log; `out`/summary.txt has the outcomes so far. budget: seconds for all."""
-    end, outcomes = time.monotonic() + budget, []
+def run_parts(parts, out, budget, cwd, outcomes=()):
+    """Runs the parts in their order and returns their outcomes after those before. What a part
+    prints goes to `out`/<name>.log; `out`/summary.txt has the outcomes so far. budget: seconds for
+    all."""
+    end, outcomes = time.monotonic() + budget, [*outcomes]
     for part in parts:
         left = end - time.monotonic()
         if part.missing:
             outcome = Outcome(part.name, "skipped", why=part.missing)
         elif left < LEAST:
-            outcome = Outcome(part.name, "skipped", why=f"the budget of {budget:.0f} s is spent")
+            outcome = Outcome(part.name, "not run", why="the budget is spent")
         else:
             outcome = run_part(part, out / f"{part.name}.log", min(part.limit, left), cwd)
         outcomes.append(outcome)
@@ -72,18 +74,15 @@ def run_part(part, log, limit, cwd):
         except subprocess.TimeoutExpired:
             code, why = None, f"stopped after {limit:.0f} s"
             os.killpg(process.pid, signal.SIGINT)
-        _end(process, GRACE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:  # also when this process is interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver
+                process.wait(GRACE)
     state = {0: "passed", None: "timed out"}.get(code, "failed")
     return Outcome(part.name, state, time.monotonic() - start, why)
-
-
-def _end(process, grace):
-    """Ends a process and all of its session, after so many seconds of grace."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def screen(outcomes, out):

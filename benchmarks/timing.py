@@ -1,5 +1,6 @@
 """What every benchmark shares: a case with its rivals, the interleaved clock, the result row."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -98,19 +99,18 @@ def interleave(case, seconds=2.0):
 
 def in_graph(call):
     """A function that makes LOOPS calls as one CUDA graph, so that the host has next to no part in
-    their time; for tensors on a CPU, LOOPS calls."""
-    if not torch.cuda.is_available():
-        return lambda: [call() for _ in range(LOOPS)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    their time; for tensors on a CPU, LOOPS calls. The graph is captured in its first call."""
+    from fastadv.attacks.graphs import capture  # here, so that run.py can install it first
+
+    def loop():
         for _ in range(LOOPS):
             call()
-    return graph.replay
+
+    @functools.cache
+    def replay():
+        return capture(loop)[0] if torch.cuda.is_available() else loop
+
+    return lambda: replay()()
 
 
 def summary(samples):
@@ -180,10 +180,11 @@ def machine():
 
 def _git(*command):
     """What git prints of this repository; nothing where there is none."""
-    done = subprocess.run(
-        ["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
+    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
+    try:
+        return subprocess.run(["git", *command], **options).stdout.strip()
+    except OSError:  # git is not installed
+        return ""
 
 
 def _lines(path):

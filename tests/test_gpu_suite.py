@@ -82,13 +82,98 @@ def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys
 def test_parts_share_a_budget(bench, tmp_path, monkeypatch):
     parts = bench("parts")
     monkeypatch.setattr(parts, "LEAST", 1)
-    monkeypatch.setattr(parts, "GRACE", 0)
     sleep = python("import time; time.sleep(30)")
     given = [parts.Part("long", sleep, 30), parts.Part("late", sleep, 30)]
-    long, late = parts.run_parts(given, tmp_path, 1.5, ROOT)
+    before = parts.Outcome("before", "passed")
+    outcomes = parts.run_parts(given, tmp_path, 1.5, ROOT, [before])
+    assert outcomes[0] == before
+    long, late = outcomes[1:]
     assert long.state == "timed out"
     assert 1 < long.seconds < 10
-    assert (late.state, late.why) == ("skipped", "the budget of 2 s is spent")
+    assert (late.state, late.why) == ("not run", "the budget is spent")
+
+
+def test_an_interrupted_suite_leaves_nothing_running(bench, tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    suite = f"""
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import parts
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+part = parts.Part("long", (sys.executable, "-c", {child!r}), 60)
+parts.run_parts([part], Path({str(tmp_path)!r}), 60, ".")
+"""
+    process = subprocess.Popen([sys.executable, "-c", suite])
+    for _ in range(200):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 1
+    assert gone(int(pid.read_text()))
+
+
+def test_a_checkout_can_be_imported_where_it_is_not_installed(bench, tmp_path):
+    folder = bench("gpu").uninstalled(tmp_path)
+    code = "import fastadv.kernels.host as host, fastadv; print(fastadv.__file__, host.__file__)"
+    options = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, **options)
+    assert done.stdout.split() == [
+        str(folder / "fastadv" / "__init__.py"),
+        str(folder / "fastadv" / "kernels" / "host.py"),
+    ]
+
+
+@pytest.fixture
+def cases(bench, monkeypatch):
+    """The module of the cases, with two cases of its own: one breaks in parts, one as a whole."""
+    module, made = bench("gpu_cases"), bench("timing").Case
+
+    def breaks():
+        raise RuntimeError("no memory")
+
+    def gate(providers):
+        assert "broken" not in providers
+
+    def one():
+        providers = {"eager": int, "broken": breaks, "fastadv": int, "fastadv graph": breaks}
+        return made("op", "s", providers, lambda: gate(providers))
+
+    monkeypatch.setitem(module.PARTS, "ceilings", lambda: iter([breaks, one]))
+    return module
+
+
+def test_one_that_fails_costs_the_others_nothing(cases):
+    (first, none, failed), (second, rows, more) = cases.rows("ceilings", 0)
+    assert (first, none, failed) == (0, [], 1)
+    assert (second, more) == (1, 1)
+    assert [row["provider"] for row in rows] == ["eager", "fastadv"]
+    assert rows[0]["left out"] == "broken: no memory; fastadv graph: no memory"
+    assert [n for n, *_ in cases.rows("ceilings", 0, skip=1)] == [1]
+
+
+def test_a_lost_gpu_is_left_for_a_new_process(cases, monkeypatch, tmp_path):
+    class Replaced(Exception):
+        pass
+
+    def execv(program, command):
+        raise Replaced(command)
+
+    monkeypatch.setattr(cases.os, "execv", execv)
+    monkeypatch.setattr(cases, "usable", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_cases.py", "ceilings", "--out", str(tmp_path)])
+    with pytest.raises(Replaced) as caught:
+        cases.main()
+    rest = ["--out", str(tmp_path), "--skip", "1", "--failed", "1"]
+    assert caught.value.args[0][2:] == ["ceilings", *rest]
+    monkeypatch.setattr(cases, "usable", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_cases.py", "ceilings", *rest])
+    with pytest.raises(SystemExit, match="2 failed"):
+        cases.main()
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
 
 
 def op_row(part, op, provider, us, shape="s"):
@@ -146,13 +231,14 @@ def test_the_suite_has_every_part_in_order_of_value(bench, monkeypatch, tmp_path
     parts = gpu.parts(tmp_path)
     names = [part.name for part in parts]
     assert names[:5] == ["build", "ceilings", "ops_cuda", "ops_triton", "attack"]
-    assert names[5:] == ["train", "tune", "tests", "sanitizer", "learn"]
+    assert names[5:] == ["train", "tune", "tests", "tests_triton", "sanitizer", "learn"]
     assert not any(part.missing for part in parts)
     assert [part.environment.get("FASTADV_BACKEND") for part in parts[2:4]] == ["cuda", "triton"]
     tests = {str(path) for path in parts[7].command if str(path).endswith(".py")}
     assert {"tests/kernels/test_cuda_device.py", "tests/attacks/test_graphs.py"} <= tests
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.parts(tmp_path)[8].missing == "compute-sanitizer is not installed"
+    parts = gpu.parts(tmp_path)
+    assert parts[2].missing == parts[9].missing == "no nvcc"
     with pytest.raises(SystemExit, match="--only is 'op', must be of build, ceilings, ops_cuda"):
         gpu.suite(tmp_path, 1, "op")
 
@@ -163,7 +249,8 @@ def test_a_dry_run_exercises_every_part(tmp_path):
     options = {"capture_output": True, "text": True, "check": False, "cwd": tmp_path}
     done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("ceilings", "ops_cuda", "ops_triton", "attack", "train", "tune", "tests", "learn"):
+    ran = "ceilings", "ops_cuda", "ops_triton", "attack", "train", "tune", "tests", "learn"
+    for part in ran:
         assert f"\npassed    {part}" in done.stdout
         assert (tmp_path / f"{part}.log").stat().st_size
     for part in ("build", "sanitizer"):
