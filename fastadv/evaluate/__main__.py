@@ -281,7 +281,7 @@ def evaluate(subject, dataset, split, words, args, source):
         print(f"warning: {warning}")
     if out:
         settings |= {"checkpoint": subject.label, "chosen": words, "date": date.today().isoformat()}
-        text = report.as_json(record, stages, settings, warnings)
+        text = report.as_json(record, stages, settings, warnings, split.labels)
         checkpoint.atomic_write(out / "report.json", text)
         if args.save_adversarial:
             report.grid(out / "adversarial.png", record, stages, split.images, eps)

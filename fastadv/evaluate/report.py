@@ -1,6 +1,7 @@
 """The results of an evaluation as a table, as RobustBench's JSON, and as two figures."""
 
 import json
+import math
 
 import torch
 import torch.nn.functional as F
@@ -43,30 +44,50 @@ def rates(record, stages):
     return found | {"worst case": worst_case(record, stages).double().mean().item()}
 
 
+def interval(rate, count, z=1.96):
+    """(low, high): the accuracies in [0, 1] with which `rate` of `count` images agree, at 95 % for
+    z = 1.96, were they drawn anew from the same source (Wilson 1927)."""
+    centre = rate + z**2 / (2 * count)
+    spread = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return tuple((centre + sign * spread) / (1 + z**2 / count) for sign in (-1, 1))
+
+
+def by_class(right, labels):
+    """{class: accuracy in [0, 1]} of the classes among the labels [N]; right: bool [N]."""
+    classes = labels.unique().tolist()
+    return {label: right[labels == label].double().mean().item() for label in classes}
+
+
 def describe(record, stages):
-    """A text table with the accuracy and the cost of each stage."""
+    """A text table with the accuracy, its 95 % confidence interval (Wilson) and the cost of each
+    stage."""
     width = max(len(stage.name) for stage in stages) + 2
-    columns = ("accuracy", "attacked", "seconds", "forward", "backward")
-    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
-    found = rates(record, stages)
-    for stage in stages:
-        cost = record.costs[stage.name]
-        lines.append(
-            f"{stage.name:{width}}{100 * found[stage.name]:10.2f}%{cost.images:11}"
-            f"{cost.seconds:11.1f}{cost.forwards:11}{cost.backwards:11}"
-        )
-    return "\n".join([*lines, f"{'worst case':{width}}{100 * found['worst case']:10.2f}%"])
+    columns = ("attacked", "seconds", "forward", "backward")
+    head = f"{'accuracy':>11}{'95 % interval':>16}" + "".join(f"{name:>11}" for name in columns)
+    lines = [" " * width + head]
+    for name, rate in rates(record, stages).items():
+        low, high = (100 * end for end in interval(rate, record.count))
+        lines.append(f"{name:{width}}{100 * rate:10.2f}%{f'{low:.2f}-{high:.2f}%':>16}")
+        if name in record.costs:
+            cost = record.costs[name]
+            lines[-1] += f"{cost.images:11}{cost.seconds:11.1f}"
+            lines[-1] += f"{cost.forwards:11}{cost.backwards:11}"
+    return "\n".join(lines)
 
 
-def as_json(record, stages, settings, warnings):
+def as_json(record, stages, settings, warnings, labels):
     """RobustBench's fields (accuracies in percent and eps as text, as there), then ours; `stages`
-    begin with "clean".
+    begin with "clean". labels: of the images, int64 [N].
 
     settings: "architecture", "dataset", "eps", "norm", "precision", "seed" and more, of any type.
     """
     found = {name: f"{100 * rate:.2f}" for name, rate in rates(record, stages).items()}
     attacks = {
-        stage.name: {"accuracy": found[stage.name], **vars(record.costs[stage.name])}
+        stage.name: {
+            "accuracy": found[stage.name],
+            "interval": _interval(record.right(stage.name)),
+            **vars(record.costs[stage.name]),
+        }
         for stage in stages
     }
     standard = [f"aa:{name}" for name in CASCADES["aa"]]
@@ -82,7 +103,24 @@ def as_json(record, stages, settings, warnings):
     fields |= {"number_forward_passes": "1", "unreliable": bool(warnings), "warnings": warnings}
     largest = max(record.costs[stage.name].largest for stage in stages)
     fields |= {"max_perturbation": largest, "attacks": attacks}
+    rights = {"clean": record.right("clean"), "worst case": worst_case(record, stages)}
+    fields["by_class"] = {name: _by_class(right, labels) for name, right in rights.items()}
     return json.dumps(fields, indent=2)
+
+
+def _interval(right):
+    ends = interval(right.double().mean().item(), len(right))
+    return [f"{100 * end:.2f}" for end in ends]
+
+
+def _by_class(right, labels):
+    found = by_class(right, labels)
+    worst = min(found, key=found.get)
+    return {
+        "interval": _interval(right),
+        "worst_class": worst,
+        "accuracy": {label: f"{100 * rate:.2f}" for label, rate in found.items()},
+    }
 
 
 def grid(path, record, stages, images, eps):

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._library import FLOATS, define, expect, expect_constant, ops
+from ._library import FLOATS, define, expect, expect_constant, expect_tensors, ops
 from ._reference import at_least_fp32
 from ._torch import transformed
 
@@ -161,6 +161,7 @@ def bias_relu(x, bias=None, residual=None, cap=math.inf):
     a CPU, which has no kernel of it, these are torch's own ops. NaN stays, and lets its gradient
     pass. Raises TypeError or ValueError that names the argument at fault.
     """
+    expect_tensors(x=x)
     if bias is not None:
         expect_constant("bias", bias, instead="")
     kernel = ops["bias_relu"].cuda if x.is_cuda else ops["bias_relu"].cpu

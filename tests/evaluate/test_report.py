@@ -1,5 +1,7 @@
 """What is reported of a record: the unit of eps, and rates over stages."""
 
+import json
+
 import pytest
 import torch
 
@@ -44,3 +46,31 @@ def test_the_worst_case_is_over_all_stages(monkeypatch):
     assert evaluate.correct(None, None, "paper", eps=0.1).tolist() == [False] * 3 + [True]
     assert evaluate.correct(None, None, "pgd20", eps=0.1).tolist() == [False, True, False, True]
     assert torch.equal(evaluate.correct(None, None, "clean", eps=0.1), record.right("clean"))
+
+
+@pytest.mark.parametrize("count", [1, 40, 10_000])
+def test_intervals_are_wilsons(count):
+    from scipy.stats import binomtest
+
+    for right in sorted({0, 1, count // 3, count}):
+        expected = binomtest(right, count).proportion_ci(0.95, "wilson")
+        found = report.interval(right / count, count)
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-5)
+
+
+def test_accuracies_have_intervals_and_classes():
+    suite = stages(["clean", "fgsm"], 0.1)
+    record = record_of({"clean": [0], "fgsm": [0, 1]})
+    low, high = (100 * end for end in report.interval(0.5, 4))
+    lines = report.describe(record, suite).splitlines()
+    assert lines[0].split()[:4] == ["accuracy", "95", "%", "interval"]
+    assert lines[2].split() == ["fgsm", "50.00%", f"{low:.2f}-{high:.2f}%", "0", "0.0", "0", "0"]
+    assert lines[3].split() == ["worst", "case", "50.00%", f"{low:.2f}-{high:.2f}%"]
+    settings = {"eps": 0.1, "norm": "linf"}
+    text = report.as_json(record, suite, settings, [], torch.tensor([3, 0, 0, 0]))
+    found = json.loads(text)
+    assert found["attacks"]["fgsm"]["interval"] == [f"{low:.2f}", f"{high:.2f}"]
+    assert found["by_class"]["clean"]["accuracy"] == {"0": "100.00", "3": "0.00"}
+    assert found["by_class"]["clean"]["worst_class"] == 3
+    assert found["by_class"]["worst case"]["accuracy"] == {"0": "66.67", "3": "0.00"}
+    assert found["by_class"]["worst case"]["interval"] == [f"{low:.2f}", f"{high:.2f}"]

@@ -145,6 +145,7 @@ def test_bad_arguments_name_themselves():
             ops.bias_relu(**given)
 
     fails(TypeError, "x is torch.int64", x=x.long())
+    fails(TypeError, "x is a list, must be a tensor", x=[1.0])
     fails(ValueError, r"x has shape \(2, 3\), must be", x=torch.ones(2, 3))
     fails(ValueError, "x has strides .*, must be channels_last", x=x.contiguous())
     fails(TypeError, "residual is torch.float64, must be torch.float32", residual=residual.double())
