@@ -51,30 +51,29 @@ def parts(out):
     dry = {} if gpu else {"ATTACK_STEPS": "1"}
     cuda, triton = ({"FASTADV_BACKEND": name} if gpu else dry for name in ("cuda", "triton"))
     sanitizer, nvcc = map(shutil.which, ("compute-sanitizer", "nvcc"))
-    no_cuda = "no nvcc" if gpu and not nvcc else None
+    absent, no_cuda = None if gpu else "no GPU", "no nvcc" if gpu and not nvcc else None
 
     def cases(name, limit, environment=dry, missing=None):
         return Part(name, (python, CASES, name, "--out", out), limit, environment, missing)
 
     pytest = python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"
     shared = ("-n", "4") if gpu and importlib.util.find_spec("xdist") else ()
-    collected = () if gpu else ("--collect-only",)
     files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
     files = [p.relative_to(ROOT) for p in files if p.name not in ("test_gpu_suite.py", TRITON.name)]
     check = sanitizer, "--error-exitcode", "1", "--report-api-errors", "no"
     device = "tests/kernels/test_cuda_device.py", "-k", "not graph"
-    missing = "no GPU" if not gpu else no_cuda or (None if sanitizer else "it is not installed")
+    missing = absent or no_cuda or (None if sanitizer else "it is not installed")
     own_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # not a pool that hides what is outside
     return [
-        Part("build", (python, __file__, "build"), 150, missing=None if gpu else "no GPU"),
+        Part("build", (python, __file__, "build"), 150, {}, absent),
         cases("ceilings", 30),
         cases("ops_cuda", 60, cuda, no_cuda),
         cases("ops_triton", 90, triton),
         cases("attack", 150),
         cases("train", 120),
         cases("tune", 60, triton),
-        Part("tests", (*pytest, *shared, *files, *collected), 120),
-        Part("tests_triton", (*pytest, TRITON, *collected), 120),
+        Part("tests", (*pytest, *shared, *files), 120, {}, absent),
+        Part("tests_triton", (*pytest, TRITON), 120, {}, absent),
         Part("sanitizer", (*check, *pytest, *device), 60, own_memory, missing),
         cases("learn", 60),
     ]

@@ -48,8 +48,8 @@ def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys
     given = [
         parts.Part("crashes", python("import os; print('so far', flush=True); os.abort()"), 30),
         parts.Part("fails", python("raise ValueError('no such kernel')"), 30),
-        parts.Part("hangs", python(hangs), 2),
-        parts.Part("says where", python("import time\ntime.sleep(60)"), 1),
+        parts.Part("hangs", python(hangs), 5),
+        parts.Part("says where", python("import time\ntime.sleep(60)"), 4),
         parts.Part("absent", python("1"), 30, missing="no GPU"),
         parts.Part(
             "passes", python("import os; print(os.environ['A'])"), 30, {"A": "what it said"}
@@ -57,7 +57,7 @@ def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys
     ]
     start = time.monotonic()
     outcomes = parts.run_parts(given, tmp_path, 60, ROOT)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     states = {outcome.name: outcome.state for outcome in outcomes}
     assert states == {
         "crashes": "failed",
@@ -72,7 +72,7 @@ def test_a_part_that_crashes_or_hangs_costs_itself_alone(bench, tmp_path, capsys
     screen = (tmp_path / "summary.txt").read_text()
     for text in ("exit status -6", "so far", "ValueError: no such kernel", "before it hung"):
         assert text in screen
-    assert "stopped after 2 s" in screen
+    assert "stopped after 5 s" in screen
     assert "\n    KeyboardInterrupt\n" in screen
     assert "skipped   absent           0 s  no GPU" in screen
     assert "what it said" not in screen
@@ -249,11 +249,11 @@ def test_a_dry_run_exercises_every_part(tmp_path):
     options = {"capture_output": True, "text": True, "check": False, "cwd": tmp_path}
     done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    ran = "ceilings", "ops_cuda", "ops_triton", "attack", "train", "tune", "tests", "learn"
+    ran = "ceilings", "ops_cuda", "ops_triton", "attack", "train", "tune", "learn"
     for part in ran:
         assert f"\npassed    {part}" in done.stdout
         assert (tmp_path / f"{part}.log").stat().st_size
-    for part in ("build", "sanitizer"):
+    for part in ("build", "tests", "tests_triton", "sanitizer"):
         assert f"\nskipped   {part}" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     found = {(row["part"], row["op"]) for row in rows}

@@ -24,8 +24,9 @@ def player(monkeypatch):
     return played
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize(
+    ("name", "schedule"), [*((name, "constant") for name in SEEDS), ("rslad", "linear")]
+)
 def test_a_run_with_graphs_is_the_run(npz, tmp_path, teacher, name, schedule, request):
     settings = with_teachers({"method": name, "eps_schedule": schedule}, teacher)
     plain = train(config(npz, tmp_path / "plain", **settings))
