@@ -57,6 +57,8 @@ def run_parts(parts, out, budget, cwd, outcomes=()):
 
 def run_part(part, log, limit, cwd):
     """Runs one part for at most `limit` seconds. With it end the processes that it began."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, and inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen(
