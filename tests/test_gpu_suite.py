@@ -140,7 +140,8 @@ def cases(bench, monkeypatch):
 
     def one():
         providers = {"eager": int, "broken": breaks, "fastadv": int, "fastadv graph": breaks}
-        return made("op", "s", providers, lambda: gate(providers))
+        floors = {"fastadv": "broken"}
+        return made("op", "s", providers, lambda: gate(providers), floors=floors)
 
     monkeypatch.setitem(module.PARTS, "ceilings", lambda: iter([breaks, one]))
     return module

@@ -52,12 +52,6 @@ def interval(rate, count, z=1.96):
     return tuple((centre + sign * spread) / (1 + z**2 / count) for sign in (-1, 1))
 
 
-def by_class(right, labels):
-    """{class: accuracy in [0, 1]} of the classes among the labels [N]; right: bool [N]."""
-    classes = labels.unique().tolist()
-    return {label: right[labels == label].double().mean().item() for label in classes}
-
-
 def describe(record, stages):
     """A text table with the accuracy, its 95 % confidence interval (Wilson) and the cost of each
     stage."""
@@ -81,11 +75,12 @@ def as_json(record, stages, settings, warnings, labels):
 
     settings: "architecture", "dataset", "eps", "norm", "precision", "seed" and more, of any type.
     """
-    found = {name: f"{100 * rate:.2f}" for name, rate in rates(record, stages).items()}
+    raw = rates(record, stages)
+    found = {name: f"{100 * rate:.2f}" for name, rate in raw.items()}
     attacks = {
         stage.name: {
             "accuracy": found[stage.name],
-            "interval": _interval(record.right(stage.name)),
+            "interval": _interval(raw[stage.name], record.count),
             **vars(record.costs[stage.name]),
         }
         for stage in stages
@@ -104,23 +99,23 @@ def as_json(record, stages, settings, warnings, labels):
     largest = max(record.costs[stage.name].largest for stage in stages)
     fields |= {"max_perturbation": largest, "attacks": attacks}
     rights = {"clean": record.right("clean"), "worst case": worst_case(record, stages)}
-    fields["by_class"] = {name: _by_class(right, labels) for name, right in rights.items()}
+    fields["by_class"] = {
+        name: {"interval": _interval(raw[name], record.count), **_by_class(right, labels)}
+        for name, right in rights.items()
+    }
     return json.dumps(fields, indent=2)
 
 
-def _interval(right):
-    ends = interval(right.double().mean().item(), len(right))
-    return [f"{100 * end:.2f}" for end in ends]
+def _interval(rate, count):
+    return [f"{100 * end:.2f}" for end in interval(rate, count)]
 
 
 def _by_class(right, labels):
-    found = by_class(right, labels)
-    worst = min(found, key=found.get)
-    return {
-        "interval": _interval(right),
-        "worst_class": worst,
-        "accuracy": {label: f"{100 * rate:.2f}" for label, rate in found.items()},
-    }
+    """Of the classes among the labels [N] the worst, and all accuracies; right: bool [N]."""
+    classes = labels.unique().tolist()
+    found = {label: right[labels == label].double().mean().item() for label in classes}
+    accuracy = {label: f"{100 * rate:.2f}" for label, rate in found.items()}
+    return {"worst_class": min(found, key=found.get), "accuracy": accuracy}
 
 
 def grid(path, record, stages, images, eps):
