@@ -10,7 +10,7 @@ from timing import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
-SUITES = ("attack", "networks", "train", "cache", "eval", "data", "parallel", "ops")
+SUITES = ("attack", "networks", "train", "cache", "eval", "data", "parallel", "gpu", "ops")
 COLUMNS = (
     "GB/s",
     "of copy",
@@ -51,15 +51,21 @@ HEADLINES = (
 
 
 def newest(suite):
-    """{(model of CPU, instruction set): the rows of each op and shape of a suite, those of its
-    newest run there}: a run replaces only the rows of its own kind of machine."""
+    """{kind of machine: the rows of each op and shape of a suite, those of its newest run there}: a
+    run replaces only the rows of its own kind of machine."""
     rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
-    last = {(row["cpu"], row["isa"], row["op"], row["shape"]): row["time"] for row in rows}
+    last = {(*kind(row), row["op"], row["shape"]): row["time"] for row in rows}
     found = {}
-    for row in sorted(rows, key=lambda row: (row["cpu"], row["op"])):
-        if row["time"] == last[row["cpu"], row["isa"], row["op"], row["shape"]]:
-            found.setdefault((row["cpu"], row["isa"]), []).append(row)
+    for row in sorted(rows, key=lambda row: (kind(row)[0], row["op"])):
+        if row["time"] == last[(*kind(row), row["op"], row["shape"])]:
+            found.setdefault(kind(row), []).append(row)
     return found
+
+
+def kind(row):
+    """(model of CPU, instruction set) that a row was measured on; for the suite of a GPU (its
+    model, the part of the suite), as two parts may measure the same op."""
+    return (row["gpu"], row["part"]) if "part" in row else (row["cpu"], row["isa"])
 
 
 def write():
@@ -68,8 +74,8 @@ def write():
         lines = []
         for rows in newest(suite).values():
             last = rows[-1]
-            where = f"{machine(last)}, {last['isa']}, fastadv {last['commit']}, {last['time'][:10]}"
-            lines += [where + ":", "", *markdown(rows), ""]
+            what = machine(last), kind(last)[1], f"fastadv {last['commit']}", last["time"][:10]
+            lines += [", ".join(what) + ":", "", *markdown(rows), ""]
         replace_between(PAGE, marks(suite), lines[:-1])
     replace_between(README, marks("headline"), headlines())
 
@@ -79,7 +85,7 @@ def marks(name):
 
 
 def machine(row):
-    return f"{row['cpu']}, {row['threads']} threads, torch {row['torch']}"
+    return f"{kind(row)[0]}, {row['threads']} threads, torch {row['torch']}"
 
 
 def markdown(rows):
@@ -115,10 +121,10 @@ def headlines():
             ratios = [best, *(rows[name]["speedup"] if name else None for name in ours)]
             cells = [label, duration(published["us"])]
             cells += ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-            kind = f"{published['cpu'].split()[0].removesuffix('(R)')} {published['isa']}"
-            cells.append(f"{kind}, {published['time'][:10]}")
+            short = f"{published['cpu'].split()[0].removesuffix('(R)')} {published['isa']}"
+            cells.append(f"{short}, {published['time'][:10]}")
             lines.append(f"| {' | '.join(cells)} |")
-            where.add(f"{kind}: {machine(published)}")
+            where.add(f"{short}: {machine(published)}")
     return [*lines, "", f"{'; '.join(sorted(where))}."]
 
 

@@ -234,6 +234,22 @@ def test_a_table_has_the_columns_with_values(bench):
     ]
 
 
+def test_each_kind_of_machine_has_its_newest_rows(bench, monkeypatch, tmp_path):
+    tables = bench("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    row = {"op": "o", "shape": "s", "cpu": "C", "isa": "avx2", "gpu": "G", "time": "1"}
+    here, again, other = row, row | {"time": "2"}, row | {"isa": "amx"}
+    cuda, triton = row | {"part": "ops_cuda"}, row | {"part": "ops_triton"}
+    rows = [here, again, other, cuda, triton]
+    (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert tables.newest("gpu") == {
+        ("C", "avx2"): [again],
+        ("C", "amx"): [other],
+        ("G", "ops_cuda"): [cuda],
+        ("G", "ops_triton"): [triton],
+    }
+
+
 def test_the_published_tables_are_those_of_the_rows(bench, monkeypatch, tmp_path):
     tables, agreement, methods = bench("tables"), bench("agreement"), bench("methods")
     for name in ("PAGE", "README"):

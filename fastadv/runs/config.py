@@ -161,6 +161,9 @@ class Config:
     cuda_graph: str = _flag(
         "auto", "on a GPU: auto, which replays the attack as one CUDA graph where it can, or off"
     )
+    compile: bool = _flag(
+        False, "the student's own step by torch.compile, which must take the network whole"
+    )
     out: str | None = _flag(None, "run folder; a fresh one under runs/ if not given")
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from .. import data, methods, models
 from ..attacks import PGD, Captured
 from ..engine.frozen import freeze
+from ..engine.query import evaluating
 from ..engine.student import FastStudent
 from ..errors import UsageError, about, values_from_user
 from ..evaluate import check_fits, check_names, from_run
@@ -50,6 +51,11 @@ def build_method(config):
         raise UsageError(
             f"eps_schedule is {config.eps_schedule!r}, must be constant with the method's own "
             f"attack, a {kind}: only a PGD has a radius and a step to change"
+        )
+    if config.compile and isinstance(method, methods.VFD):
+        raise UsageError(
+            f"compile is given, must not be with {config.method}: it reads features inside the "
+            "student, and a compiled network shows its logits alone"
         )
     if method.attack_bn == "train" and config.precision_attack != config.precision_outer:
         raise UsageError(
@@ -111,12 +117,31 @@ def build_nets(config, dataset, method, resumed=False):
     student.to(config.device, memory_format=torch.channels_last)
     asked = [which for which in TEACHERS if which in method.teachers]
     teachers = {which: build_teacher(config, dataset, which) for which in asked}
+    trained = FastStudent(student, PRECISIONS[config.precision_outer])
+    if config.compile:
+        check_whole(trained, dataset)
+        trained.compile(fullgraph=True, dynamic=False)
     nets = methods.Nets(
-        student=FastStudent(student, PRECISIONS[config.precision_outer]),
+        student=trained,
         student_twin=freeze(student, PRECISIONS[config.precision_attack]),
         **teachers,
     )
     return nets, student
+
+
+@torch.no_grad()
+def check_whole(student, dataset):
+    """Raises UsageError where torch.compile cannot take the student as one graph."""
+    traced = torch.compile(student, backend="eager", fullgraph=True)
+    device = next(student.parameters()).device
+    try:
+        with evaluating(student):
+            traced(torch.zeros(1, *dataset.train.images.shape[1:], device=device))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"compile is given, but torch.compile cannot take the student whole: {reason}"
+        ) from error
 
 
 def check_teachers(config, method):

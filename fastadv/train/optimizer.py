@@ -14,9 +14,7 @@ def build_optimizer(config, parameters):
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "weight_decay": config.weight_decay}
     if parameters[0].is_cuda:
-        options["fused"] = (
-            True  # one kernel for all; on a CPU it would round otherwise than torch's
-        )
+        options["fused"] = True  # one kernel for all; on a CPU it would round otherwise
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)

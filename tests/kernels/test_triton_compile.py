@@ -88,6 +88,21 @@ def test_what_must_have_cpus_bits_has_no_fused_multiply_add(report):
             assert "FADD" in code["sass"], name
 
 
+def test_indices_reach_beyond_two_to_the_31(report):
+    """The number of a program, or of its sample, is 64 bits wide before it is multiplied. Its
+    remainder, the place within a sample, is small."""
+    small = "arith.extsi", "arith.remsi", "tt.addptr"
+    for name, code in report:
+        narrow = set()
+        for result, operation, operands in re.findall(r"(%\S+) = (\S+) (.*)", code["ttir"]):
+            of_number = not narrow.isdisjoint(re.findall(r"%\w+", operands))
+            if operation == "tt.get_program_id" or (of_number and operation == "arith.divsi"):
+                narrow.add(result)
+            elif of_number:
+                assert operation in small, f"{name}: {result} {operands}"
+        assert narrow, name
+
+
 def variants():
     """(op, name, arguments of its launcher, narrow loads or None where rows are not aligned) of
     every variant. A name begins with the kernel's, whose first variant is compiled for all ARCHS,
@@ -147,6 +162,7 @@ def facts(kernel, values, arch):
     return {
         "registers": used["REG"],
         "local": used["STACK"] + used["LOCAL"],
+        "ttir": compiled.asm["ttir"],
         "sass": "\n".join(re.findall(r"/\*\w{4}\*/\s+(.*?);", sass)),
     }
 

@@ -162,6 +162,15 @@ def test_bad_arguments_name_themselves():
 # What tests/kernels does with the op's Triton kernels: the tests that run on the interpreter by
 # default; registers at most, of 255; and (name, arguments of the launcher, narrow loads or None
 # where rows are not aligned) of the variants to compile.
+@pytest.mark.gpu
+def test_elements_beyond_two_to_the_31():
+    """34 GB. `tests/kernels/test_triton_compile.py` reads the same off the machine code."""
+    x = torch.zeros(2, 2**30 + 2**12, device="cuda")
+    x_adv = ops.pgd_step(x, torch.ones_like(x), x, EPS, STEP)
+    assert torch.equal(x_adv[1, -(2**13) :].cpu(), torch.full((2**13,), STEP))
+    assert x_adv.max() == x_adv.min()
+
+
 INTERPRETED = (
     "test_sizes[33-linf]",
     "test_sizes[33-l2]",

@@ -6,6 +6,7 @@ import torch
 from small_runs import config, with_teachers
 from stand_ins import Player
 
+from fastadv import methods, models, testing
 from fastadv.attacks import APGD, PGD, Captured, graphs
 from fastadv.train import loop, optimizer, train
 from fastadv.train.build import capturing
@@ -63,6 +64,43 @@ def test_losses_are_those_of_a_cpu(npz, tmp_path, teacher, name, monkeypatch):
         for row, on_cpu in zip(found, expected, strict=True):
             # The sign of a gradient near zero may turn, and move a pixel by a step.
             assert row["loss"] == pytest.approx(on_cpu["loss"], rel=1e-2)
+
+
+def outer_steps(name, device, dtype):
+    """[(loss, [gradients])] of five updates on images that are the same everywhere, on the CPU."""
+    torch.manual_seed(0)
+    student, *teachers = (models.get("digits_net", 10, 1, width) for width in (4, 8, 6))
+    nets = methods.Nets(student, *(teacher.eval() for teacher in teachers))
+    method = methods.get(name)
+    images = torch.rand(UPDATES, 2, 16, 1, 8, 8)  # x and x_adv
+    labels = torch.randint(10, (UPDATES, 16), device=device)
+    method.prepare(nets, images[0, 0])
+    for module in (student, *teachers, method):
+        module.to(device, dtype)
+    state = {key: value.to(dtype) for key, value in method.init_state(device).items()}
+    weights, steps = [*student.parameters(), *method.parameters()], []
+    for (x, x_adv), y in zip(images.to(device, dtype), labels, strict=True):
+        batch = methods.Batch(x, y)
+        batch.x_adv = x_adv
+        loss, state = method.outer(nets, batch, state)
+        gradients = torch.autograd.grad(loss, weights)
+        steps.append([tensor.detach().cpu() for tensor in (loss, *gradients)])
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight -= 0.05 * gradient
+    return steps
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", SEEDS)
+def test_loss_and_gradients_are_as_exact_as_those_of_a_cpu(name, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = outer_steps(name, device, torch.float32)
+    exact = outer_steps(name, "cpu", torch.float64)
+    on_cpu = outer_steps(name, "cpu", torch.float32)
+    for step in zip(found, exact, on_cpu, strict=True):
+        for tensors in zip(*step, strict=True):
+            testing.assert_close(name, *tensors)
 
 
 @pytest.mark.gpu
