@@ -5,9 +5,10 @@ with torch.compile of both networks, left out if it would take minutes more; "bf
 same under torch.autocast with both networks in channels_last; "fastadv bf16" the trainer's step
 with --precision bf16, its batch drawn by the Loader. With the teacher cache a cold step stores the
 teacher's logits, as in a first epoch, and a warm one finds them; "no teacher" is a step with these
-logits given, which a cache cannot beat. AdaAD and AdvFunMatch ask the teacher at every x_adv, which
-no cache can hold; their published steps take a minute each, so three samples are taken. data,
-teacher, attack and outer are shares of a step's time; the teacher's counts wherever it runs.
+logits given, which a cache cannot beat; after ", compiled" the student is as --compile has it.
+AdaAD and AdvFunMatch ask the teacher at every x_adv, which no cache can hold; their published steps
+take a minute each, so three samples are taken. data, teacher, attack and outer are shares of a
+step's time; the teacher's counts wherever it runs.
 
 Not a pytest-benchmark module: a step takes seconds.
 """
@@ -33,6 +34,7 @@ from fastadv.data.dataset import image_set
 from fastadv.engine.student import FastStudent
 from fastadv.teacher_cache import BLOCK, TeacherCache
 
+COMPILED = "fastadv bf16", "fastadv bf16, warm cache"
 SECTIONS = ("data", "teacher", "attack", "outer")
 
 
@@ -132,16 +134,20 @@ def autocast_step(name, student, teacher, x):
 class Engine:
     """fastadv's step of a method on the images of a loader, in bfloat16 with a teacher cache."""
 
-    def __init__(self, name, student, teacher, loader):
+    def __init__(self, name, student, teacher, loader, compiled=False):
         low = torch.bfloat16
         student = copy.deepcopy(student).to(memory_format=torch.channels_last).train()
         self.teacher = freeze(copy.deepcopy(teacher).to(memory_format=torch.channels_last), low)
         twin = freeze(student, low)
-        self.nets = methods.Nets(FastStudent(student, low), self.teacher, student_twin=twin)
+        trained = FastStudent(student, low)
+        if compiled:
+            trained.compile(fullgraph=True, dynamic=False)
+        self.nets = methods.Nets(trained, self.teacher, student_twin=twin)
         self.method = methods.get(name, attack=PGD(EPS, STEP_SIZE, STEPS, "gaussian"))
         if loader.images.is_cuda:
             self.method.attack = Captured(self.method.attack)
-        self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9)
+        fused = loader.images.is_cuda
+        self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9, fused=fused)
         self.loader, self.rows = loader, torch.arange(len(loader.images))
         self.cache = TeacherCache(self.teacher, loader, ("logits",), Path(tempfile.mkdtemp()))
         self.unseen = iter(range(1, loader.views))
@@ -213,16 +219,21 @@ def case(
     batch=64,
     samples=3,
     rival=False,
+    compiled=False,
     device="cpu",
     **size,
 ):
-    """rival: with torch.compile. Of the student size holds what `models.get` takes."""
+    """rival: with torch.compile of the published step. compiled: with that of fastadv's student, as
+    --compile has it. Of the student size holds what `models.get` takes."""
     torch.manual_seed(0)
     student, teacher = network(student_name, **size), network(teacher_name)
     student, teacher, loader = student.to(device), teacher.to(device), image_loader(batch, device)
     engine = Engine(name, student, teacher, loader)
     x, optimizer = engine.batch().x.contiguous(), torch.optim.SGD(student.parameters(), 1e-3, 0.9)
     steps = engine.variants()
+    if compiled:
+        again = Engine(name, student, teacher, loader, compiled=True).variants()
+        steps |= {f"{key}, compiled": again[key] for key in again if key in COMPILED}
     providers = {
         "published, fp32 eager": lambda: published_step(name, student, teacher, optimizer, x),
         **steps,

@@ -120,7 +120,7 @@ def attack():
 
 def steps():
     """Whole training steps."""
-    options = {"batch": NETWORKS[0][1], "device": "cuda" if GPU else "cpu"}
+    options = {"batch": NETWORKS[0][1], "device": "cuda" if GPU else "cpu", "compiled": True}
     for method in METHODS:
         yield partial(bench_train_step.case, method, NETWORKS[0][0], TEACHER, **options)
 
