@@ -36,10 +36,16 @@ def digits_teacher(which):
 
 def digits_student(method):
     """The fields of Config of a student of the digits that `method` trains; of vfd+METHOD they are
-    METHOD's. The learning rate, weight decay and the weights of VFD and IGDM follow the scale of
-    the method's loss."""
-    (wrappers, base), scale = methods.parts(method), methods.named(method).loss_scale
-    fields = DIGITS["all"] | DIGITS["student"] | DIGITS["methods"].get(base, {})
+    METHOD's."""
+    _, base = methods.parts(method)
+    return by_scale(DIGITS["all"] | DIGITS["student"] | DIGITS["methods"].get(base, {}), method)
+
+
+def by_scale(fields, method):
+    """The fields of Config with this method. The learning rate and weight decay, which suit a batch
+    mean of cross-entropy, and the weights of VFD and IGDM follow the scale of its loss."""
+    wrappers, _ = methods.parts(method)
+    scale = methods.named(method).loss_scale
     weights = {"vfd": ("lambda_adv", "lambda_clean"), "igdm": ("igdm_weight",)}
     terms = {option: scale for wrapper in wrappers for option in weights[wrapper]}
     return fields | {
