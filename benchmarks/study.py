@@ -51,27 +51,13 @@ PRESETS = {
         "device": "cpu",
     },
     "gpu": {
-        "train": 50_000,
+        "train": None,  # all
         "teachers": {"student": "wrn34_10", "epochs": 110, "milestones": (75, 90)} | RATES,
         "students": {"student": "resnet18", "epochs": 200, "milestones": (100, 150)} | RATES,
         "seeds": (0, 1, 2),
         "device": "cuda",
     },
 }
-
-
-def cut(data_dir, count, path):
-    """The first `count` training images and IMAGES test images of CIFAR-10 as an .npz, as which
-    they are augmented like CIFAR-10. Returns its fingerprint."""
-    full, arrays = data.load("cifar10", data_dir), {}
-    for name, size in (("train", count), ("test", IMAGES)):
-        part = getattr(full, name)
-        part = part.take(torch.arange(min(size, len(part))))
-        arrays |= {f"{name}_images": part.images.numpy(), f"{name}_labels": part.labels.numpy()}
-    if not path.exists():
-        np.savez(path.with_suffix(".part.npz"), **arrays)
-        path.with_suffix(".part.npz").rename(path)
-    return fingerprint(arrays.values())
 
 
 def fingerprint(arrays):
@@ -117,13 +103,16 @@ def rows(preset, data_dir, out, only):
     """Yields the row of each network that has none yet, as it is done."""
     chosen = PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
-    images = out / f"cifar10-{chosen['train']}.npz"
-    key = {"preset": preset, "data": cut(data_dir, chosen["train"], images)}
-    common = {"data": "npz", "data_dir": str(images), "eps": EPS, "device": chosen["device"]}
+    common = {"data": "cifar10", "data_dir": str(data_dir), "eps": EPS, "device": chosen["device"]}
+    common["train_images"] = chosen["train"]
+    dataset = data.load("cifar10", data_dir, train_images=chosen["train"])
+    test = dataset.test.take(torch.arange(IMAGES))
+    images = (split.images.numpy() for split in (dataset.train, test))
+    key = {"preset": preset, "data": fingerprint(images)}
     low = chosen["device"] == "cuda"
     common |= {f"precision_{p}": "bf16" if low else "fp32" for p in ("attack", "outer", "teacher")}
     options = {"precision": "bf16" if low else "fp32", "device": chosen["device"]}
-    test, weights, teachers = data.load("npz", images).test, [], {}
+    weights, teachers = [], {}
     for which, method in TEACHERS.items():
         model = trained(out / which, by_scale(common | chosen["teachers"], method), {})
         teachers[which] = out / which / "last.safetensors"
@@ -232,8 +221,8 @@ def about(preset):
     found = [row for rows in newest(preset).values() for row in rows]
     kinds = sorted({f"{row['gpu'] or row['cpu']} ({row['isa']})" for row in found})
     return (
-        f"{PRESETS[preset]['train']} training images, {IMAGES} test images, linf eps 8/255; torch "
-        f"{found[-1]['torch']}, {', '.join(kinds)}, {found[-1]['time'][:10]}."
+        f"{PRESETS[preset]['train'] or 'All'} training images, {IMAGES} test images, linf eps "
+        f"8/255; torch {found[-1]['torch']}, {', '.join(kinds)}, {found[-1]['time'][:10]}."
     )
 
 

@@ -24,12 +24,8 @@ def study(monkeypatch, tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (80, 3, 8, 8), dtype=np.uint8)
     part = image_set(images, np.arange(80) % 4)
-    cifar, load = Dataset("cifar10", 4, 1, 1, part, part, part), data.load
-    monkeypatch.setattr(
-        module.data,
-        "load",
-        lambda name, *a, **k: cifar if name == "cifar10" else load(name, *a, **k),
-    )
+    cifar = Dataset("cifar10", 4, 1, 1, part, part, part)
+    monkeypatch.setitem(data.READERS, "cifar10", lambda *_: cifar)
     monkeypatch.setattr(module, "PRESETS", {"cpu": preset})
     monkeypatch.setattr(module, "IMAGES", 12)
     monkeypatch.setattr(module, "ATTACKS", ("clean", "pgd20", "quick"))
@@ -41,7 +37,18 @@ def study(monkeypatch, tmp_path):
 
 
 def run(study, tmp_path, only):
-    study.main(["--preset", "cpu", "--data-dir", "x", "--out", f"{tmp_path}/runs", "--only", only])
+    study.main(
+        [
+            "--preset",
+            "cpu",
+            "--data-dir",
+            str(tmp_path),
+            "--out",
+            f"{tmp_path}/runs",
+            "--only",
+            only,
+        ]
+    )
     return study.results()
 
 

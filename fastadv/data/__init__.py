@@ -1,5 +1,6 @@
 """Image sets as uint8 tensors in memory, and a loader that numbers every augmentation it draws."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UsageError
@@ -66,12 +67,14 @@ def load(
     *,
     seed: int = 0,
     image_size: int | None = None,
+    train_images: int | None = None,
 ) -> Dataset:
     """The data set `name`: "digits", or "cifar10", "cifar100", "svhn", "folder" (a folder) or "npz"
     (a file) at `data_dir`, or one that was registered.
 
     `image_size` is the width and height in pixels that pictures in a "folder" get; no other data
-    set has it.
+    set has it. `train_images` leaves so many of the training images, the same random ones each
+    time.
 
     `seed` fixes which images are held out and is not the seed of a run: runs are comparable while
     it stays the same. Warns of classes without training images. Raises UsageError for an unknown
@@ -79,10 +82,22 @@ def load(
     for a missing file, ImportError for digits without scikit-learn.
     """
     check_image_size(name, image_size)
+    dataset = _load(name, data_dir, seed, image_size)
+    if train_images is None:
+        return check_classes(dataset)
+    if not 0 < train_images <= len(dataset.train):
+        raise UsageError(
+            f"train_images is {train_images}, must be in 1..{len(dataset.train)}, the training "
+            f"images of {dataset.name}"
+        )
+    return check_classes(replace(dataset, train=dataset.train.sample(train_images)))
+
+
+def _load(name, data_dir, seed, image_size):
     if name == "digits":
         return digits.load(seed)
     if name in OWN:
-        return check_classes(check_dataset(_own(name, data_dir, seed), name))
+        return check_dataset(_own(name, data_dir, seed), name)
     if ":" in name:
         raise not_registered("data set", name)
     if name not in READERS:
@@ -95,7 +110,7 @@ def load(
         raise FileNotFoundError(f"data_dir is {str(data_dir)!r}{kind}: must be {PLACES[name]}")
     try:
         options = {} if image_size is None else {"image_size": image_size}
-        return check_classes(READERS[name](data_dir, seed, **options))
+        return READERS[name](data_dir, seed, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: data_dir must be {PLACES[name]}") from error
 

@@ -61,6 +61,9 @@ class Config:
     image_size: int | None = _flag(
         None, "width and height that pictures of data folder get, in pixels"
     )
+    train_images: int | None = _flag(
+        None, "how many of the training images there are to train on, if not all"
+    )
     extra_data: str | None = _flag(
         None, "an .npz of more training images, such as generated ones: image and label"
     )
@@ -182,6 +185,10 @@ class Config:
         for name in PATHS:
             if getattr(self, name) not in (None, "memory", "off"):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
+
+    def images(self):
+        """The options of `data.load`."""
+        return {"image_size": self.image_size, "train_images": self.train_images}
 
     def doubts(self, images):
         """Sentences on settings that can be, but are hardly meant for so many training images."""

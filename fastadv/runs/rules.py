@@ -21,7 +21,7 @@ RULES = {
     **dict.fromkeys(("momentum", "ema"), _SHARE),
     "extra_fraction": ("in (0, 1)", lambda value: 0 < value < 1),
     **dict.fromkeys(("epochs", "batch_size", "student_width", "image_size"), _whole(1)),
-    **dict.fromkeys(("eval_every", "accumulate", "patience"), _whole(1)),
+    **dict.fromkeys(("eval_every", "accumulate", "patience", "train_images"), _whole(1)),
     **dict.fromkeys(("steps", "swa_start", "awp_warmup", "seed"), _whole(0)),
 }
 CHOICES = {

@@ -180,7 +180,7 @@ def opened(args, rest):
             f"method {config.method} has no {which}; --which names one of its teachers, which are: "
             f"{', '.join(method.teachers) or 'none'}"
         )
-    dataset = data.load(config.data, config.data_dir, image_size=config.image_size)
+    dataset = data.load(config.data, config.data_dir, **config.images())
     teacher, loader = build_teacher(config, dataset, which), build_loader(config, dataset)
     names = args.names.split(",") if args.names else method.cacheable().get(which)
     if not names:

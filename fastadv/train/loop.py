@@ -39,7 +39,7 @@ def train(config, resume=False):
     if config.log:
         log.need_tensorboard()
     torch.manual_seed(config.seed)
-    dataset = data.load(config.data, config.data_dir, image_size=config.image_size)
+    dataset = data.load(config.data, config.data_dir, **config.images())
     method = build_method(config).to(device)
     resumed = resume and (folder / "last.safetensors").exists()
     nets, student = build_nets(config, dataset, method, resumed)

@@ -95,3 +95,13 @@ def test_an_index_is_a_number_of_32_bits(index):
 def test_an_image_may_be_there_twice():
     twice = numbered([9, 2, 5, 7]).take(torch.tensor([0, 3, 0, 1, 3]))
     assert check_dataset(dataset(train=twice), "mine").train is twice
+
+
+def test_some_of_the_training_images():
+    full, part = data.load("digits"), data.load("digits", train_images=100)
+    assert torch.equal(part.train.images, full.train.sample(100).images)
+    assert len(part.val) == len(full.val)
+    assert torch.equal(part.test.index, full.test.index)
+    for count in (0, 1001):
+        with pytest.raises(UsageError, match=rf"^train_images is {count}, must be in 1\.\.1000"):
+            data.load("digits", train_images=count)
