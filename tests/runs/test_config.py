@@ -35,6 +35,7 @@ WRONG = {
     "warmup": (-1, math.inf, math.nan),
     "accumulate": (0, -1, 1.5, True),
     "patience": (0, -1, 1.5),
+    "train_images": (0, -1, 1.5, True),
     "extra_fraction": (0, 1, 1.5, -0.1, math.nan, "0.7"),
 }
 
