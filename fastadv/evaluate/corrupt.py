@@ -97,7 +97,7 @@ def _glass_blur(x, c, streams):
     """Pixels that take the place of near ones, between two Gaussian blurs."""
     sigma, reach, times = c
     taps = gaussian(sigma, int(4 * sigma + 0.5))
-    x = np.floor(filtered(x, taps, "edge") * 255) / np.float32(255)
+    x = np.rint(filtered(x, taps, "edge") * 255) / np.float32(255)
     height, width = x.shape[2:]
     rows = np.arange(height - reach, reach, -1)[:, None]
     columns = np.arange(width - reach, reach, -1)
@@ -129,7 +129,7 @@ def _snow(x, c, streams):
     mean, spread, zoom, least, radius, sigma, dimmed = c
     flakes = mean + spread * each(streams, "standard_normal", (1, *x.shape[2:]), np.float32)
     flakes = zoomed(flakes.astype(np.float32), zoom)
-    flakes = np.floor(np.where(flakes < least, 0, flakes).clip(0, 1) * 255) / np.float32(255)
+    flakes = np.rint(np.where(flakes < least, 0, flakes).clip(0, 1) * 255) / np.float32(255)
     layers = [
         moved(v, radius, sigma, s.uniform(-135, -45)) for v, s in zip(flakes, streams, strict=True)
     ]

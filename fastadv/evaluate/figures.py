@@ -110,7 +110,7 @@ def heat_map(title, counts, names):
             )
             if len(names) <= NUMBERED:
                 place = {"x": f"{left + cell / 2:.1f}", "y": f"{top + cell / 2 + 4:.1f}"}
-                tone = "light" if share > 0.4 else "count"
+                tone = "light" if share > 0.5 else "count"
                 parts.append(element("text", count, **place, text_anchor="middle", class_=tone))
     labels = []
     for i in classes if len(names) <= NUMBERED else (0, len(names) - 1):

@@ -44,9 +44,9 @@ def page(report):
     sections = join(section(report) for section in SECTIONS)
     head = element(
         "head",
-        Markup('<meta charset="utf-8">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
-        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta charset="utf-8"/>'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1"/>'),
         element("title", f"{title}: robustness"),
         element("style", Markup(STYLE)),
     )
