@@ -276,7 +276,7 @@ def evaluate(subject, dataset, split, words, args, source, corrupted):
     settings |= {
         "weights_sha256": digest(subject.model.state_dict().values()),
         "images_sha256": digest((split.images, split.labels)),
-        "corruptions": args.corruptions_dir and str(args.corruptions_dir),
+        "corruptions_dir": args.corruptions_dir and str(args.corruptions_dir),
         "source": source and digest(source.state_dict().values()),
         "saved": args.save_adversarial,
     } | versions()

@@ -108,7 +108,7 @@ def test_a_limit_takes_the_same_images_of_every_severity(npz, arrays, teacher, t
     assert "severity 5" in text
     assert "fog" in path.with_name("report.html").read_text()
     with pytest.raises(
-        UsageError, match="has an evaluation with corruptions '.*', this one has None"
+        UsageError, match="has an evaluation with corruptions_dir '.*', this one has None"
     ):
         main(f"--checkpoint {teacher} --attacks corruptions --limit 30 --out {tmp_path}".split())
 
