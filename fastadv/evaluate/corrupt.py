@@ -142,7 +142,7 @@ def _snow(x, c, streams):
 
 def _frost(x, c, streams):
     """A layer of ice: the ridges of a fractal, about as bright as the photographs."""
-    ridges = 1 - np.abs(2 * plasma(streams, x.shape[2:], 1.8) - 1)
+    ridges = 1 - np.abs(2 * plasma(streams, x.shape[2:], 1.3) - 1)
     ice = 0.4 + 0.6 * ridges * ridges
     colour = np.float32(ICE if x.shape[1] == 3 else (1,)).reshape(1, -1, 1, 1)
     return c[0] * x + c[1] * colour * ice

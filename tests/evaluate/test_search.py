@@ -386,6 +386,8 @@ def test_examples_that_leave_ball_or_box_are_never_broken(model, norm):
     assert cost.largest == pytest.approx(0.09)
     changed = (torch.from_numpy(examples) != x).flatten(1).any(1)
     assert torch.equal(changed, kind == 0)
+    predicted = record.outputs(stage.name)[0].tolist()  # -1 for what does not count
+    assert predicted == [{0: 1, 4: 0}.get(k, -1) for k in kind.tolist()]
     (found,) = validity.review(record, [clean, stage])
     assert found.startswith(f"pgd-3 left the ball or the box at {cost.invalid} images")
     with torch.no_grad():

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastadv import evaluate
+from fastadv.attacks.suite import stages
+from fastadv.data.dataset import ImageSet
 from fastadv.evaluate.__main__ import main
 from fastadv.evaluate.record import UNKNOWN, Cost
 from fastadv.evaluate.shares import Shares
@@ -40,6 +43,24 @@ def test_a_batch_is_taken_apart_and_put_together(second_of_two):
     assert known.tolist() == [UNKNOWN, UNKNOWN]  # its own file does not count
     cost = Cost(images=2, seconds=0.25, forwards=7, largest=0.5)
     assert shares.cost(cost) == cost
+
+
+def test_all_know_what_the_first_had_found(second_of_two, monkeypatch):
+    """Verdicts, classes and confidences of its file; then nothing is left to do."""
+    of_first = [torch.ones(4, dtype=torch.uint8), torch.full((4,), 3), torch.full((4,), 0.5)]
+
+    def total(tensor):
+        return tensor + of_first.pop(0) if of_first else tensor.clone()
+
+    monkeypatch.setattr(parallel, "total", total)
+    split = ImageSet(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    record = evaluate.run(model, split, stages("clean,fgsm", 0.1)[:1], shared=True)
+    assert record.right("clean").all()
+    predicted, confidence = record.outputs("clean")
+    assert predicted.tolist() == [3] * 4
+    assert confidence.tolist() == [0.5] * 4
+    assert record.costs["clean"].images == 0
 
 
 def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
