@@ -114,7 +114,8 @@ def heat_map(title, counts, names):
                 parts.append(element("text", count, **place, text_anchor="middle", class_=tone))
     labels = []
     for i in classes if len(names) <= NUMBERED else (0, len(names) - 1):
-        short = names[i] if len(names[i]) <= 6 else f"{names[i][:5]}…"
+        text = names[i] if len(names) <= NUMBERED else str(i)
+        short = text if len(text) <= 6 else f"{text[:5]}…"
         middle = (i + 0.5) * cell
         place = {"x": f"{MARGIN + middle:.1f}", "y": MARGIN / 2 + SIDE + 13}
         labels.append(element("text", short, **place, text_anchor="middle", class_="small"))
