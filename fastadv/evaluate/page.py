@@ -31,7 +31,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; fo
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; vertical-align: middle; font: 11px system-ui, sans-serif;
   fill: var(--ink); } svg .title { font-size: 13px; font-weight: 600; } .small { font-size: 10px; }
-td svg { max-width: none; } .track { fill: #e9edf1; } .bar, .right { fill: var(--blue); } .pale { fill: var(--pale); }
+td svg { max-width: none; } .track { fill: #e9edf1; } .pale { fill: var(--pale); }
+.bar, .right { fill: var(--blue); }
 .wrong { fill: var(--red); } .frame { fill: none; stroke: var(--line); } .light { fill: #fff; }
 .whisker { stroke: var(--ink); stroke-width: 2; }
 .diagonal { stroke: var(--red); stroke-width: 1.5; stroke-dasharray: 5 4; }

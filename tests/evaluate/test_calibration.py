@@ -13,8 +13,9 @@ from fastadv.evaluate.calibration import BINS, calibration, confusion, worst_out
 def test_calibration_is_guos():
     """By its definition, bin by bin; a bin has its upper end in it."""
     generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(500, generator=generator) ** 0.3
-    confidence[:4] = torch.tensor([0.0, 1.0, 1 / 15, 3 / 15])
+    confidence = torch.rand(500, generator=generator).double() ** 0.3
+    edges = [0.0, 1.0, 0.2, 0.4]  # 0.2 is 3 / 15
+    confidence[:4] = torch.tensor(edges, dtype=torch.float64)
     right = torch.rand(500, generator=generator) < confidence**2
     error, bins = calibration(confidence, right)
     expected, sure = 0, confidence.double().numpy()
