@@ -58,10 +58,8 @@ class Corruption:
     def __call__(self, model, x, y, index):
         """x: [B, C, H, W] in [0, 1]; index: int64 [B], the images' places in their data set."""
         seed = torch.randint(2**63 - 1, (), device="cpu").item()
-        clean = x.cpu().float().numpy()
-        return torch.from_numpy(corrupt(clean, self.name, self.severity, seed, index.tolist())).to(
-            x
-        )
+        clean, index = x.cpu().float().numpy(), index.tolist()
+        return torch.from_numpy(corrupt(clean, self.name, self.severity, seed, index)).to(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,9 @@ class Stored(Corruption):
     source: str
 
     def __call__(self, model, x, y, index):
-        first = (self.severity - 1) * (len(self.images) // 5)
+        count = len(self.images) // 5
+        first = (self.severity - 1) * count
+        _check_index(index, count)
         rows = self.images[first + index.cpu()].permute(0, 3, 1, 2)
         return (rows.float() / 255).to(x)
 
@@ -87,6 +87,7 @@ class Pictures(Corruption):
 
     def __call__(self, model, x, y, index):
         root, size = Path(self.source, self.name, str(self.severity)), x.shape[2]
+        _check_index(index, len(self.files))
 
         def read(i):
             try:
@@ -102,13 +103,20 @@ class Pictures(Corruption):
         return (torch.from_numpy(found).float() / 255).to(x)
 
 
+def _check_index(index, count):
+    """Raises UsageError for images that are not of the test set of `count` images."""
+    if len(index) and not (index.min() >= 0 and index.max() < count):
+        found = f"{index.min()} to {index.max()}"
+        raise UsageError(f"index is {found}, must be in [0, {count - 1}]: of the test set")
+
+
 def corruption_stages(test, directory=None, classes=()):
     """The stages of the fifteen corruptions at five severities, to evaluate `test` or images of it.
 
     test: the ImageSet of the whole test set. directory: a folder of CIFAR-10-C's form (an array
     NAME.npy per corruption, uint8 [5 N, H, W, C], and labels.npy) or of ImageNet-C's (NAME/SEVERITY
     /CLASS/PICTURE). Without it images are corrupted here, and corruptions that make no sense for
-    their size are left out, see `left_out`. classes: the names of the classes, which ImageNet-C's
+    their size are left out. classes: the names of the classes, which ImageNet-C's
     form needs.
     Raises UsageError for images that cannot be corrupted, and naming what a folder lacks or where
     it is not of these images; FileNotFoundError without a folder.

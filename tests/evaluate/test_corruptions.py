@@ -78,6 +78,8 @@ def test_arrays_hold_the_test_set_five_times_over(npz, arrays):
     expected = whole[160 + index.numpy()].transpose(0, 3, 1, 2)
     assert found.dtype == torch.float64
     assert np.array_equal((found * 255).round().numpy(), expected)
+    with pytest.raises(UsageError, match=r"index is 3 to 80, must be in \[0, 79\]: of the test"):
+        asked(stages[7], test.images[:2].float(), torch.tensor([3, 80]))
 
 
 def test_a_limit_takes_the_same_images_of_every_severity(npz, arrays, teacher, tmp_path, capsys):
@@ -183,6 +185,8 @@ def test_pictures_are_those_of_their_image(folders):
     assert found.shape == (2, 3, 8, 8)
     assert found[:, :, 3, 3].tolist() == [[33, 160, 7], [33, 0, 7]]
     assert all(stage.attack.reference is None for stage in stages)
+    with pytest.raises(UsageError, match=r"index is -1 to 5, must be in \[0, 5\]"):
+        asked(stages[11], test.images[:2].float(), torch.tensor([5, -1]))
 
 
 def test_pictures_of_other_images_are_refused(folders, tmp_path):
