@@ -37,6 +37,7 @@ ATTACKS = {
 }
 PGD_NAME = re.compile(r"pgd(?:-(ce|margin|dlr|kl))?-(\d+)(?:-(\d+))?")
 TRANSFER = "transfer-"
+CORRUPTED = "corruptions:"  # begins the names of the stages of `evaluate.corruption_stages`
 PAPER = ("clean", "fgsm", "pgd20", "pgd20_003", "cw")
 # Suites whose attacks go one after the other, each on what the ones before left robust.
 CASCADES = {
@@ -86,7 +87,17 @@ class Stage:
     @property
     def by_gradient(self):
         """Whether the attack follows the gradient of the model that is evaluated."""
-        return not (self.transferred or self.name == "clean" or isinstance(self.attack, Square))
+        return not (self.transferred or self.fixed or isinstance(self.attack, Square))
+
+    @property
+    def corrupts(self):
+        """Whether the images are corrupted, and not attacked within a radius."""
+        return self.name.startswith(CORRUPTED)
+
+    @property
+    def fixed(self):
+        """Whether the images do not depend on a model: they are clean or corrupted."""
+        return self.name == "clean" or self.corrupts
 
 
 def single(name, eps, norm="linf"):

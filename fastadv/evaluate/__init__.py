@@ -1,6 +1,7 @@
 """Evaluation: attacks on fast twins, the verdict on the model itself in float32."""
 
 from ..attacks.suite import PAPER
+from .corruptions import corruption_stages
 from .networks import check_fits, check_names, from_code, from_run
 from .record import Record
 from .report import describe, rates, table
@@ -13,6 +14,7 @@ __all__ = [
     "check_fits",
     "check_names",
     "correct",
+    "corruption_stages",
     "describe",
     "from_code",
     "from_run",

@@ -8,7 +8,8 @@ r"""python -m fastadv.evaluate: clean and robust accuracy of networks.
 --attacks names single attacks and suites. Attacks are fgsm, pgd20, cw, apgd-ce, square and others,
 pgd-50-10 (50 steps, 10 restarts), and transfer-NAME, which follows the gradients of --source.
 Suites are paper (the attacks of most papers), quick, and aa (AutoAttack's standard version). The
-clean accuracy always comes first.
+clean accuracy always comes first. corruptions are the 15 of CIFAR-10-C and ImageNet-C, read from
+--corruptions-dir or made of the images.
 
 An image counts as broken when the network itself, in fp32, misclassifies its adversarial example,
 and the example lies within the radius and in [0, 1]; --precision speeds up the search alone.
@@ -19,6 +20,7 @@ images out, with the same result.
 
 import contextlib
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from datetime import date
@@ -34,7 +36,8 @@ from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
 from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
-from . import networks, report, search, validity
+from . import corruptions, networks, report, search, validity
+from .page import page
 from .record import Record, open_examples
 
 
@@ -110,6 +113,8 @@ def add_images(add):
 def add_attacks(add):
     text = "attacks and suites, see above; default: %(default)s"
     add("--attacks", default="paper", metavar="NAME,NAME", help=text)
+    text = "folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C, for corruptions; default: made here"
+    add("--corruptions-dir", type=Path, metavar="DIR", help=text)
     add("--eps", type=NUMBER, metavar="X", help="radius; default: the run's, else 8/255 (linf)")
     text = "of the radius; default: %(default)s"
     add("--norm", choices=("linf", "l2"), default="linf", help=text)
@@ -152,12 +157,27 @@ def check(args):
         raise UsageError(f"--seed is {args.seed}, must be in [0, 2^63)")
     if args.save_adversarial and not args.out:
         raise UsageError("--save-adversarial needs --out, the folder to save in")
+    if args.corruptions_dir and not corrupts(args):
+        raise UsageError("--corruptions-dir is given, --attacks must then have corruptions")
+    if args.corruptions_dir and args.split == "val":
+        raise UsageError("--split is val, must be test with --corruptions-dir, which is of it")
     eps = 8 / 255 if args.eps is None else args.eps
     with values_from_user():
-        stages = suite.stages(args.attacks, eps, args.norm)
+        stages = attacks(args, eps)
     if any(stage.transferred for stage in stages) and not args.source:
         raise UsageError("--source is missing, must be a run's checkpoint for transfer attacks")
     device(args.device)
+
+
+def corrupts(args):
+    """Whether --attacks has corruptions."""
+    return corruptions.NAME in args.attacks.split(",")
+
+
+def attacks(args, eps):
+    """The stages of --attacks, clean first, without those of corruptions."""
+    names = [name for name in args.attacks.split(",") if name != corruptions.NAME]
+    return suite.stages(["clean", *names], eps, args.norm)
 
 
 def dataset_of(args, config):
@@ -227,8 +247,8 @@ def limited(dataset, args):
     return split.sample(args.limit), words
 
 
-def evaluate(subject, dataset, split, words, args, source):
-    """Attacks one network and reports it: {stage: accuracy}."""
+def evaluate(subject, dataset, split, words, args, source, corrupted):
+    """Attacks one network and reports it: {stage: accuracy}. corrupted: more stages."""
     eps = subject.config.eps if args.eps is None else args.eps
     settings = {
         "architecture": subject.architecture,
@@ -241,10 +261,11 @@ def evaluate(subject, dataset, split, words, args, source):
         "precision": args.precision,
         "seed": args.seed,
     }
-    stages = suite.stages(["clean", *args.attacks.split(",")], eps, args.norm)
+    stages = attacks(args, eps) + corrupted
     some = split.sample(args.batch_size)
     x, y = some.images.to(args.device).float() / 255, some.labels.to(args.device)
     model, stages, warnings = validity.probe(subject.model.to(args.device), x, y, stages)
+    warnings += corruptions.left_out(stages)
     print(
         f"\n{subject.label}: {dataset.name} {args.split}, {words}, {args.norm} eps "
         f"{report.fraction(eps, args.norm)}, {args.precision} search, fp32 verdict, seed "
@@ -255,6 +276,7 @@ def evaluate(subject, dataset, split, words, args, source):
     settings |= {
         "weights_sha256": digest(subject.model.state_dict().values()),
         "images_sha256": digest((split.images, split.labels)),
+        "corruptions_dir": args.corruptions_dir and str(args.corruptions_dir),
         "source": source and digest(source.state_dict().values()),
         "saved": args.save_adversarial,
     } | versions()
@@ -281,11 +303,13 @@ def evaluate(subject, dataset, split, words, args, source):
         print(f"warning: {warning}")
     if out:
         settings |= {"checkpoint": subject.label, "chosen": words, "date": date.today().isoformat()}
+        settings["classes"] = dataset.classes
         text = report.as_json(record, stages, settings, warnings, split.labels)
         checkpoint.atomic_write(out / "report.json", text)
+        checkpoint.atomic_write(out / "report.html", page(json.loads(text)))
         if args.save_adversarial:
             report.grid(out / "adversarial.png", record, stages, split.images, eps)
-        print(f"report: {out / 'report.json'}")
+        print(f"report: {out / 'report.json'} and report.html")
     return report.rates(record, stages)
 
 
@@ -307,8 +331,10 @@ def command(args):
     if source is not None:
         networks.check_fits(source, dataset, args.source)
         networks.check_names(args.source, dataset)
-    images = limited(dataset, args)
-    results = {one.label: evaluate(one, dataset, *images, args, source) for one in found}
+    of_set = dataset.test, args.corruptions_dir, dataset.classes
+    corrupted = corruptions.corruption_stages(*of_set) if corrupts(args) else []
+    rest = *limited(dataset, args), args, source, corrupted
+    results = {one.label: evaluate(one, dataset, *rest) for one in found}
     if len(results) > 1:
         root = os.path.commonpath(map(os.path.abspath, results))
         short = {os.path.relpath(label, root): rates for label, rates in results.items()}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..attacks.checks import described, whole
+from ..attacks.suite import CORRUPTED
 from ..errors import UsageError
 from ..runs import checkpoint
 from ..runs.progress import bar
@@ -40,7 +41,7 @@ class Cost:
 
 @dataclass
 class Record:
-    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG) and costs by stage.
+    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG), predictions and costs by stage.
 
     A stage that nobody attacked yet is UNKNOWN throughout, and so are its images until they were.
     folder: where `state.safetensors` is kept, if any. key: what the verdicts depend on; a folder of
@@ -53,6 +54,7 @@ class Record:
     folder: Path | None = None
     examples: np.ndarray | None = None
     verdicts: dict = field(default_factory=dict)
+    predictions: dict = field(default_factory=dict)
     costs: dict = field(default_factory=dict)
     asked: dict = field(default_factory=dict)
     saved: float = 0.0
@@ -90,6 +92,7 @@ class Record:
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
                     f"{mine!r}: choose another --out"
                 )
+        self.predictions = {name: tensors.pop(name) for name in [*tensors] if "/" in name}
         self.verdicts = tensors
 
     def stage(self, name):
@@ -97,6 +100,23 @@ class Record:
         self.costs.setdefault(name, Cost())
         unknown = torch.full((self.count,), UNKNOWN, dtype=torch.uint8)
         return self.verdicts.setdefault(name, unknown), self.costs[name]
+
+    def outputs(self, name):
+        """(predicted, confidence) of a stage's examples, made where there is none: the class that
+        the model takes them for, int32 [N], -1 where it is not known, and its probability there,
+        float32 [N]."""
+        empty = {
+            "predicted": torch.full((self.count,), -1, dtype=torch.int32),
+            "confidence": torch.zeros(self.count),
+        }
+        return tuple(
+            self.predictions.setdefault(f"{name}/{kind}", values) for kind, values in empty.items()
+        )
+
+    def broken(self, rows):
+        """bool: which images of `rows` an attack has broken, or were wrong without."""
+        attacks = [v for name, v in self.verdicts.items() if not name.startswith(CORRUPTED)]
+        return torch.stack([verdicts[rows] == WRONG for verdicts in attacks]).any(0)
 
     def bind(self, name, attack):
         """Refuses to go on with a stage by another attack than it has been begun with."""
@@ -116,7 +136,8 @@ class Record:
         if self.folder is None or not (force or time.monotonic() - self.saved > SAVE_EVERY):
             return
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
-        checkpoint.save(self._state, self.verdicts, {"key": self.key, "costs": costs})
+        tensors = self.verdicts | self.predictions
+        checkpoint.save(self._state, tensors, {"key": self.key, "costs": costs})
         self.saved = time.monotonic()
 
     def keep(self, rows, x_adv):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ..data.convert import as_image_set
 from ..engine.frozen import freeze
 from ..engine.query import ask, evaluating
 from ..errors import UsageError, values_from_user
+from ..ops._logits import wide
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable
 from ..runs.progress import bar
@@ -48,13 +50,26 @@ class Counted(nn.Module):
         self.backwards += len(grad)
 
 
+class Verdict(NamedTuple):
+    """What a model itself says of examples, [B] each. valid: within the radius and in [0, 1], to
+    rounding; distance: to the clean image; predicted: the likeliest class, and confidence, float32:
+    its probability."""
+
+    right: torch.Tensor
+    valid: torch.Tensor
+    distance: torch.Tensor
+    predicted: torch.Tensor
+    confidence: torch.Tensor
+
+    @property
+    def broken(self):
+        return ~self.right & self.valid
+
+
 @torch.no_grad()
 def judge(model, x, x_adv, y, eps, norm):
-    """(right, valid, distance) [B] of the examples x_adv [B, ...] for `model` itself, without
-    autocast: in the dtype of its parameters, float32 for most.
-
-    valid: within eps of x and in [0, 1], to rounding. Raises ValueError for labels or logits that
-    make no sense.
+    """The Verdict on the examples x_adv [B, ...] of `model` itself, without autocast: in the dtype
+    of its parameters, float32 for most. Raises ValueError for labels or logits that make no sense.
     """
     delta = (x_adv.double() - x).flatten(1)
     distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
@@ -63,7 +78,8 @@ def judge(model, x, x_adv, y, eps, norm):
     with values_from_user(), evaluating(model), autocast:
         logits = checked_logits(model, x_adv, y)
     within = distance <= eps + ROUNDING[norm] * max(1, eps)
-    return logits.argmax(1) == y, inside & within, distance
+    predicted, confidence = logits.argmax(1), wide(logits).softmax(1).amax(1).float()
+    return Verdict(predicted == y, inside & within, distance, predicted, confidence)
 
 
 class Search:
@@ -80,7 +96,7 @@ class Search:
         self.source = None if source is None else Counted(_twin(source, PRECISIONS[precision]))
 
     def __call__(self, stage, x, y, index, seed):
-        """(x_adv, broken [B], cost) of one batch under one stage."""
+        """(x_adv, verdict, cost) of one batch under one stage."""
         eps, norm = stage.attack.eps, stage.attack.norm
         start, before = time.perf_counter(), self._passes()
         cost = Cost(images=len(x))
@@ -92,19 +108,19 @@ class Search:
             return x_adv
 
         x_adv = attempt(self.source if stage.transferred else self.twin)
-        right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
-        if not stage.transferred and stage.name != "clean":
-            disputed = self._disputed(x_adv, y, right)
+        verdict = judge(self.model, x, x_adv, y, eps, norm)
+        if not (stage.transferred or stage.fixed):
+            disputed = self._disputed(x_adv, y, verdict.right)
             cost.disputed = len(disputed)
             if len(disputed):
                 x_adv[disputed] = attempt(self.model, disputed)
-                right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
-        broken = ~right & valid
-        cost.invalid = int((~right & ~valid).sum())
-        cost.largest = distance[broken].max().item() if broken.any() else 0.0
+                verdict = judge(self.model, x, x_adv, y, eps, norm)
+        cost.invalid = int((~verdict.right & ~verdict.valid).sum())
+        broken = verdict.broken
+        cost.largest = verdict.distance[broken].max().item() if broken.any() else 0.0
         cost.forwards, cost.backwards = (b - a for a, b in zip(before, self._passes(), strict=True))
         cost.seconds = time.perf_counter() - start
-        return x_adv, broken, cost
+        return x_adv, verdict, cost
 
     @torch.no_grad()
     def _disputed(self, x_adv, y, right):
@@ -169,7 +185,8 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             for stage in stages:
-                shares.begun(record.stage(stage.name)[0])
+                for known in (record.stage(stage.name)[0], *record.outputs(stage.name)):
+                    shares.begun(known)
             for stage in stages:
                 _attack(search, stage, split, record, batch_size, device, seed, progress, shares)
                 if progress:
@@ -221,19 +238,26 @@ def _floating(images):
 def _attack(search, stage, split, record, batch_size, device, seed, progress, shares):
     """Runs one stage on the images that it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
+    outputs = record.outputs(stage.name)
     record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
     for name in stage.after:
-        verdicts[~record.right(name)] = WRONG
-    todo, keeps = (verdicts == UNKNOWN).nonzero()[:, 0], shares.keeps(record)
+        wrong = ~record.right(name)
+        verdicts[wrong] = WRONG
+        for mine, theirs in zip(outputs, record.outputs(name), strict=True):
+            mine[wrong] = theirs[wrong]
+    todo = (verdicts == UNKNOWN).nonzero()[:, 0]
+    keeps = shares.keeps(record) and not stage.corrupts
     at_once = {"delay": 0} if progress else {}  # a delayed bar waits for the end of the first batch
     shown = bar(text=stage.name, total=len(todo), unit="image", **at_once)
     for rows in todo.split(batch_size * shares.world) if len(todo) else ():
-        x_adv, broken, cost = _batch(search, stage, split, shares.of(rows), device, seed)
-        broken = shares.together(broken.byte(), len(rows)).bool()
-        known = torch.stack([v[rows] == WRONG for v in record.verdicts.values()]).any(0)
-        fresh = broken & ~known
+        x_adv, found, cost = _batch(search, stage, split, shares.of(rows), device, seed)
+        broken, *found = (shares.together(part, len(rows)) for part in found)
+        broken = broken.bool()
         if keeps:
+            fresh = broken & ~record.broken(rows)
             record.keep(rows[fresh], shares.together(x_adv, len(rows))[fresh])
+        for mine, part in zip(outputs, found, strict=True):
+            mine[rows] = part
         verdicts[rows] = torch.where(broken, WRONG, RIGHT).to(torch.uint8)
         total.add(shares.cost(cost))
         record.save()
@@ -242,19 +266,23 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress, sh
 
 
 def _batch(search, stage, split, rows, device, seed):
-    """(x_adv, broken [B], cost) of the images at `rows`, on the CPU."""
+    """(x_adv, (broken uint8, predicted, confidence) [B] each, cost) of the images at `rows`, on the
+    CPU. What is invalid has no prediction: -1."""
     x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
     x = _floating(x)
     if not len(rows):
-        return x.cpu(), torch.zeros(0, dtype=torch.bool), Cost()
+        kinds = torch.uint8, torch.int32, torch.float32
+        return x.cpu(), tuple(torch.zeros(0, dtype=kind) for kind in kinds), Cost()
     try:
         y = checks.as_labels(y, x)
-        x_adv, broken, cost = search(stage, x, y, index, seed)
+        x_adv, verdict, cost = search(stage, x, y, index, seed)
     except ValueError as error:
         images = f"images {int(rows[0])} to {int(rows[-1])}"
         kind = UsageError if isinstance(error, UsageError) else ValueError
         raise kind(f"{stage.name}, {images}: {error}") from error
-    return x_adv.cpu(), broken.cpu(), cost
+    predicted = verdict.predicted.where(verdict.right | verdict.valid, -1).int()
+    found = verdict.broken.byte(), predicted, verdict.confidence
+    return x_adv.cpu(), tuple(part.cpu() for part in found), cost
 
 
 def correct(model, split, attack, *, eps, norm="linf", **options):

@@ -133,7 +133,7 @@ def review(record, stages):
         return found
     best = min(followed, key=lambda stage: robust[stage.name])
     for stage in stages:
-        blind = not stage.by_gradient and stage.name != "clean"
+        blind = not (stage.by_gradient or stage.fixed)
         if blind and robust[stage.name] < robust[best.name] - margin:
             found.append(
                 f"{stage.name}, which does not follow the model's gradient, breaks "

@@ -127,7 +127,7 @@ def test_examples_beyond_ball_or_box_break_nothing(norm):
     x_adv[0, 0, 0, 0] += 0.1
     x_adv[1, 0, 0, 0] += 0.1 + 2e-5
     x_adv[2, 0, 0, 0], x[2, 0, 0, 0] = 1.01, 0.95
-    right, valid, distance = judge(wrong, x, x_adv, y, 0.1, norm)
+    right, valid, distance, *_ = judge(wrong, x, x_adv, y, 0.1, norm)
     assert right.tolist() == [False] * 3
     assert valid.tolist() == [True, False, False]
     assert distance[0] == pytest.approx(0.1)
@@ -386,10 +386,12 @@ def test_examples_that_leave_ball_or_box_are_never_broken(model, norm):
     assert cost.largest == pytest.approx(0.09)
     changed = (torch.from_numpy(examples) != x).flatten(1).any(1)
     assert torch.equal(changed, kind == 0)
+    predicted = record.outputs(stage.name)[0].tolist()  # -1 for what does not count
+    assert predicted == [{0: 1, 4: 0}.get(k, -1) for k in kind.tolist()]
     (found,) = validity.review(record, [clean, stage])
     assert found.startswith(f"pgd-3 left the ball or the box at {cost.invalid} images")
     with torch.no_grad():
-        _, valid, _ = judge(Moved(), x, x + moves, split.labels, eps, norm)
+        _, valid, *_ = judge(Moved(), x, x + moves, split.labels, eps, norm)
     assert [bool(valid[i]) for i in range(5)] == [True, False, False, False, True]
 
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastadv import evaluate
+from fastadv.attacks.suite import stages
+from fastadv.data.dataset import ImageSet
 from fastadv.evaluate.__main__ import main
 from fastadv.evaluate.record import UNKNOWN, Cost
 from fastadv.evaluate.shares import Shares
@@ -42,19 +45,39 @@ def test_a_batch_is_taken_apart_and_put_together(second_of_two):
     assert shares.cost(cost) == cost
 
 
+def test_all_know_what_the_first_had_found(second_of_two, monkeypatch):
+    """Verdicts, classes and confidences of its file; then nothing is left to do."""
+    of_first = [torch.ones(4, dtype=torch.uint8), torch.full((4,), 3), torch.full((4,), 0.5)]
+
+    def total(tensor):
+        return tensor + of_first.pop(0) if of_first else tensor.clone()
+
+    monkeypatch.setattr(parallel, "total", total)
+    split = ImageSet(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    record = evaluate.run(model, split, stages("clean,fgsm", 0.1)[:1], shared=True)
+    assert record.right("clean").all()
+    predicted, confidence = record.outputs("clean")
+    assert predicted.tolist() == [3] * 4
+    assert confidence.tolist() == [0.5] * 4
+    assert record.costs["clean"].images == 0
+
+
 def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
-    common = f"--checkpoint {teacher} --attacks pgd20,square --batch-size 11 --limit 37"
+    common = f"--checkpoint {teacher} --attacks pgd20,square,corruptions --batch-size 11 --limit 37"
     common = [*common.split(), "--save-adversarial", "--out"]
     main([*common, str(tmp_path / "one")])
     capsys.readouterr()
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (state,) = (tmp_path / "two").glob("*/state.safetensors")
-    verdicts, metadata = checkpoint.load(state)
-    expected = {name: values.clone() for name, values in verdicts.items()}
-    assert all(len(values.unique()) == 2 for values in expected.values())
-    for name, values in verdicts.items():  # as a killed evaluation would have left it
-        values[{"clean": 37, "pgd20": 15, "square": 0}[name] :] = UNKNOWN
-    checkpoint.save(state, verdicts, metadata)
+    tensors, metadata = checkpoint.load(state)
+    expected = {name: values.clone() for name, values in tensors.items()}
+    assert all(len(expected[name].unique()) == 2 for name in ("clean", "pgd20", "square"))
+    for name, values in tensors.items():  # as a killed evaluation would have left it
+        stage, _, output = name.partition("/")
+        known = {"clean": 37, "pgd20": 15, "corruptions:fog-3": 20}.get(stage, 0)
+        values[known:] = -1 if output == "predicted" else UNKNOWN
+    checkpoint.save(state, tensors, metadata)
     line = [sys.executable, *TORCHRUN, "-m", "fastadv.evaluate", *common, str(tmp_path / "two")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
