@@ -45,7 +45,7 @@ class MinimalNorm:
     NORMS = ("l2",)
 
     def __post_init__(self):
-        checks.one_of("norm", self.norm, self.NORMS)
+        checks.one_of(f"norm of {type(self).__name__}", self.norm, self.NORMS)
         checks.check_box(self)
         for name in ("lo", "hi"):
             if not math.isfinite(getattr(self, name)):

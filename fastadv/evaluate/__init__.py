@@ -1,6 +1,7 @@
 """Evaluation: attacks on fast twins, the verdict on the model itself in float32."""
 
 from ..attacks.suite import PAPER
+from .curve import distances
 from .networks import check_fits, check_names, from_code, from_run
 from .record import Record
 from .report import describe, rates, table
@@ -14,6 +15,7 @@ __all__ = [
     "check_names",
     "correct",
     "describe",
+    "distances",
     "from_code",
     "from_run",
     "rates",

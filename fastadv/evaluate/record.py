@@ -15,6 +15,7 @@ from ..runs.progress import bar
 
 UNKNOWN, RIGHT, WRONG = range(3)
 SAVE_EVERY = 2.0  # seconds
+DISTANCE = "distance:"  # before a stage's name: its distances in the file
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Cost:
 
 @dataclass
 class Record:
-    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG) and costs by stage.
+    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG) and costs by stage; of the stages that look for
+    the nearest adversarial point also its distances, float64 [N], infinity where none was found.
 
     A stage that nobody attacked yet is UNKNOWN throughout, and so are its images until they were.
     folder: where `state.safetensors` is kept, if any. key: what the verdicts depend on; a folder of
@@ -54,6 +56,7 @@ class Record:
     examples: np.ndarray | None = None
     verdicts: dict = field(default_factory=dict)
     costs: dict = field(default_factory=dict)
+    distances: dict = field(default_factory=dict)
     asked: dict = field(default_factory=dict)
     saved: float = 0.0
 
@@ -90,13 +93,19 @@ class Record:
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
                     f"{mine!r}: choose another --out"
                 )
-        self.verdicts = tensors
+        for name, tensor in tensors.items():
+            kind = self.distances if name.startswith(DISTANCE) else self.verdicts
+            kind[name.removeprefix(DISTANCE)] = tensor
 
     def stage(self, name):
         """(verdicts, cost) of a stage, made where there is none."""
         self.costs.setdefault(name, Cost())
         unknown = torch.full((self.count,), UNKNOWN, dtype=torch.uint8)
         return self.verdicts.setdefault(name, unknown), self.costs[name]
+
+    def distance(self, name):
+        """The distances of a stage, made where there are none: 0 for all images."""
+        return self.distances.setdefault(name, torch.zeros(self.count, dtype=torch.float64))
 
     def bind(self, name, attack):
         """Refuses to go on with a stage by another attack than it has been begun with."""
@@ -116,7 +125,8 @@ class Record:
         if self.folder is None or not (force or time.monotonic() - self.saved > SAVE_EVERY):
             return
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
-        checkpoint.save(self._state, self.verdicts, {"key": self.key, "costs": costs})
+        tensors = self.verdicts | {DISTANCE + name: v for name, v in self.distances.items()}
+        checkpoint.save(self._state, tensors, {"key": self.key, "costs": costs})
         self.saved = time.monotonic()
 
     def keep(self, rows, x_adv):

@@ -1,12 +1,13 @@
 """The search for adversarial examples on fast twins, and the verdict on the model itself."""
 
 import logging
+import math
 import time
 
 import torch
 from torch import nn
 
-from ..attacks import checks, suite
+from ..attacks import checks, minimal, suite
 from ..attacks.checks import checked_logits
 from ..data.convert import as_image_set
 from ..engine.frozen import freeze
@@ -21,7 +22,7 @@ from .shares import Shares
 
 _log = logging.getLogger("fastadv")
 # How much further than eps, or than 1, rounding may take an example, as a share of it.
-ROUNDING = {"linf": 1e-6, "l2": 1e-5}
+ROUNDING = {"linf": 1e-6, "l2": 1e-5, "l1": 1e-5, "l0": 0.0}
 
 
 class Counted(nn.Module):
@@ -56,14 +57,17 @@ def judge(model, x, x_adv, y, eps, norm):
     valid: within eps of x and in [0, 1], to rounding. Raises ValueError for labels or logits that
     make no sense.
     """
-    delta = (x_adv.double() - x).flatten(1)
-    distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    distance = minimal.distance(x_adv.double() - x, norm)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     autocast = torch.autocast(x.device.type, enabled=False)
     with values_from_user(), evaluating(model), autocast:
         logits = checked_logits(model, x_adv, y)
-    within = distance <= eps + ROUNDING[norm] * max(1, eps)
-    return logits.argmax(1) == y, inside & within, distance
+    return logits.argmax(1) == y, inside & within(distance, eps, norm), distance
+
+
+def within(distance, eps, norm):
+    """Which distances [B] are at most eps, to rounding."""
+    return distance <= eps + ROUNDING[norm] * max(1, eps)
 
 
 class Search:
@@ -80,8 +84,9 @@ class Search:
         self.source = None if source is None else Counted(_twin(source, PRECISIONS[precision]))
 
     def __call__(self, stage, x, y, index, seed):
-        """(x_adv, broken [B], cost) of one batch under one stage."""
-        eps, norm = stage.attack.eps, stage.attack.norm
+        """(x_adv, broken [B], distance [B], cost) of one batch under one stage; distance: that of
+        x_adv where it is misclassified and valid, else infinity."""
+        eps, norm = math.inf if stage.minimal else stage.attack.eps, stage.attack.norm
         start, before = time.perf_counter(), self._passes()
         cost = Cost(images=len(x))
 
@@ -99,12 +104,13 @@ class Search:
             if len(disputed):
                 x_adv[disputed] = attempt(self.model, disputed)
                 right, valid, distance = judge(self.model, x, x_adv, y, eps, norm)
-        broken = ~right & valid
+        distance = torch.where(~right & valid, distance, torch.inf)
+        broken = within(distance, stage.eps, norm) if stage.minimal else ~right & valid
         cost.invalid = int((~right & ~valid).sum())
         cost.largest = distance[broken].max().item() if broken.any() else 0.0
         cost.forwards, cost.backwards = (b - a for a, b in zip(before, self._passes(), strict=True))
         cost.seconds = time.perf_counter() - start
-        return x_adv, broken, cost
+        return x_adv, broken, distance, cost
 
     @torch.no_grad()
     def _disputed(self, x_adv, y, right):
@@ -170,6 +176,8 @@ def run(
         with torch.random.fork_rng(devices=[]):
             for stage in stages:
                 shares.begun(record.stage(stage.name)[0])
+                if stage.minimal:
+                    shares.begun(record.distance(stage.name))
             for stage in stages:
                 _attack(search, stage, split, record, batch_size, device, seed, progress, shares)
                 if progress:
@@ -221,15 +229,18 @@ def _floating(images):
 def _attack(search, stage, split, record, batch_size, device, seed, progress, shares):
     """Runs one stage on the images that it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
-    record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
+    within_eps = f" within {stage.eps}" if stage.minimal else ""
+    record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}{within_eps}")
     for name in stage.after:
         verdicts[~record.right(name)] = WRONG
     todo, keeps = (verdicts == UNKNOWN).nonzero()[:, 0], shares.keeps(record)
     at_once = {"delay": 0} if progress else {}  # a delayed bar waits for the end of the first batch
     shown = bar(text=stage.name, total=len(todo), unit="image", **at_once)
     for rows in todo.split(batch_size * shares.world) if len(todo) else ():
-        x_adv, broken, cost = _batch(search, stage, split, shares.of(rows), device, seed)
+        x_adv, broken, distance, cost = _batch(search, stage, split, shares.of(rows), device, seed)
         broken = shares.together(broken.byte(), len(rows)).bool()
+        if stage.minimal:
+            record.distance(stage.name)[rows] = shares.together(distance, len(rows))
         known = torch.stack([v[rows] == WRONG for v in record.verdicts.values()]).any(0)
         fresh = broken & ~known
         if keeps:
@@ -242,19 +253,20 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress, sh
 
 
 def _batch(search, stage, split, rows, device, seed):
-    """(x_adv, broken [B], cost) of the images at `rows`, on the CPU."""
+    """(x_adv, broken [B], distance [B], cost) of the images at `rows`, on the CPU."""
     x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
     x = _floating(x)
     if not len(rows):
-        return x.cpu(), torch.zeros(0, dtype=torch.bool), Cost()
+        none = torch.zeros(0)
+        return x.cpu(), none.bool(), none.double(), Cost()
     try:
         y = checks.as_labels(y, x)
-        x_adv, broken, cost = search(stage, x, y, index, seed)
+        x_adv, broken, distance, cost = search(stage, x, y, index, seed)
     except ValueError as error:
         images = f"images {int(rows[0])} to {int(rows[-1])}"
         kind = UsageError if isinstance(error, UsageError) else ValueError
         raise kind(f"{stage.name}, {images}: {error}") from error
-    return x_adv.cpu(), broken.cpu(), cost
+    return x_adv.cpu(), broken.cpu(), distance.cpu(), cost
 
 
 def correct(model, split, attack, *, eps, norm="linf", **options):

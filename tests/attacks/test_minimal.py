@@ -109,7 +109,7 @@ def test_cw_leaves_the_walls_when_it_has_the_steps():
 @pytest.mark.parametrize("constant", [1e-5, 1e4])
 def test_cw_finds_the_constant_from_either_side(constant):
     net, x, y = linear(0, corners=False)
-    x_adv = CW(60, 12, 0.05, constant)(net, x, y)
+    x_adv = CW(80, 12, 0.05, constant)(net, x, y)
     assert (net(x_adv).argmax(1) != y).all()
     found = distance(x_adv - x, "l2") / nearest(net, x, y, "l2")
     assert found.median() < 1.25
@@ -384,10 +384,10 @@ def test_frozen_twin_is_refreshed_and_inference_mode_changes_nothing(model, bala
 
 def test_bad_arguments_name_themselves():
     for kind, options, match in (
-        (FMN, {"norm": "l3"}, "norm is 'l3', must be one of linf, l2, l1, l0"),
-        (DDN, {"norm": "linf"}, "norm is 'linf', must be one of l2"),
-        (CW, {"norm": "linf"}, "norm is 'linf', must be one of l2"),
-        (DeepFool, {"norm": "l1"}, "norm is 'l1', must be one of linf, l2"),
+        (FMN, {"norm": "l3"}, "norm of FMN is 'l3', must be one of linf, l2, l1, l0"),
+        (DDN, {"norm": "linf"}, "norm of DDN is 'linf', must be one of l2"),
+        (CW, {"norm": "linf"}, "norm of CW is 'linf', must be one of l2"),
+        (DeepFool, {"norm": "l1"}, "norm of DeepFool is 'l1', must be one of linf, l2"),
         (FMN, {"step_size": 0}, "step_size is 0.0, must be positive and finite"),
         (CW, {"step_size": math.inf}, "step_size is inf, must be positive and finite"),
         (CW, {"constant": -1}, "constant is -1.0, must be positive and finite"),

@@ -43,7 +43,7 @@ def test_a_batch_is_taken_apart_and_put_together(second_of_two):
 
 
 def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
-    common = f"--checkpoint {teacher} --attacks pgd20,square --batch-size 11 --limit 37"
+    common = f"--checkpoint {teacher} --attacks pgd20,square,fmn --batch-size 11 --limit 37"
     common = [*common.split(), "--save-adversarial", "--out"]
     main([*common, str(tmp_path / "one")])
     capsys.readouterr()
@@ -51,9 +51,12 @@ def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
     (state,) = (tmp_path / "two").glob("*/state.safetensors")
     verdicts, metadata = checkpoint.load(state)
     expected = {name: values.clone() for name, values in verdicts.items()}
-    assert all(len(values.unique()) == 2 for values in expected.values())
+    distances = expected["distance:fmn"]
+    assert len(distances.unique()) > 10
+    assert all(len(v.unique()) == 2 for v in expected.values() if v is not distances)
     for name, values in verdicts.items():  # as a killed evaluation would have left it
-        values[{"clean": 37, "pgd20": 15, "square": 0}[name] :] = UNKNOWN
+        done = {"clean": 37, "pgd20": 15, "square": 0, "fmn": 20, "distance:fmn": 20}
+        values[done[name] :] = UNKNOWN
     checkpoint.save(state, verdicts, metadata)
     line = [sys.executable, *TORCHRUN, "-m", "fastadv.evaluate", *common, str(tmp_path / "two")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
