@@ -15,7 +15,7 @@ from fastadv import freeze, models
 from fastadv.attacks import CW, DDN, FMN, DeepFool
 from fastadv.attacks.fab import to_hyperplane
 from fastadv.attacks.fmn import project
-from fastadv.attacks.minimal import distance
+from fastadv.attacks.minimal import ORDERS, distance
 
 FMN_NORMS = ("linf", "l2", "l1", "l0")
 SHORT = {
@@ -205,6 +205,10 @@ def test_what_is_found_is_adversarial_in_the_box_and_else_x(rows, name):
         nn.init.constant_(steady.bias[2:3], 3)
         assert torch.equal(attack(steady, x.to(dtype), y * 0 + 2), x.to(dtype))
         assert attack.bad_gradients == 0
+        nn.init.ones_(steady.bias)  # on the boundary, without a gradient: 0 / 0
+        calls = Calls(steady)
+        assert torch.equal(attack(calls, x.to(dtype), y * 0), x.to(dtype))
+        assert all(v.isfinite().all() for v in calls.inputs)
 
 
 @each
@@ -327,6 +331,69 @@ def test_ddn_goes_round_x_on_spheres_that_follow_the_verdicts():
     lengths = torch.stack([distance(v - x, "l2") for v in iterates])
     least = torch.where(wrong, lengths, math.inf).amin(0)
     assert torch.equal(distance(x_adv - x, "l2"), torch.where(least.isfinite(), least, 0.0))
+
+
+def iterates_of_fmn(net, x, y, norm, steps):
+    """Pintor et al. 2021, algorithm 1, for one sample in [0, 1], with our differences."""
+    order = ORDERS[norm]
+    v, eps, least, seen = x.clone(), float(norm == "l0"), math.inf, []
+    for k in range(steps):
+        seen.append(v.clone())
+        leaf = v.clone().requires_grad_()
+        z = net(leaf)
+        margin = z[torch.arange(5) != y].max() - z[y]
+        (g,) = torch.autograd.grad(margin, leaf)
+        g = torch.where(((v <= 0) & (g < 0)) | ((v >= 1) & (g > 0)), 0.0, g)
+        away = float((v - x).norm(p=order))
+        half = (1 + math.cos(math.pi * k / steps)) / 2
+        gamma, alpha = 0.001 + 0.049 * half, 0.01 + 0.99 * half
+        if margin > 0:
+            least = min(least, away)
+            shrunk = math.floor(eps * (1 - gamma)) if norm == "l0" else eps * (1 - gamma)
+            eps = min(shrunk, least)
+            eps = max(eps, 1) if norm == "l0" else eps
+        elif norm == "l0":
+            eps = max(eps + 1, math.floor(eps * (1 + gamma)))
+        else:
+            dual = {"linf": 1, "l2": 2, "l1": math.inf}[norm]
+            eps *= 1 + gamma
+            if least == math.inf:
+                eps = max(eps, away + float(-margin / g.norm(p=dual)))
+        eps = min(eps, float(torch.maximum(x, 1 - x).norm(p=order)))
+        delta = v - x + alpha * g / g.norm()
+        if norm == "linf":
+            delta = delta.clamp(-eps, eps)
+        elif norm == "l2":
+            delta = delta * min(1, eps / float(delta.norm()))
+        elif norm == "l0":
+            delta[delta.abs().argsort()[: len(x) - int(eps)]] = 0
+        elif delta.norm(p=1) > eps:
+            low, high = 0.0, float(delta.abs().max())
+            for _ in range(60):
+                cut = (low + high) / 2
+                over = (delta.abs() - cut).clamp(min=0).sum() > eps
+                low, high = (cut, high) if over else (low, cut)
+            delta = delta.sign() * (delta.abs() - high).clamp(min=0)
+        v = (x + delta).clamp(0, 1)
+    return torch.stack([*seen, v])
+
+
+@pytest.mark.parametrize("norm", FMN_NORMS)
+def test_every_iterate_of_fmn_is_that_of_algorithm_1(norm):
+    net = smooth()
+    x = torch.rand(8, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x = (1.5 * x - 0.25).clamp(0, 1)
+    y = net(x).argmax(1)
+    calls = Calls(net)
+    x_adv = FMN(15, norm=norm)(calls, x, y)
+    iterates = torch.stack(calls.inputs[1:])
+    for i in range(8):
+        expected = iterates_of_fmn(net, x[i], y[i], norm, 15)
+        torch.testing.assert_close(iterates[:, i], expected, rtol=0, atol=1e-7)
+        wrong = net(expected).argmax(1) != y[i]
+        least = distance(expected - x[i], norm)[wrong].min() if wrong.any() else torch.tensor(0.0)
+        torch.testing.assert_close(distance(x_adv - x, norm)[i], least.double())
+    assert (x_adv != x).any(1).sum() > 5
 
 
 @pytest.mark.parametrize("attack", [FMN(2, norm=norm) for norm in FMN_NORMS] + [DDN(2)], ids=repr)
