@@ -16,6 +16,7 @@ from fastadv.attacks import CW, DDN, FMN, DeepFool
 from fastadv.attacks.fab import to_hyperplane
 from fastadv.attacks.fmn import project
 from fastadv.attacks.minimal import ORDERS, distance
+from fastadv.ops._reference import per_sample
 
 FMN_NORMS = ("linf", "l2", "l1", "l0")
 SHORT = {
@@ -106,14 +107,28 @@ def test_cw_leaves_the_walls_when_it_has_the_steps():
     assert found.max() < 1.6
 
 
-@pytest.mark.parametrize("constant", [1e-5, 1e4])
-def test_cw_finds_the_constant_from_either_side(constant):
-    net, x, y = linear(0, corners=False)
-    x_adv = CW(80, 12, 0.05, constant)(net, x, y)
-    assert (net(x_adv).argmax(1) != y).all()
-    found = distance(x_adv - x, "l2") / nearest(net, x, y, "l2")
-    assert found.median() < 1.25
-    assert found.max() < 1.6
+def test_cw_searches_the_constant_of_each_sample(monkeypatch):
+    """Tenfold until an adversarial point is found, then by halving."""
+    tried, falls_at = [], torch.tensor([0.3, 5e-3, 1e9])
+
+    def minimise(self, model, x, y, c):
+        tried.append(c)
+        broken = c >= falls_at
+        return x + per_sample(c, x) * 1e-3, torch.where(broken, c.double(), math.inf)
+
+    monkeypatch.setattr(CW, "_minimise", minimise)
+    x = torch.full((3, 2), 0.5, dtype=torch.float64)
+    steady = nn.Linear(2, 2, dtype=torch.float64)
+    x_adv = CW(1, 6, constant=0.01)(steady, x, steady(x).argmax(1))
+    found = torch.stack(tried, 1)
+    expected = [
+        [0.01, 0.1, 1.0, 0.55, 0.325, 0.2125],
+        [0.01, 0.005, 0.0025, 0.00375, 0.004375, 0.0046875],
+        [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    nearest = x + 1e-3 * torch.tensor([[0.325], [0.005], [0.0]], dtype=torch.float64)
+    torch.testing.assert_close(x_adv, nearest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
