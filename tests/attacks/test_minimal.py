@@ -107,6 +107,25 @@ def test_cw_leaves_the_walls_when_it_has_the_steps():
     assert found.max() < 1.6
 
 
+def test_cw_takes_the_steps_of_torchs_adam_on_its_objective():
+    net = smooth()
+    x = torch.rand(8, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    y, rows, calls = net(x).argmax(1), torch.arange(8), Calls(net)
+    CW(12, 1, 0.1, 0.5)(calls, x, y)
+    w = ((2 * x - 1) * (1 - 1e-6)).atanh().requires_grad_()
+    adam = torch.optim.Adam([w], lr=0.1)
+    for seen in calls.inputs[1:]:
+        x_adv = (w.tanh() + 1) / 2
+        torch.testing.assert_close(seen, x_adv, rtol=0, atol=1e-9)
+        z = net(x_adv)
+        ahead = z[rows, y] - z.scatter(1, y[:, None], -math.inf).amax(1)
+        loss = (x_adv - x).square().sum() + 0.5 * ahead.clamp(min=0).sum()
+        adam.zero_grad()
+        loss.backward(inputs=[w])
+        adam.step()
+    assert len(calls.inputs) == 13
+
+
 def test_cw_searches_the_constant_of_each_sample(monkeypatch):
     """Tenfold until an adversarial point is found, then by halving."""
     tried, falls_at = [], torch.tensor([0.3, 5e-3, 1e9])
