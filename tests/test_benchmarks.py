@@ -311,6 +311,13 @@ def test_agreement_is_of_counts_and_pixels(bench):
     assert agrees(row | {"images": 1000, "ours": 103})
     assert agrees(row | {"pixels": 0.0009})
     assert not agrees(row | {"pixels": 0.001})
+    row = {"norm": "l2", "official": 1.0, "ours": 1.029, "official found": 9, "ours found": 9}
+    assert agrees(row)
+    assert not agrees(row | {"ours": 1.031})
+    assert not agrees(row | {"ours": None})
+    assert agrees(row | {"official": None, "ours": 0.1})
+    assert not agrees(row | {"ours found": 8})
+    assert agrees(row | {"ours found": 10})
 
 
 def test_the_evaluation_benchmark_on_a_tiny_network(bench, monkeypatch):

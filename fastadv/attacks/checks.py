@@ -49,6 +49,15 @@ def whole(name, value, least):
     return int(value)
 
 
+def positive(name, value):
+    """A positive, finite number as a float. Raises TypeError for others than numbers, ValueError
+    for other numbers."""
+    one = number(name, value)
+    if not 0 < one < math.inf:
+        raise ValueError(f"{name} is {one}, must be positive and finite")
+    return one
+
+
 def listed(name, value, kind):
     """An iterable as a list; kind: of its items, for the message. Raises TypeError for text and for
     a value that cannot be iterated over."""
@@ -62,9 +71,7 @@ def check_budget(attack, per_sample=False):
     whether eps may also be one radius per sample, a tensor [B] or [B, 1, ...], which becomes a copy
     [B]. Raises ValueError or TypeError."""
     one_of("norm", attack.norm, NORMS)
-    attack.lo, attack.hi = number("lo", attack.lo), number("hi", attack.hi)
-    if not attack.lo < attack.hi:
-        raise ValueError(f"lo is {attack.lo}, must be below hi, {attack.hi}")
+    check_box(attack)
     eps, extremes = attack.eps, [attack.eps]
     if isinstance(eps, torch.Tensor) and eps.dim():
         if not per_sample or eps.is_complex() or eps.dtype == torch.bool:
@@ -79,6 +86,14 @@ def check_budget(attack, per_sample=False):
     room = attack.hi - attack.lo
     for value in extremes:
         check_radius(value, attack.norm, room if math.isfinite(room) else 1.0)
+
+
+def check_box(attack):
+    """Makes the attack's lo and hi floats. Raises ValueError unless lo < hi, TypeError for others
+    than numbers."""
+    attack.lo, attack.hi = number("lo", attack.lo), number("hi", attack.hi)
+    if not attack.lo < attack.hi:
+        raise ValueError(f"lo is {attack.lo}, must be below hi, {attack.hi}")
 
 
 def check_radius(eps, norm, room=1.0, zero=True):

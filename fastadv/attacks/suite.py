@@ -10,7 +10,11 @@ from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
 from .apgd import APGD
 from .checks import check_radius, listed, number
+from .cw import CW
+from .ddn import DDN
+from .deepfool import DeepFool
 from .fab import FAB
+from .fmn import FMN
 from .pgd import FGSM, PGD
 from .square import Square
 
@@ -35,6 +39,13 @@ ATTACKS = {
         None,
     ),
 }
+# {name: norm -> attack} of the attacks that look for the nearest adversarial point.
+MINIMAL = {
+    "deepfool": lambda norm: DeepFool(norm=norm),
+    "cw-l2": lambda norm: CW(norm=norm),
+    "ddn": lambda norm: DDN(norm=norm),
+    "fmn": lambda norm: FMN(norm=norm),
+}
 PGD_NAME = re.compile(r"pgd(?:-(ce|margin|dlr|kl))?-(\d+)(?:-(\d+))?")
 TRANSFER = "transfer-"
 CORRUPTED = "corruptions:"  # begins the names of the stages of `evaluate.corruption_stages`
@@ -55,7 +66,9 @@ class Stage:
 
     loss: the objective of a PGD, None for other attacks. after: the names of earlier stages; the
     attack is for the images that all of these left robust, and without names for all images.
-    transferred: whether the attack follows the gradients of another model.
+    transferred: whether the attack follows the gradients of another model. eps: the radius within
+    which an image counts as broken, where the attack has none: of those that look for the nearest
+    adversarial point, however far; None for others.
     """
 
     name: str
@@ -63,6 +76,7 @@ class Stage:
     loss: str | None = None
     after: tuple = ()
     transferred: bool = False
+    eps: float | None = None
 
     def __call__(self, model, x, y, index):
         """x_adv [B, ...]."""
@@ -78,6 +92,11 @@ class Stage:
     def among(self, names):
         """The same stage in an evaluation that has only the stages of these names."""
         return replace(self, after=tuple(name for name in self.after if name in names))
+
+    @property
+    def minimal(self):
+        """Whether the attack looks for the nearest adversarial point, whose distance is kept."""
+        return self.eps is not None
 
     @property
     def classes(self):
@@ -101,8 +120,9 @@ class Stage:
 
 
 def single(name, eps, norm="linf"):
-    """The stage of one attack, by name: one of ATTACKS, "pgd[-LOSS]-STEPS[-RESTARTS]" (steps of
-    eps / 4; LOSS is ce, margin, dlr or kl), or either of these that is a PGD after "transfer-".
+    """The stage of one attack, by name: one of ATTACKS or MINIMAL, "pgd[-LOSS]-STEPS[-RESTARTS]"
+    (steps of eps / 4; LOSS is ce, margin, dlr or kl), or either of these that is a PGD after
+    "transfer-".
     Raises ValueError for other names and for an eps that is not positive, not finite or above 1 in
     linf, TypeError if the name is no text or eps no number."""
     _check_name(name)
@@ -117,6 +137,8 @@ def single(name, eps, norm="linf"):
         return replace(stage, name=name, transferred=True)
     if name in ATTACKS:
         return Stage(name, *ATTACKS[name](eps, norm))
+    if name in MINIMAL:
+        return Stage(name, MINIMAL[name](norm), eps=number("eps", eps))
     if found := PGD_NAME.fullmatch(name):
         loss, steps, restarts = found.groups()
         for what, count in (("steps", steps), ("restarts", restarts or 1)):
@@ -124,9 +146,9 @@ def single(name, eps, norm="linf"):
                 raise ValueError(f"attack is {name!r}: {what} is 0, must be at least 1")
         attack = PGD(eps, eps / 4, int(steps), norm=norm, restarts=int(restarts or 1), keep="best")
         return Stage(name, attack, loss or "ce")
-    near = difflib.get_close_matches(name, [*ATTACKS, *SUITES], 1)
+    near = difflib.get_close_matches(name, [*ATTACKS, *MINIMAL, *SUITES], 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    known = [*ATTACKS, "pgd[-LOSS]-STEPS[-RESTARTS]", f"{TRANSFER}NAME", *SUITES]
+    known = [*ATTACKS, *MINIMAL, "pgd[-LOSS]-STEPS[-RESTARTS]", f"{TRANSFER}NAME", *SUITES]
     raise ValueError(f"attack is {name!r}, must be one of {', '.join(known)}{hint}")
 
 
@@ -150,7 +172,9 @@ def cascade(names, eps, norm="linf", prefix=""):
     found = [single("clean", eps, norm)]
     for name in listed("names", names, "attacks"):
         before = tuple(stage.name for stage in found)
-        found.append(replace(single(name, eps, norm), name=prefix + name, after=before))
+        stage = single(name, eps, norm)
+        before = ("clean",) if stage.minimal else before  # all that are right have a distance
+        found.append(replace(stage, name=prefix + name, after=before))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from ..attacks.suite import PAPER
 from .corruptions import corruption_stages
+from .curve import distances
 from .networks import check_fits, check_names, from_code, from_run
 from .record import Record
 from .report import describe, rates, table
@@ -16,6 +17,7 @@ __all__ = [
     "correct",
     "corruption_stages",
     "describe",
+    "distances",
     "from_code",
     "from_run",
     "rates",

@@ -7,6 +7,8 @@ r"""python -m fastadv.evaluate: clean and robust accuracy of networks.
 
 --attacks names single attacks and suites. Attacks are fgsm, pgd20, cw, apgd-ce, square and others,
 pgd-50-10 (50 steps, 10 restarts), and transfer-NAME, which follows the gradients of --source.
+fmn, ddn, deepfool and cw-l2 look for the nearest adversarial example of each image: the report then
+has the median of its distance and the accuracy at every radius.
 Suites are paper (the attacks of most papers), quick, and aa (AutoAttack's standard version). The
 clean accuracy always comes first. corruptions are the 15 of CIFAR-10-C and ImageNet-C, read from
 --corruptions-dir or made of the images.
@@ -36,7 +38,7 @@ from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
 from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
-from . import corruptions, networks, report, search, validity
+from . import corruptions, curve, networks, report, search, validity
 from .page import page
 from .record import Record, open_examples
 
@@ -299,11 +301,17 @@ def evaluate(subject, dataset, split, words, args, source, corrupted):
     )
     warnings += validity.review(record, stages)
     print(report.describe(record, stages))
+    distances = curve.distances(record, stages)
+    if distances:
+        print(curve.describe(distances, eps, args.norm))
     for warning in warnings:
         print(f"warning: {warning}")
     if out:
         settings |= {"checkpoint": subject.label, "chosen": words, "date": date.today().isoformat()}
         settings["classes"] = dataset.classes
+        if distances:
+            settings["minimal_norm"] = curve.summary(distances, eps, args.norm)
+            curve.plot(out / "minimal_norm.png", distances, eps, args.norm)
         text = report.as_json(record, stages, settings, warnings, split.labels)
         checkpoint.atomic_write(out / "report.json", text)
         checkpoint.atomic_write(out / "report.html", page(json.loads(text)))

@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass
 class Record:
-    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG), predictions and costs by stage.
+    """Verdicts uint8 [N] (UNKNOWN, RIGHT, WRONG), costs and details of examples by stage.
 
     A stage that nobody attacked yet is UNKNOWN throughout, and so are its images until they were.
     folder: where `state.safetensors` is kept, if any. key: what the verdicts depend on; a folder of
@@ -54,7 +54,7 @@ class Record:
     folder: Path | None = None
     examples: np.ndarray | None = None
     verdicts: dict = field(default_factory=dict)
-    predictions: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
     costs: dict = field(default_factory=dict)
     asked: dict = field(default_factory=dict)
     saved: float = 0.0
@@ -92,7 +92,7 @@ class Record:
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
                     f"{mine!r}: choose another --out"
                 )
-        self.predictions = {name: tensors.pop(name) for name in [*tensors] if "/" in name}
+        self.details = {name: tensors.pop(name) for name in [*tensors] if "/" in name}
         self.verdicts = tensors
 
     def stage(self, name):
@@ -110,13 +110,19 @@ class Record:
             "confidence": torch.zeros(self.count),
         }
         return tuple(
-            self.predictions.setdefault(f"{name}/{kind}", values) for kind, values in empty.items()
+            self.details.setdefault(f"{name}/{kind}", values) for kind, values in empty.items()
         )
 
     def broken(self, rows):
         """bool: which images of `rows` an attack has broken, or were wrong without."""
         attacks = [v for name, v in self.verdicts.items() if not name.startswith(CORRUPTED)]
         return torch.stack([verdicts[rows] == WRONG for verdicts in attacks]).any(0)
+
+    def distance(self, name):
+        """The distances of a stage that looks for the nearest adversarial point, float64 [N], made
+        where there are none: 0 for all images. Infinity is of those where none was found."""
+        unknown = torch.zeros(self.count, dtype=torch.float64)
+        return self.details.setdefault(f"{name}/distance", unknown)
 
     def bind(self, name, attack):
         """Refuses to go on with a stage by another attack than it has been begun with."""
@@ -136,7 +142,7 @@ class Record:
         if self.folder is None or not (force or time.monotonic() - self.saved > SAVE_EVERY):
             return
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
-        tensors = self.verdicts | self.predictions
+        tensors = self.verdicts | self.details
         checkpoint.save(self._state, tensors, {"key": self.key, "costs": costs})
         self.saved = time.monotonic()
 

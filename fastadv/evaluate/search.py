@@ -1,13 +1,14 @@
 """The search for adversarial examples on fast twins, and the verdict on the model itself."""
 
 import logging
+import math
 import time
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..attacks import checks, suite
+from ..attacks import checks, minimal, suite
 from ..attacks.checks import checked_logits
 from ..data.convert import as_image_set
 from ..engine.frozen import freeze
@@ -23,7 +24,7 @@ from .shares import Shares
 
 _log = logging.getLogger("fastadv")
 # How much further than eps, or than 1, rounding may take an example, as a share of it.
-ROUNDING = {"linf": 1e-6, "l2": 1e-5}
+ROUNDING = {"linf": 1e-6, "l2": 1e-5, "l1": 1e-5, "l0": 0.0}
 
 
 class Counted(nn.Module):
@@ -71,15 +72,19 @@ def judge(model, x, x_adv, y, eps, norm):
     """The Verdict on the examples x_adv [B, ...] of `model` itself, without autocast: in the dtype
     of its parameters, float32 for most. Raises ValueError for labels or logits that make no sense.
     """
-    delta = (x_adv.double() - x).flatten(1)
-    distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    distance = minimal.distance(x_adv.double() - x, norm)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     autocast = torch.autocast(x.device.type, enabled=False)
     with values_from_user(), evaluating(model), autocast:
         logits = checked_logits(model, x_adv, y)
-    within = distance <= eps + ROUNDING[norm] * max(1, eps)
     predicted, confidence = logits.argmax(1), wide(logits).softmax(1).amax(1).float()
-    return Verdict(predicted == y, inside & within, distance, predicted, confidence)
+    valid = inside & within(distance, eps, norm)
+    return Verdict(predicted == y, valid, distance, predicted, confidence)
+
+
+def within(distance, eps, norm):
+    """Which distances [B] are at most eps, to rounding."""
+    return distance <= eps + ROUNDING[norm] * max(1, eps)
 
 
 class Search:
@@ -96,8 +101,9 @@ class Search:
         self.source = None if source is None else Counted(_twin(source, PRECISIONS[precision]))
 
     def __call__(self, stage, x, y, index, seed):
-        """(x_adv, verdict, cost) of one batch under one stage."""
-        eps, norm = stage.attack.eps, stage.attack.norm
+        """(x_adv, verdict, cost) of one batch under one stage. Where an attack looks for the nearest
+        adversarial point and x_adv is none, the distance is infinity."""
+        eps, norm = math.inf if stage.minimal else stage.attack.eps, stage.attack.norm
         start, before = time.perf_counter(), self._passes()
         cost = Cost(images=len(x))
 
@@ -116,6 +122,10 @@ class Search:
                 x_adv[disputed] = attempt(self.model, disputed)
                 verdict = judge(self.model, x, x_adv, y, eps, norm)
         cost.invalid = int((~verdict.right & ~verdict.valid).sum())
+        if stage.minimal:
+            distance = verdict.distance.where(verdict.broken, torch.inf)
+            near = verdict.valid & within(verdict.distance, stage.eps, norm)
+            verdict = verdict._replace(valid=near, distance=distance)
         broken = verdict.broken
         cost.largest = verdict.distance[broken].max().item() if broken.any() else 0.0
         cost.forwards, cost.backwards = (b - a for a, b in zip(before, self._passes(), strict=True))
@@ -185,7 +195,7 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             for stage in stages:
-                for known in (record.stage(stage.name)[0], *record.outputs(stage.name)):
+                for known in (record.stage(stage.name)[0], *_outputs(record, stage)):
                     shares.begun(known)
             for stage in stages:
                 _attack(search, stage, split, record, batch_size, device, seed, progress, shares)
@@ -238,12 +248,12 @@ def _floating(images):
 def _attack(search, stage, split, record, batch_size, device, seed, progress, shares):
     """Runs one stage on the images that it has not attacked yet."""
     verdicts, total = record.stage(stage.name)
-    outputs = record.outputs(stage.name)
-    record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}")
+    within_eps = f" within {stage.eps}" if stage.minimal else ""
+    record.bind(stage.name, f"{stage.attack} on {stage.loss}, seed {seed}{within_eps}")
     for name in stage.after:
         wrong = ~record.right(name)
         verdicts[wrong] = WRONG
-        for mine, theirs in zip(outputs, record.outputs(name), strict=True):
+        for mine, theirs in zip(record.outputs(stage.name), record.outputs(name), strict=True):
             mine[wrong] = theirs[wrong]
     todo = (verdicts == UNKNOWN).nonzero()[:, 0]
     keeps = shares.keeps(record) and not stage.corrupts
@@ -256,7 +266,7 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress, sh
         if keeps:
             fresh = broken & ~record.broken(rows)
             record.keep(rows[fresh], shares.together(x_adv, len(rows))[fresh])
-        for mine, part in zip(outputs, found, strict=True):
+        for mine, part in zip(_outputs(record, stage), found, strict=False):  # distance comes last
             mine[rows] = part
         verdicts[rows] = torch.where(broken, WRONG, RIGHT).to(torch.uint8)
         total.add(shares.cost(cost))
@@ -265,13 +275,20 @@ def _attack(search, stage, split, record, batch_size, device, seed, progress, sh
     shown.close()
 
 
+def _outputs(record, stage):
+    """What the record keeps of a stage's examples: class, confidence and, where the attack looks
+    for the nearest one, distance."""
+    found = record.outputs(stage.name)
+    return (*found, record.distance(stage.name)) if stage.minimal else found
+
+
 def _batch(search, stage, split, rows, device, seed):
-    """(x_adv, (broken uint8, predicted, confidence) [B] each, cost) of the images at `rows`, on the
-    CPU. What is invalid has no prediction: -1."""
+    """(x_adv, (broken uint8, predicted, confidence, distance) [B] each, cost) of the images at
+    `rows`, on the CPU. What is invalid has no prediction: -1."""
     x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
     x = _floating(x)
     if not len(rows):
-        kinds = torch.uint8, torch.int32, torch.float32
+        kinds = torch.uint8, torch.int32, torch.float32, torch.float64
         return x.cpu(), tuple(torch.zeros(0, dtype=kind) for kind in kinds), Cost()
     try:
         y = checks.as_labels(y, x)
@@ -281,7 +298,7 @@ def _batch(search, stage, split, rows, device, seed):
         kind = UsageError if isinstance(error, UsageError) else ValueError
         raise kind(f"{stage.name}, {images}: {error}") from error
     predicted = verdict.predicted.where(verdict.right | verdict.valid, -1).int()
-    found = verdict.broken.byte(), predicted, verdict.confidence
+    found = verdict.broken.byte(), predicted, verdict.confidence, verdict.distance
     return x_adv.cpu(), tuple(part.cpu() for part in found), cost
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.attacks import APGD, FAB, FGSM, PGD, Square, suite
+from fastadv.attacks import APGD, CW, DDN, FAB, FGSM, FMN, PGD, DeepFool, Square, suite
 from fastadv.attacks.checks import check_budget
 
 EPS = 8 / 255
@@ -17,6 +17,10 @@ ATTACKS = {
     "apgd": APGD(EPS, 2),
     "fab": FAB(EPS, 2),
     "square": Square(EPS, 3),
+    "deepfool": DeepFool(2),
+    "cw": CW(2, 1),
+    "ddn": DDN(2),
+    "fmn": FMN(2),
 }
 
 

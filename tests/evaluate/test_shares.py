@@ -64,7 +64,9 @@ def test_all_know_what_the_first_had_found(second_of_two, monkeypatch):
 
 
 def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
-    common = f"--checkpoint {teacher} --attacks pgd20,square,corruptions --batch-size 11 --limit 37"
+    common = (
+        f"--checkpoint {teacher} --attacks pgd20,square,fmn,corruptions --batch-size 11 --limit 37"
+    )
     common = [*common.split(), "--save-adversarial", "--out"]
     main([*common, str(tmp_path / "one")])
     capsys.readouterr()
@@ -73,9 +75,10 @@ def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
     tensors, metadata = checkpoint.load(state)
     expected = {name: values.clone() for name, values in tensors.items()}
     assert all(len(expected[name].unique()) == 2 for name in ("clean", "pgd20", "square"))
+    assert len(expected["fmn/distance"].unique()) > 10
     for name, values in tensors.items():  # as a killed evaluation would have left it
         stage, _, output = name.partition("/")
-        known = {"clean": 37, "pgd20": 15, "corruptions:fog-3": 20}.get(stage, 0)
+        known = {"clean": 37, "pgd20": 15, "fmn": 20, "corruptions:fog-3": 20}.get(stage, 0)
         values[known:] = -1 if output == "predicted" else UNKNOWN
     checkpoint.save(state, tensors, metadata)
     line = [sys.executable, *TORCHRUN, "-m", "fastadv.evaluate", *common, str(tmp_path / "two")]
