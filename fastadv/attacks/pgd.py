@@ -113,9 +113,9 @@ class PGD(ByValue):
                 if loss == "kl" and constant.shape != logits.shape:
                     given, shape = tuple(constant.shape), tuple(logits.shape)
                     raise ValueError(f"target_logits has shape {given}, must be {shape}")
-                checks.check_labels(label, logits.shape[1])
                 if targeted:
                     checks.check_labels(constant, logits.shape[1], "target")
+                checks.check_labels(label, logits.shape[1])
                 checked.append(True)
             value = objective(logits, label, constant)
             if self.keep == "best" or last:

@@ -277,6 +277,7 @@ def test_pgd_says_what_a_target_goes_with(model, batch):
     attack, z = PGD(EPS, EPS / 4, 1), torch.randn(6, 10)
     for options, match in (
         ({"target": "second"}, "y is missing, which target='second' needs"),
+        ({"target": y + 10}, r"target has labels from \d+ to \d+, must be in \[0, 9\]"),
         ({"target": (y + 1) % 10, "loss": "dlr"}, "y is missing, which loss='dlr' needs"),
         (
             {"target": "random", "loss": "kl", "target_logits": z},
