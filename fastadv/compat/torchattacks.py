@@ -19,8 +19,8 @@ class Attack:
     on the attack's device, which is by default that of the model's parameters.
 
     Arguments may be changed afterwards, as attributes; `attack` is fastadv's attack with the
-    present ones. Setters behave as those of torchattacks 3.5.1, save that: every module gets its
-    own mode back after a call, and a targeted call refuses targets that the model has no class for.
+    present ones. The setters behave as those of torchattacks 3.5.1, but after a call every module
+    has its own mode back, and targets that are no class of the model are refused.
     """
 
     supported_mode = ("default", "targeted")

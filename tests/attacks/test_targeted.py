@@ -76,6 +76,14 @@ def test_pgd_descends_the_loss_to_the_target(model, batch, loss):
     assert torch.equal(FGSM(EPS)(model, x, y, target=target, loss=loss), once)
 
 
+def test_cw_leaves_alone_what_is_fifty_logits_ahead():
+    logits = torch.tensor([[49.0, 0.0], [51.0, 0.0], [0.0, 9.0]], requires_grad=True)
+    value = targets.OBJECTIVES["cw"](logits, None, torch.zeros(3, dtype=torch.int64))
+    assert value.tolist() == [-1, 0, -59]
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert grad.tolist() == [[1, -1], [0, 0], [1, -1]]
+
+
 @pytest.mark.parametrize("attack", [PGD(EPS, EPS / 4, 5, "zero"), APGD(EPS, 1, loss="dlr")])
 def test_dlr_is_the_targeted_one(model, batch, attack):
     """-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2) rises."""
