@@ -65,6 +65,7 @@ class PGD(ByValue):
             given = checks.described(self.clip_start)
             raise TypeError(f"clip_start is {given}, must be True, False or None")
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         model,

@@ -35,8 +35,6 @@ def named(target, model, x, y, index):
     return classes(target, checks.checked_logits(model, x, y), y, index)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def classes(target, logits, y, index):
     """int64 [B], the target classes by a target from `check_target`.
 

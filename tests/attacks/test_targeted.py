@@ -312,6 +312,22 @@ def test_the_model_is_left_as_it_was(model, batch, name):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(EPS, EPS / 4, 2, "zero"), PGD(EPS, EPS / 4, 0, restarts=2), APGD(EPS, 2, loss="dlr")],
+)
+@pytest.mark.parametrize("target", ["second", "random", torch.arange(6, dtype=torch.int32)])
+def test_targets_work_in_inference_mode(model, batch, attack, target):
+    x, y = batch
+    y = torch.where(y == torch.arange(6), (y + 1) % 10, y).int()
+    options = {"loss": "dlr"} if isinstance(attack, PGD) else {}
+    torch.manual_seed(0)
+    expected = attack(model, x, y, target=target, **options)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        assert torch.equal(attack(model, x, y, target=target, **options), expected)
+
+
 @each
 def test_twins_and_doubles_are_attacked_too(model, batch, name):
     x, y = batch
