@@ -21,6 +21,11 @@ ATTACKS = {
 each = pytest.mark.parametrize("name", ATTACKS)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -141,7 +146,7 @@ def test_success_is_the_target(reachable, name, target, found):
         "best": PGD(0.1, 0.02, 10, restarts=2, keep="best"),
         "fgsm": FGSM(0.1),
         "apgd": APGD(0.1, 10),
-        "square": Square(0.1, 200),
+        "square": Square(0.1, 300),
     }[name]
     x_adv = attack(Linear(), x, y, target=target)
     assert torch.equal(predicted(Linear(), x_adv), found)
@@ -169,8 +174,8 @@ def test_square_goes_on_until_the_target_is_found(reachable):
 
 
 class Table(nn.Module):
-    """Of class 2 where the image's one pixel is up to 0.5, and of class 0 beyond, though class 2 has
-    the higher probability there."""
+    """Of class 2 where the image's one pixel is up to 0.5, and of class 0 beyond, although class 2
+    has the higher probability there."""
 
     def forward(self, x):
         table = torch.tensor([[0.0, 2.0, 2.1, 2.0, 2.0], [4.0, -9.0, 3.9, -9.0, -9.0]])
@@ -194,7 +199,7 @@ def test_square_ascends_the_cross_entropy():
     x = torch.full((4, 1, 2, 7), 0.5)
     x[..., 0] = 0.9
     y, target = torch.zeros(4, dtype=torch.int64), torch.full((4,), 5)
-    x_adv = Square(0.05, 200)(Linear(), x, y, target=target)
+    x_adv = Square(0.05, 300)(Linear(), x, y, target=target)
     best = x - 0.05
     best[..., 5] += 0.1
     torch.testing.assert_close(Linear()(x_adv), Linear()(best))
