@@ -153,24 +153,22 @@ def test_success_is_the_target(reachable, name, target, found):
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
-@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
-def test_apgd_goes_on_until_the_target_is_found(reachable, loss):
+@pytest.mark.parametrize("attack", [APGD(0.1, 10), Square(0.1, 300)])
+def test_an_attack_goes_on_until_the_target_is_found(reachable, attack):
     """A sample at another wrong class is not done, one at the target is left alone."""
     x, _ = reachable
     y = torch.tensor([1, 1, 5])  # the model says 0
     target = torch.tensor([3, 0, 4])
-    x_adv = APGD(0.1, 10, loss=loss)(Linear(), x, y, target=target)
+    x_adv = attack(Linear(), x, y, target=target)
     assert torch.equal(predicted(Linear(), x_adv), target)
     assert torch.equal(x_adv[1], x[1])
-    assert torch.equal(APGD(0.1, 10)(Linear(), x, y), x)
+    assert torch.equal(attack(Linear(), x, y), x)
 
 
-def test_square_goes_on_until_the_target_is_found(reachable):
-    x, _ = reachable
-    y, target = torch.tensor([1, 1, 5]), torch.tensor([3, 0, 4])
-    x_adv = Square(0.1, 300)(Linear(), x, y, target=target)
-    assert torch.equal(predicted(Linear(), x_adv), target)
-    assert torch.equal(x_adv[1], x[1])
+@pytest.mark.parametrize("loss", ["dlr", "targeted"])
+def test_apgd_finds_the_second_class_by_the_targeted_dlr(reachable, loss):
+    x_adv = APGD(0.1, 10, loss=loss)(Linear(), *reachable, target="second")
+    assert torch.equal(predicted(Linear(), x_adv), torch.ones(3, dtype=torch.int64))
 
 
 class Table(nn.Module):
