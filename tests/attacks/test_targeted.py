@@ -197,7 +197,7 @@ def test_square_ascends_the_cross_entropy():
     x = torch.full((4, 1, 2, 7), 0.5)
     x[..., 0] = 0.9
     y, target = torch.zeros(4, dtype=torch.int64), torch.full((4,), 5)
-    x_adv = Square(0.05, 300)(Linear(), x, y, target=target)
+    x_adv = Square(0.05, 120)(Linear(), x, y, target=target)
     best = x - 0.05
     best[..., 5] += 0.1
     torch.testing.assert_close(Linear()(x_adv), Linear()(best))
