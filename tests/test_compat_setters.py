@@ -1,6 +1,8 @@
 """The setters of torchattacks, and its files. What torchattacks 3.5.1 does is written out here in
 plain torch."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -252,7 +254,9 @@ def test_files_hold_what_was_found(model, labels, tmp_path, capsys, normalised, 
     attack.set_return_type("int")  # which is not for files
     wanted = {"save_predictions": True, "save_clean_inputs": True, "save_type": kind}
     loader = DataLoader(TensorDataset(inputs, labels), 5)
+    model.train()  # predictions are those of eval mode
     told = attack.save(loader, path, return_verbose=True, **wanted)
+    assert all(module.training for module in model.modules())
     wrong = preds != labels
     assert told[0] == pytest.approx(100 * (1 - wrong.double().mean().item()))
     distance = (expected - inputs)[wrong].flatten(1).norm(dim=1).mean().item()
@@ -290,6 +294,12 @@ def test_files_hold_no_more_than_was_asked(model, labels, tmp_path, capsys):
     assert not torch.equal(x_adv, attack(X, labels))
     with pytest.raises(ValueError, match=r"adv.pt has no preds: save had not been told to"):
         attack.load(path, load_predictions=True)
+
+
+def test_files_that_would_run_code_are_refused(tmp_path):
+    torch.save({"adv_inputs": X, "labels": Normalise()}, tmp_path / "adv.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        compat.PGD.load(tmp_path / "adv.pt")
 
 
 @pytest.mark.parametrize(
