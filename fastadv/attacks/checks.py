@@ -166,13 +166,13 @@ def check_images(x, lo, hi):
         )
 
 
-def as_labels(y, x):
+def as_labels(y, x, name="y"):
     """The labels of x [B, ...], of any integer type, as int64 [B]; their range is left to
     `check_labels`. Raises TypeError or ValueError for others."""
-    check_tensor("y", y, like=x)
+    check_tensor(name, y, like=x)
     if y.dtype not in INTEGERS or y.shape != x.shape[:1]:
         raise ValueError(
-            f"y is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},) for x of shape "
+            f"{name} is {y.dtype} {tuple(y.shape)}, must be torch.int64 ({len(x)},) for x of shape "
             f"{tuple(x.shape)}, which is taken for [B, ...]"
         )
     return y.long()
@@ -189,10 +189,11 @@ def as_index(index, x):
     return index.long()
 
 
-def check_labels(y, classes):
+def check_labels(y, classes, name="y"):
     """Raises ValueError unless 0 <= y < classes for all labels y, int64 [B]."""
     if y.numel() and not (y.min() >= 0 and y.max() < classes):
-        raise ValueError(f"y has labels from {y.min()} to {y.max()}, must be in [0, {classes - 1}]")
+        ends = f"{y.min()} to {y.max()}"
+        raise ValueError(f"{name} has labels from {ends}, must be in [0, {classes - 1}]")
 
 
 def check_logits(logits, batch, soft=False):

@@ -23,10 +23,11 @@ class Captured:
     batch is filled up with the images of a former one, which is possible as samples do not depend
     on each other.
 
-    No graph is used for images on other devices, networks in train mode, an eps per sample, and
-    objectives that cannot be recognised when they come again. An objective can be if it is a
-    functools.partial of a function, or of a method of a module that is `capturable` (training
-    methods are), and its arguments are networks, dataclasses of networks, numbers and text.
+    No graph is used for images on other devices, networks in train mode, an eps per sample, calls
+    with a target, and objectives that cannot be recognised when they come again. An objective can
+    be if it is a functools.partial of a function, or of a method of a module that is `capturable`
+    (training methods are), and its arguments are networks, dataclasses of networks, numbers and
+    text.
 
     attack: a PGD with one restart that keeps the last iterate; ValueError for others.
     bad_gradients: as of a PGD.
@@ -39,27 +40,39 @@ class Captured:
         self.seen = self.graph = None  # the likeness of the last attack, and its graph
         self.model = self.classes = None  # the last model whose logits were checked
 
-    def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
+    def __call__(
+        self,
+        model,
+        x,
+        y=None,
+        *,
+        loss="ce",
+        target_logits=None,
+        target=None,
+        start=None,
+        index=None,
+    ):
         """As `PGD.__call__`, but the logits of a model are checked in its first call alone."""
         one_of("loss", loss, OBJECTIVES)
-        target = target_logits if loss == "kl" else y
+        constant = target_logits if loss == "kl" else y
         known = model is self.model and isinstance(x, torch.Tensor) and on_gpu(x)
-        if not known or target is None:
-            given = {"target_logits": target_logits, "start": start, "index": index}
+        if not known or constant is None or target is not None:
+            given = {"target_logits": target_logits, "target": target}
+            given |= {"start": start, "index": index}
             x_adv = self._noted(self.attack(model, x, y, loss=loss, **given))
             if on_gpu(x):
                 with torch.no_grad(), evaluating(model):
                     self.model, self.classes = model, ask(model, x[:1]).shape[1]
             return x_adv
         check_images(x, self.attack.lo, self.attack.hi)
-        check_tensor("target_logits" if loss == "kl" else "y", target, like=x)
+        check_tensor("target_logits" if loss == "kl" else "y", constant, like=x)
         if loss != "kl":
-            target = as_labels(y, x)
-            check_labels(target, self.classes)
+            constant = as_labels(y, x)
+            check_labels(constant, self.classes)
         refresh(model)
         inner = functools.partial(_objective, model, loss)
         with evaluating(model):
-            return self.ascend(inner, x, target.detach(), start=start, index=index)
+            return self.ascend(inner, x, constant.detach(), start=start, index=index)
 
     @torch.inference_mode(False)
     def ascend(self, inner, x, *targets, start=None, index=None):

@@ -10,7 +10,7 @@ import torch
 from .. import losses, ops
 from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
-from . import checks
+from . import checks, targets
 from .iterates import ByValue, better, gradient_to, where
 
 
@@ -65,7 +65,19 @@ class PGD(ByValue):
             given = checks.described(self.clip_start)
             raise TypeError(f"clip_start is {given}, must be True, False or None")
 
-    def __call__(self, model, x, y=None, *, loss="ce", target_logits=None, start=None, index=None):
+    @torch.inference_mode(False)
+    def __call__(
+        self,
+        model,
+        x,
+        y=None,
+        *,
+        loss="ce",
+        target_logits=None,
+        target=None,
+        start=None,
+        index=None,
+    ):
         """x_adv for `model`; the objective is "ce", "margin", "cw" (the margin up to kappa = 50, as
         evaluations have it) or "dlr" (three classes or more) of (logits, y), or "kl" of (logits,
         target_logits).
@@ -78,63 +90,80 @@ class PGD(ByValue):
         `restarts` or keep="best": per sample the misclassified point of highest objective, else the
         point of highest objective, which takes one more forward pass. Raises ValueError or
         TypeError naming the argument.
+
+        target: of a targeted attack, the class that each sample is to be taken for, which then
+        stands for "misclassified" above: integers [B] other than y, or by the logits at x "second"
+        (the likeliest class but y) or "least-likely", or "random" by `index`; names take one more
+        forward pass. The objective is the loss to the target, negated; with "dlr" it is the
+        targeted DLR (four classes or more). y may be None beside integers, except with "dlr".
         """
-        y, target = self._arguments(model, x, y, loss, target_logits)
+        label, constant = self._arguments(model, x, y, loss, target_logits, target)
         if self.restarts > 1 and start is not None:
             raise ValueError(f"start is given, must be None with restarts={self.restarts}")
         eps, checked, found = checks.radii(self.eps, x), [], []
         if not x.numel():
             self.bad_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
             return x.detach().clone()
+        targeted = target is not None
+        objective = targets.OBJECTIVES[loss] if targeted else _untargeted(loss)
 
-        def inner(x_adv, target, label, last=False):
+        def inner(x_adv, constant, label, last=False):
             logits = ask(model, x_adv)
             if not checked:  # once is enough: later passes are of the same model and shapes
                 checks.check_logits(logits, len(x_adv))
-                if loss == "kl" and target.shape != logits.shape:
-                    given, shape = tuple(target.shape), tuple(logits.shape)
+                if loss == "kl" and constant.shape != logits.shape:
+                    given, shape = tuple(constant.shape), tuple(logits.shape)
                     raise ValueError(f"target_logits has shape {given}, must be {shape}")
+                if targeted:
+                    checks.check_labels(constant, logits.shape[1], "target")
                 checks.check_labels(label, logits.shape[1])
                 checked.append(True)
-            value = OBJECTIVES[loss](logits, target)
+            value = objective(logits, label, constant)
             if self.keep == "best" or last:
-                new = x_adv.detach(), value.detach(), logits.argmax(1) != label
+                success = targets.reached(logits, label, constant if targeted else None)
+                new = x_adv.detach(), value.detach(), success
                 found[:] = _best(new, found or new)  # copies, as steps are taken in place
             return value
 
         refresh(model)
         with evaluating(model):
+            if isinstance(constant, str):
+                constant = targets.named(constant, model, x, label, index)
             if self.restarts > 1:
                 start = self._starts(x, index)
-                x, target = (torch.cat([v] * self.restarts) for v in (x, target))
+                x, constant, label = (torch.cat([v] * self.restarts) for v in (x, constant, label))
                 eps = checks.repeated(eps, self.restarts)
-            label = torch.cat([y if y is not None else target_logits.argmax(1)] * self.restarts)
-            x_adv = self._ascend(inner, x, target, label, start=start, index=index, eps=eps)
+            x_adv = self._ascend(inner, x, constant, label, start=start, index=index, eps=eps)
             if self.restarts == 1 and self.keep == "last":
                 return x_adv
             with torch.no_grad():
-                inner(x_adv, target, label, last=True)
+                inner(x_adv, constant, label, last=True)
         first, *others = zip(*(v.chunk(self.restarts) for v in found), strict=True)
         return functools.reduce(_best, others, first)[0]
 
-    def _arguments(self, model, x, y, loss, target_logits):
-        """Checks the arguments of a call and returns (y, target): y as int64 [B] or None, and the
-        constant of the objective, which is y or target_logits."""
+    def _arguments(self, model, x, y, loss, target_logits, target):
+        """Checks the arguments of a call and returns (label, constant): the label as int64 [B], and
+        the constant of the objective, which is the label, target_logits, or a target."""
         checks.one_of("loss", loss, OBJECTIVES)
-        name, target = ("target_logits", target_logits) if loss == "kl" else ("y", y)
-        if target is None:
-            raise ValueError(f"{name} is missing, which loss={loss!r} needs")
+        if loss == "kl" and target is not None:
+            raise ValueError(f"target is {checks.described(target)}, must be None with loss='kl'")
+        needed, value = ("target_logits", target_logits) if loss == "kl" else ("y", y)
+        if value is None and (target is None or loss == "dlr"):
+            raise ValueError(f"{needed} is missing, which loss={loss!r} needs")
         checks.check_model(model)
         checks.check_images(x, self.lo, self.hi)
         if y is not None:
             y = checks.as_labels(y, x)
+        if target is not None:
+            target = targets.check_target(target, y, x)
+            return target if y is None else y, target
         if loss != "kl":
             return y, y
-        checks.check_tensor("target_logits", target, like=x)
-        if not target.is_floating_point() or target.dim() != 2:
-            given = f"{target.dtype} {tuple(target.shape)}"
+        checks.check_tensor("target_logits", target_logits, like=x)
+        if not target_logits.is_floating_point() or target_logits.dim() != 2:
+            given = f"{target_logits.dtype} {tuple(target_logits.shape)}"
             raise ValueError(f"target_logits is {given}, must be logits [B, C]")
-        return y, target.detach()
+        return target_logits.argmax(1) if y is None else y, target_logits.detach()
 
     def ascend(self, inner, x, *targets, **options):
         """x_adv that maximises inner(x_adv, *targets) -> [B] sample by sample; targets are [B, ...]
@@ -216,6 +245,11 @@ def input_gradient(inner, x_adv, *targets):
     leaf = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         return gradient_to(leaf, inner(leaf, *targets))
+
+
+def _untargeted(loss):
+    """An objective of OBJECTIVES as one of `targets.OBJECTIVES`."""
+    return lambda logits, _, constant: OBJECTIVES[loss](logits, constant)
 
 
 def widened(*tensors):

@@ -1,5 +1,6 @@
 """Square (Andriushchenko et al. 2020, arXiv 1912.00049): random search by squares, no gradients."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from .. import ops
 from ..engine.query import ask
 from . import checks
 from .iterates import where
+from .targets import OBJECTIVES, check_target, classes, reached
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 BLOCK = 16  # queries between two looks at which samples are broken
@@ -52,7 +54,7 @@ class Square:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __call__(self, model, x, y, *, index=None):
+    def __call__(self, model, x, y, *, target=None, index=None):
         """x_adv for `model`: per sample the misclassified point found, else the point of the
         highest margin seen. A sample that is misclassified at x stays there.
 
@@ -61,33 +63,43 @@ class Square:
         batch. The model maps x, in the dtype of its parameters, to logits or to what has them; it
         runs in eval mode and its modes are put back. x_adv has x's dtype. Raises ValueError or
         TypeError naming the argument.
+
+        target: of a targeted attack, as of `PGD.__call__`: the class which then stands for
+        "misclassified" above. In place of the margin it maximises the cross-entropy to the target,
+        negated, as in the authors' code.
         """
         y, index = checks.check_call(self, model, x, y, index)
+        target = check_target(target, y, x)
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, C, H, W]")
         if not x.numel():
             return x.detach().clone()
         with checks.under_attack(model, x, y) as logits:
-            return self._restarts(model, x.detach(), y, logits, index)
+            aimed = target is not None
+            aim = classes(target, logits, y, index) if aimed else y
+            query = functools.partial(_query, model, aimed)
+            return self._restarts(query, x.detach(), aim, _judged(logits, aimed, aim), index)
 
-    def _restarts(self, model, x, y, logits, index):
-        x_adv, loss, wrong = x.clone(), ops.margin(logits, y), logits.argmax(1) != y
+    def _restarts(self, query, x, aim, at_x, index):
+        """All searches. query(x_adv, aim) -> (loss [B], wrong [B]); aim: the labels or targets,
+        int64 [B]; at_x: what query gives at x."""
+        x_adv, loss, wrong = x.clone(), *at_x
         seed = torch.randint(2**63 - 1, (), device="cpu")
         for restart in range(self.restarts):
             rows = (~wrong).nonzero()[:, 0]
             if not len(rows):
                 break
             draws = {"seed": seed, "restart": restart}
-            new = self._search(model, x[rows], y[rows], index[rows], draws)
+            new = self._search(query, x[rows], aim[rows], index[rows], draws)
             old = x_adv[rows], loss[rows], wrong[rows]
             kept = where(new[2] | (new[1] > old[1]), new, old)
             x_adv[rows], loss[rows], wrong[rows] = kept
         return x_adv
 
-    def _search(self, model, x, y, index, draws):
+    def _search(self, query, x, aim, index, draws):
         """(x_adv, loss [B], wrong [B]) of one search, in which broken samples are left alone."""
         x_adv = self._start(x, index, draws)
-        found = x_adv, *_margin(model, x_adv, y)
+        found = x_adv, *query(x_adv, aim)
         sides = self._sides(*x.shape[2:])
         etas = {side: _eta(side, x) for side in set(sides)} if self.norm == "l2" else {}
         count = x.shape[1] + (2 if self.norm == "linf" else 5)  # random numbers of a query
@@ -98,18 +110,18 @@ class Square:
             now = sides[first : first + BLOCK]
             u = _uniform(x, index[rows], len(now) * count, step=1 + block, **draws)
             windows = self._windows(x[rows], u.view(len(rows), len(now), count), now, etas)
-            part = self._block(model, x[rows], y[rows], [f[rows] for f in found], windows)
+            part = self._block(query, x[rows], aim[rows], [f[rows] for f in found], windows)
             for whole, new in zip(found, part, strict=True):
                 whole[rows] = new
         return found
 
-    def _block(self, model, x, y, found, windows):
+    def _block(self, query, x, aim, found, windows):
         """`found` after a query of each window; no host syncs."""
         x_adv, loss, wrong = found
         move = self._move_linf if self.norm == "linf" else self._move_l2
         for window in windows:
             x_new = move(x_adv, x, *window)
-            new_loss, new_wrong = _margin(model, x_new, y)
+            new_loss, new_wrong = query(x_new, aim)
             better = ~wrong & (new_wrong | (new_loss > loss))
             new = x_new, new_loss, new_wrong
             x_adv, loss, wrong = where(better, new, (x_adv, loss, wrong))
@@ -201,10 +213,15 @@ class Square:
         return (x + delta).clamp(self.lo, self.hi)
 
 
-def _margin(model, x_adv, y):
-    """(margin [B], wrong [B]) of one query."""
-    logits = ask(model, x_adv)
-    return ops.margin(logits, y), logits.argmax(1) != y
+def _query(model, targeted, x_adv, aim):
+    """(loss [B], wrong [B]) of one query; aim: int64 [B], the targets or else the labels."""
+    return _judged(ask(model, x_adv), targeted, aim)
+
+
+def _judged(logits, targeted, aim):
+    if targeted:
+        return OBJECTIVES["ce"](logits, None, aim), reached(logits, None, aim)
+    return ops.margin(logits, aim), reached(logits, aim, None)
 
 
 def _uniform(x, index, count, **counter):

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastadv import freeze, models, ops
-from fastadv.attacks import Square
+from fastadv.attacks import Square, square
 
 EPS = 8 / 255
 NORMS = ("linf", "l2")
@@ -294,7 +295,8 @@ def test_stops_when_nothing_is_robust(model, batch):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_block_waits_for_nothing(norm):
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_block_waits_for_nothing(norm, targeted):
     """Fake tensors have no values: whatever reads one, or depends on how many there are, raises."""
     net = models.get("digits_net", in_channels=1, width=4).eval()
     attack = Square(0.1, norm=norm)
@@ -305,7 +307,8 @@ def test_a_block_waits_for_nothing(norm):
             found = x.clone(), x[:, 0, 0, 0], y > 0
             u = torch.rand(3, 4, 3 if norm == "linf" else 6)
             windows = attack._windows(x, u, [3] * 4, {3: torch.rand(2, 4, 4)})
-            return attack._block(net, x, y, found, windows)
+            query = functools.partial(square._query, net, targeted)
+            return attack._block(query, x, y, found, windows)
 
     x_adv, loss, wrong = run(net)
     assert (x_adv.shape, loss.shape, wrong.dtype) == ((3, 1, 8, 8), (3,), torch.bool)

@@ -1,114 +1,15 @@
-"""The calls of torchattacks and of AutoAttack, run by fastadv's attacks.
-
-    from fastadv.compat import PGD, AutoAttack      # instead of torchattacks, autoattack
-
-    x_adv = PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels)
-    x_adv = AutoAttack(model, norm="Linf", eps=8/255).run_standard_evaluation(x, y, bs=250)
-
-Arguments, their order and their defaults are those of torchattacks 3.5 (FGSM, PGD, PGDL2, APGD; a
-call alone, not its setters) and of the authors' AutoAttack, but for its device: by default that of
-the images. Models map images in [0, 1] to logits; their modes are put back. Arguments whose meaning
-fastadv does not have are refused by a ValueError, those of the wrong kind by a TypeError.
-"""
+"""The calls of the authors' AutoAttack, run by fastadv's attacks."""
 
 import torch
-from torch import nn
 
-from . import attacks, evaluate
-from .attacks import checks, suite
-from .data.dataset import ImageSet
-from .engine.query import ask, evaluating
-from .evaluate import report, validity
-from .runs.config import PRECISIONS
-from .runs.config import device as usable
-
-NORMS = {"Linf": "linf", "L2": "l2"}
-
-
-def _norm(norm):
-    if norm not in tuple(NORMS):
-        raise ValueError(f"norm is {norm!r}, must be 'Linf' or 'L2'")
-    return NORMS[norm]
-
-
-def _seed(seed):
-    return None if seed is None else checks.whole("seed", seed, 0)
-
-
-def _only(**arguments):
-    """Refuses values other than the (value, only) that are known."""
-    for name, (value, only) in arguments.items():
-        if value != only:
-            raise ValueError(f"{name} is {value!r}, must be {only!r}: fastadv knows no other")
-
-
-class _Module(nn.Module):
-    """A function of images as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-def _module(model):
-    if not callable(model):
-        given = checks.described(model)
-        raise TypeError(f"model is {given}, must be a torch.nn.Module or a function of images")
-    return model if isinstance(model, nn.Module) else _Module(model).eval()
-
-
-class _Attack:
-    """An attack bound to a model: a call takes images [B, ...] and labels [B] to x_adv."""
-
-    def __init__(self, model, attack, seed=None):
-        self.model, self.attack, self.seed = _module(model), attack, _seed(seed)
-
-    def __repr__(self):
-        return f"{self.attack}"
-
-    def __call__(self, images, labels):
-        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
-            if self.seed is not None:
-                torch.default_generator.manual_seed(self.seed)
-            return self.attack(self.model, images, labels)
-
-
-def FGSM(model, eps=8 / 255):
-    """torchattacks.FGSM."""
-    return _Attack(model, attacks.FGSM(eps))
-
-
-def PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=True):
-    """torchattacks.PGD: linf."""
-    init = "uniform" if random_start else "zero"
-    return _Attack(model, attacks.PGD(eps, alpha, steps, init))
-
-
-def PGDL2(model, eps=1.0, alpha=0.2, steps=10, random_start=True, eps_for_division=1e-10):
-    """torchattacks.PGDL2. A zero gradient moves nothing, so eps_for_division has no use."""
-    init = "uniform" if random_start else "zero"
-    return _Attack(model, attacks.PGD(eps, alpha, steps, init, norm="l2"))
-
-
-def APGD(
-    model,
-    norm="Linf",
-    eps=8 / 255,
-    steps=10,
-    n_restarts=1,
-    seed=0,
-    loss="ce",
-    eot_iter=1,
-    rho=0.75,
-    verbose=False,
-):
-    """torchattacks.APGD; loss is "ce" or "dlr"."""
-    _only(eot_iter=(eot_iter, 1))
-    attack = attacks.APGD(eps, steps, n_restarts, loss, norm=_norm(norm), rho=rho)
-    return _Attack(model, attack, seed)
+from .. import evaluate
+from ..attacks import checks, suite
+from ..data.dataset import ImageSet
+from ..engine.query import ask, evaluating
+from ..evaluate import report, validity
+from ..runs.config import PRECISIONS
+from ..runs.config import device as usable
+from . import arguments
 
 
 class AutoAttack:
@@ -134,7 +35,7 @@ class AutoAttack:
         log_path=None,
         precision="fp32",
     ):
-        _only(is_tf_model=(is_tf_model, False))
+        arguments.only(is_tf_model=(is_tf_model, False))
         if version not in ("standard", "custom"):
             raise ValueError(f"version is {version!r}, must be 'standard' or 'custom'")
         if version == "standard" and attacks_to_run:
@@ -142,8 +43,13 @@ class AutoAttack:
         if isinstance(attacks_to_run, str):
             raise TypeError(f"attacks_to_run is {attacks_to_run!r}, must be a list of names")
         checks.one_of("precision", precision, PRECISIONS)
-        self.model = _module(model)
-        self.eps, self.norm, self.seed, self.precision = eps, _norm(norm), _seed(seed), precision
+        self.model = arguments.module(model)
+        self.eps, self.norm, self.seed, self.precision = (
+            eps,
+            arguments.norm(norm),
+            arguments.seed(seed),
+            precision,
+        )
         self.verbose, self.log_path = verbose, log_path
         self.device = None if device is None else usable(device)
         self.attacks_to_run = list(
