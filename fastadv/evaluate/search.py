@@ -101,8 +101,8 @@ class Search:
         self.source = None if source is None else Counted(_twin(source, PRECISIONS[precision]))
 
     def __call__(self, stage, x, y, index, seed):
-        """(x_adv, verdict, cost) of one batch under one stage. Where an attack looks for the nearest
-        adversarial point and x_adv is none, the distance is infinity."""
+        """(x_adv, verdict, cost) of one batch under one stage. The distance is infinity where an
+        attack looks for the nearest adversarial point and x_adv is none."""
         eps, norm = math.inf if stage.minimal else stage.attack.eps, stage.attack.norm
         start, before = time.perf_counter(), self._passes()
         cost = Cost(images=len(x))
