@@ -31,14 +31,14 @@ def gradient(inner, x_adv, *targets):
     return grad, loss.detach(), wrong
 
 
-def gradient_to(leaf, loss):
-    """d sum(loss) / d leaf. Raises RuntimeError if the loss has no such gradient, TypeError if it
-    is no tensor."""
+def gradient_to(leaf, loss, again=False):
+    """d sum(loss) / d leaf. again: whether other gradients of the same pass follow. Raises
+    RuntimeError if the loss has no such gradient, TypeError if it is no tensor."""
     if not isinstance(loss, torch.Tensor):
         raise TypeError(f"inner returned a {type(loss).__name__}, must return a tensor [B]")
     grad = None
     if loss.requires_grad:
-        grad = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0]
+        grad = torch.autograd.grad(loss.sum(), leaf, allow_unused=True, retain_graph=again)[0]
     if grad is None:
         raise RuntimeError(
             "model has no gradient to its images, which this attack follows; Square needs none"

@@ -7,8 +7,8 @@ r"""python -m fastadv.evaluate: clean and robust accuracy of networks.
 
 --attacks names single attacks and suites. Attacks are fgsm, pgd20, cw, apgd-ce, square and others,
 pgd-50-10 (50 steps, 10 restarts), and transfer-NAME, which follows the gradients of --source.
-Suites are paper (the attacks of most papers), quick, and aa (AutoAttack's standard version). The
-clean accuracy always comes first.
+Suites are paper (the attacks of most papers), quick, aa (AutoAttack's standard version), aa-plus
+and aa-rand (for networks whose forward pass is random). The clean accuracy always comes first.
 
 An image counts as broken when the network itself, in fp32, misclassifies its adversarial example,
 and the example lies within the radius and in [0, 1]; --precision speeds up the search alone.
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from .. import data, models
-from ..attacks import suite
+from ..attacks import checks, suite
 from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint, parallel
 from ..runs.code import bring_in
@@ -112,7 +112,7 @@ def add_attacks(add):
     add("--attacks", default="paper", metavar="NAME,NAME", help=text)
     add("--eps", type=NUMBER, metavar="X", help="radius; default: the run's, else 8/255 (linf)")
     text = "of the radius; default: %(default)s"
-    add("--norm", choices=("linf", "l2"), default="linf", help=text)
+    add("--norm", choices=checks.NORMS, default="linf", help=text)
     text = "what the search for examples computes in; default: %(default)s"
     add("--precision", choices=PRECISIONS, default="fp32", help=text)
     text = "images per batch, which changes no result; default: %(default)s"
@@ -143,8 +143,9 @@ def check(args):
         raise UsageError("--model and --model-from are both given: give one")
     if (args.model or args.model_from) and not args.data:
         raise UsageError("--data is missing: without a run, nothing says which data to take")
-    if args.norm == "l2" and args.eps is None:
-        raise UsageError("--eps is missing, which --norm l2 needs, such as 0.5")
+    if args.norm != "linf" and args.eps is None:
+        example = {"l2": 0.5, "l1": 12}[args.norm]
+        raise UsageError(f"--eps is missing, which --norm {args.norm} needs, such as {example}")
     for name in ("limit", "batch_size", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"{flag(name)} is {getattr(args, name)}, must be at least 1")

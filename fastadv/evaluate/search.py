@@ -21,7 +21,7 @@ from .shares import Shares
 
 _log = logging.getLogger("fastadv")
 # How much further than eps, or than 1, rounding may take an example, as a share of it.
-ROUNDING = {"linf": 1e-6, "l2": 1e-5}
+ROUNDING = {"linf": 1e-6, "l2": 1e-5, "l1": 1e-5}
 
 
 class Counted(nn.Module):
@@ -57,7 +57,7 @@ def judge(model, x, x_adv, y, eps, norm):
     make no sense.
     """
     delta = (x_adv.double() - x).flatten(1)
-    distance = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    distance = torch.linalg.vector_norm(delta, checks.ORDERS[norm], dim=1)
     inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     autocast = torch.autocast(x.device.type, enabled=False)
     with values_from_user(), evaluating(model), autocast:
