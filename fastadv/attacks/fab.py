@@ -135,8 +135,8 @@ class FAB:
         return nearest, least
 
     def _nearest_plane(self, inner, x_adv, *targets):
-        """(gradient [B, ...], difference [B]) of the class whose hyperplane is nearest: its distance
-        is the difference over the gradient's dual norm."""
+        """(gradient [B, ...], difference [B]) of the class with the nearest hyperplane: the distance
+        is the difference over the dual norm of the gradient."""
         leaf = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             columns = inner(leaf, *targets)[0].reshape(len(leaf), -1).unbind(1)

@@ -18,7 +18,6 @@ images out, with the same result.
 """
 
 import contextlib
-import hashlib
 import os
 from dataclasses import dataclass
 from datetime import date
@@ -32,10 +31,9 @@ from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint, parallel
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
-from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
 from . import networks, report, search, validity
-from .record import Record, open_examples
+from .record import Record, digest, open_examples
 
 
 @dataclass
@@ -199,15 +197,6 @@ def subjects(args):
     if args.eps is None and len(radii) > 1:
         raise UsageError(f"--eps is missing: the runs were trained with {sorted(radii)}")
     return found, dataset
-
-
-def digest(tensors):
-    """The first 16 digits of the SHA-256 of the tensors' bytes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        for piece in pieces(tensor):
-            total.update(piece)
-    return total.hexdigest()[:16]
 
 
 def folder(out, label):

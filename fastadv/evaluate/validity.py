@@ -79,23 +79,24 @@ def _unsteady(logits, again, alone, averaged):
     itself, `alone` [1, C], beyond rounding. averaged: whether an attack averages over passes."""
     scale = logits.abs().max().item()
     apart = (logits - again).abs().max().item()
-    if apart > 1e-4 * scale and not averaged:
+    if apart > 1e-4 * scale and averaged:
+        return []
+    if apart > 1e-4 * scale:
         return [
             f"randomised forward pass: two passes of the same images differ by up to {apart:.3g}; "
-            "the attacks do not average over its randomness and so overestimate its robustness: "
-            "aa-rand (AutoAttack's version rand) does"
+            "the attacks do not average over its randomness and so overestimate its robustness; "
+            "aa-rand does"
         ]
-    if apart > 1e-4 * scale:
-        return []
+    found = []
     if averaged:
-        return [
-            "the forward pass is not random: aa-rand averages equal passes, 20 times the work, and "
-            "has fewer attacks than aa"
-        ]
+        found.append(
+            "the forward pass is not random: aa-rand averages equal passes, and has fewer attacks "
+            "than aa"
+        )
     apart = (logits[:1] - alone).abs().max().item()
     if apart > 1e-2 * scale:
-        return [f"an image's logits depend on the rest of its batch, by {apart:.3g} and more"]
-    return []
+        found.append(f"an image's logits depend on the rest of its batch, by {apart:.3g} and more")
+    return found
 
 
 def _gradients(model, x, y, right):
