@@ -135,7 +135,7 @@ class FAB:
         return nearest, least
 
     def _nearest_plane(self, inner, x_adv, *targets):
-        """(gradient [B, ...], difference [B]) of the class with the nearest hyperplane: the distance
+        """(gradient [B, ...], difference [B]) of the class with the nearest hyperplane: its distance
         is the difference over the dual norm of the gradient."""
         leaf = x_adv.detach().requires_grad_()
         with torch.enable_grad():

@@ -195,8 +195,8 @@ def test_numbers_are_numbers(kind):
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_names_are_names(kind):
-    for value, given in (("l1", "'l1'"), (None, "None"), (["linf"], "a list"), (2, "2")):
-        with pytest.raises(ValueError, match=f"norm is {given}, must be one of linf, l2"):
+    for value, given in (("l0", "'l0'"), (None, "None"), (["linf"], "a list"), (2, "2")):
+        with pytest.raises(ValueError, match=f"norm is {given}, must be one of linf, l2, l1"):
             kind(norm=value)
     for name in {PGD: ("init", "keep"), APGD: ("loss",)}.get(kind, ()):
         for value, given in ((None, "None"), (["ce"], "a list"), (nn.MSELoss(), "a MSELoss")):
@@ -321,14 +321,14 @@ def test_ascend_names_what_it_is_given(net, batch):
             r"eps is a tensor \[3\], must be a n",
         ),
         (
-            lambda: suite.stages("aa", 0.1, "l1"),
+            lambda: suite.stages("aa", 0.1, "l0"),
             ValueError,
-            "norm is 'l1', must be one of linf, l2",
+            "norm is 'l0', must be one of linf, l2, l1",
         ),
         (
             lambda: suite.stages("aa", 0.1, None),
             ValueError,
-            "norm is None, must be one of linf, l2",
+            "norm is None, must be one of linf, l2, l1",
         ),
         (lambda: suite.stages("aa", 0), ValueError, r"eps is 0.0, must be in \(0, 1.0\]$"),
         (
