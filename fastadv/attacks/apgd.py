@@ -167,12 +167,11 @@ class APGD(ByValue):
         """`iterates.gradient`, averaged over eot_iter passes."""
         if self.eot_iter == 1:
             return gradient(inner, x_adv, *targets)
-        total = gradient(inner, x_adv, *targets)
-        for _ in range(self.eot_iter - 1):
-            new = gradient(inner, x_adv, *targets)
-            total = [old + one for old, one in zip(total, new, strict=True)]
-        grad, loss, wrong = total
-        return grad / self.eot_iter, loss / self.eot_iter, 2 * wrong > self.eot_iter
+        grad = loss = votes = 0
+        for _ in range(self.eot_iter):
+            new_grad, new_loss, wrong = gradient(inner, x_adv, *targets)
+            grad, loss, votes = grad + new_grad, loss + new_loss, votes + wrong.long()
+        return grad / self.eot_iter, loss / self.eot_iter, 2 * votes > self.eot_iter
 
     @torch.no_grad()
     def ascend_l1(self, inner, x, *targets, start, eps=None):

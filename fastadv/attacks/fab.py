@@ -135,8 +135,8 @@ class FAB:
         return nearest, least
 
     def _nearest_plane(self, inner, x_adv, *targets):
-        """(gradient [B, ...], difference [B]) of the class with the nearest hyperplane: its distance
-        is the difference over the dual norm of the gradient."""
+        """(gradient, difference) of the class whose hyperplane is nearest: the distance
+        to it is the difference over the dual norm of the gradient."""
         leaf = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             columns = inner(leaf, *targets)[0].reshape(len(leaf), -1).unbind(1)
@@ -206,6 +206,6 @@ def _one_by_one(w, room, goal):
     """The d [..., N] of least l1 norm with w . d = goal [..., 1] and |d| <= room."""
     order = w.abs().argsort(dim=-1, descending=True, stable=True)
     reach = (room * w.abs()).gather(-1, order)
-    rest = goal - (reach.cumsum(-1) - reach)  # what is left when an element's turn comes
-    share = torch.where(reach > 0, rest / reach, 0.0).clamp(0, 1)
+    before = reach.cumsum(-1, dtype=torch.float64) - reach  # what others have reached by its turn
+    share = torch.where(reach > 0, (goal - before) / reach, 0.0).clamp(0, 1).to(reach.dtype)
     return torch.zeros_like(reach).scatter(-1, order, share) * room * w.sign()

@@ -97,11 +97,17 @@ def test_projection_is_that_of_sorting(norm, kind, n):
     d = to_hyperplane(v, w, value, norm, 0.0, 1.0)
     # What needs all of its reach is ill-conditioned: rounding decides where its last elements end.
     clear = (torch.linspace(0, 1.1, 56, dtype=torch.float64) - 1).abs() > 1e-3
-    torch.testing.assert_close(d[clear], expected[clear], rtol=1e-9, atol=1e-11)
+    # In l1 what is left for the last element is divided by its weight, however small this is.
+    weight = (
+        w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-9)
+        if norm == "l1"
+        else torch.ones_like(w)
+    )
     low = to_hyperplane(v.float(), w.float(), value.float(), norm, 0.0, 1.0).double()
-    torch.testing.assert_close(low[clear], expected[clear], rtol=0, atol=2e-5)
-    wide = to_hyperplane(4 * v - 1, w, 4 * value, norm, -1.0, 3.0)
-    torch.testing.assert_close(wide[clear], 4 * expected[clear], rtol=1e-9, atol=1e-11)
+    wide = to_hyperplane(4 * v - 1, w, 4 * value, norm, -1.0, 3.0) / 4
+    for found, rtol, atol in ((d, 1e-9, 1e-11), (wide, 1e-9, 3e-12), (low, 0, 2e-5)):
+        found, wanted = ((weight * e)[clear] for e in (found, expected))
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -378,7 +384,7 @@ def test_untargeted_steps_go_to_the_nearest_hyperplane(norm):
     with torch.no_grad():
         y = net(x).argmax(1)
     calls = Calls(net)
-    x_adv = FAB(9.0, 20, norm=norm, target_classes=None)(calls, x, y)
+    x_adv = FAB(1.0, 20, norm=norm, target_classes=None)(calls, x, y)
     here, stepped = (torch.stack(calls.inputs[1 + k :: 2]) for k in (0, 1))
     assert len(here) == 20  # one pass per step for the gradients of all classes
     assert torch.equal(here[0], x)
@@ -401,7 +407,7 @@ def test_untargeted_steps_go_to_the_nearest_hyperplane(norm):
             chosen.add((i, c))
     assert len(chosen) > len(x)  # some change their mind
     with torch.no_grad():
-        assert (net(x_adv).argmax(1) != y).sum() >= 8
+        assert (net(x_adv).argmax(1) != y).sum() >= 5
 
 
 def test_untargeted_restarts_and_bad_gradients(model, balanced):

@@ -135,7 +135,7 @@ def algorithm_1(net, x, y, eps, norm, queries, sides, uniforms):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(3, 12, 11), (1, 5, 7)])
 def test_every_query_is_that_of_the_paper(norm, shape):
-    eps, queries, lengths = {"linf": 0.02, "l2": 0.2, "l1": 2.0}[norm], 70, []
+    eps, queries, lengths = {"linf": 0.02, "l2": 0.2, "l1": 0.8}[norm], 70, []
     x = images(6, shape).double()
     net = Rows(shape)
     y = net(x).argmax(1)
@@ -195,7 +195,7 @@ def test_every_query_is_in_ball_and_box(norm, eps, shape, seed):
     visited = torch.cat([*net.inputs, x_adv])
     assert visited.dtype == torch.float32
     distance = (visited - x).double().flatten(1).norm(ORDERS[norm], dim=1)
-    assert distance.max() <= eps * (1 + 1e-6) + 6e-8
+    assert distance.max() <= eps * (1 + 1e-6) + (1e-6 if norm == "l1" else 6e-8)
     assert visited.min() >= 0
     assert visited.max() <= 1
 
