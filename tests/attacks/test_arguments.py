@@ -159,6 +159,8 @@ def test_counts_are_whole(kind):
             ([3], "a list"),
             (torch.tensor(3), r"a tensor \[\]"),
         ):
+            if (kind, name, value) == (FAB, "target_classes", None):  # FAB's untargeted form
+                continue
             with pytest.raises(TypeError, match=f"{name} is {given}, must be a whole number"):
                 kind(**{name: value})
         with pytest.raises(ValueError, match=f"{name} is -1, must be at least"):
