@@ -266,3 +266,14 @@ def test_a_twin_is_attacked_as_its_network(model, balanced):
         expected = ATTACKS[name](2.0)(model, x, y)
         torch.manual_seed(1)
         assert length(ATTACKS[name](2.0)(freeze(model), x, y) - expected).mean() < 0.2
+
+
+def test_pgd_begins_in_the_ball():
+    x, index = torch.full((5, 3, 4, 4), 0.5), torch.arange(5) + 9
+    attack = PGD(0.4, 0.1, 1, norm="l1")
+    start = attack.start(x, index, seed=4)
+    expected = l1.random_start(x, 0.4, seed=4, index=index, lo=0.0, hi=1.0)
+    assert torch.equal(start, expected)
+    assert (length(start - x) <= 0.4 + 1e-6).all()
+    assert torch.equal(PGD(0.4, 0.1, 1, "zero", norm="l1").start(x), x)
+    assert not torch.equal(PGD(0.4, 0.1, 1, "gaussian", norm="l1").start(x), x)
