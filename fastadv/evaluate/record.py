@@ -89,7 +89,7 @@ class Record:
             if theirs != mine:
                 raise UsageError(
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
-                    f"{mine!r}: choose another folder"
+                    f"{mine!r}: choose another folder (--out)"
                 )
         self.verdicts = tensors
 
@@ -145,7 +145,7 @@ def open_examples(path, images, begun):
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise UsageError(f"{path}: missing or damaged: choose another folder")
+        raise UsageError(f"{path}: missing or damaged: choose another folder (--out)")
     return np.load(path, mmap_mode="r+")
 
 
