@@ -13,7 +13,11 @@ images that are classified right under each attack of pyautoattack and of fastad
 "same": both sides begin at x plus one noise, so that what differs is the algorithm. "own": each
 side's own draws, and for Square, a random search, the official count of a second seed too. "aa" is
 the standard version as a whole, "aa bf16" fastadv's with the search in bfloat16 against the
-official one in fp32. fastadv's count may be max(0.3 points, 2 images) from the official one (the
+official one in fp32. "NAME l1" is the attack in the l1 ball of eps 2 (digits) or 12 (CIFAR-10),
+with AutoAttack's counts for that norm; for Square the digits get a border of one pixel, so that
+both sides begin with the same tiles. "aa-plus" is that version, "aa-rand" the version rand on the
+network behind uniform noise, whose draws decide some images: the official count of a second seed
+is shown too. fastadv's count may be max(0.3 points, 2 images) from the official one (the
 nearer of two), and for "pgd20" on torch's loss and the model itself fewer than 0.1 % of
 torchattacks' pixels may differ; else the exit status is 1. Rows are appended to
 benchmarks/results/agreement.jsonl.
@@ -31,6 +35,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +52,13 @@ from fastadv.train.recipes import digits_student
 
 MARKS = "<!-- agreement table: benchmarks/agreement.py -->", "<!-- end of agreement table -->"
 SAME, OWN = ("apgd-ce", "apgd-dlr", "apgd-t"), ("fab-t", "square")
-ATTACKS = ("pgd20", *SAME, *OWN, "aa")
+L1, VERSIONS = ("apgd-ce l1", "apgd-t l1", "fab-t l1", "square l1"), ("aa-plus", "aa-rand")
+ATTACKS = ("pgd20", *SAME, *OWN, "aa", *L1, *VERSIONS)
+AGAIN = (
+    "square",
+    "square l1",
+    "aa-rand",
+)  # decided by draws: the official count of a second seed too
 MINIMAL = "minimal"
 COLUMNS = ("model", "attack", "starts", "images", "clean", "official", "ours", "differ")
 NEAREST_MARKS = "<!-- minimal table: benchmarks/agreement.py -->", "<!-- end of minimal table -->"
@@ -59,6 +70,62 @@ def start(x, eps):
     """x plus uniform noise that is a constant of the benchmark."""
     noise = 2 * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
     return (x + eps * noise).clamp(0, 1)
+
+
+class Noisy(torch.nn.Module):
+    """A network behind noise, half of eps in linf, that each pass draws anew."""
+
+    def __init__(self, net, eps):
+        super().__init__()
+        self.net, self.eps = net, eps
+
+    def forward(self, x):
+        return self.net(x + self.eps / 2 * (2 * torch.rand_like(x) - 1))
+
+
+class Bordered(torch.nn.Module):
+    """A network of the images within a border of one pixel."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x[:, :, 1:-1, 1:-1])
+
+
+def official_l1(name, model, eps, seed):
+    """An l1 attack of pyautoattack as its standard version has it; APGD from the same noise."""
+    from pyautoattack import AutoAttack
+
+    adversary = AutoAttack(model, norm="L1", eps=eps, seed=seed)
+    if name == "square":
+        return adversary.square.perturb
+    if name == "fab-t":
+        adversary.fab.targeted, adversary.fab.seed = True, seed
+        return adversary.fab.perturb
+    attack = adversary.apgd if name == "apgd-ce" else adversary.apgd_targeted
+
+    def perturb(x, y):
+        attack.seed = seed
+        with mock.patch("torch.randn_like", lambda v: gaussian(v).expand_as(v).clone()):
+            return attack.perturb(x, y)
+
+    return perturb
+
+
+def gaussian(x):
+    """Normal noise [1, ...] that is a constant of the benchmark."""
+    return torch.randn((1, *x.shape[1:]), generator=torch.Generator().manual_seed(0))
+
+
+def official_version(name, model, split, eps, seed):
+    """bool [N]: right under a version of pyautoattack as a whole, in its own account."""
+    from pyautoattack import AutoAttack
+
+    x, y = split.images.float() / 255, split.labels
+    adversary = AutoAttack(model, eps=eps, seed=seed, version=name.removeprefix("aa-"))
+    return adversary.run_standard_evaluation(x, y)[1] == y
 
 
 def official_attack(name, model, eps, same, seed):
@@ -84,13 +151,19 @@ def official_attack(name, model, eps, same, seed):
 
 def official_right(name, model, split, eps, seed=0):
     """bool [N]: right under one official attack, or under all of its standard version ("aa")."""
+    if name in VERSIONS:
+        return official_version(name, model, split, eps, seed)
     x, y = split.images.float() / 255, split.labels
     with torch.no_grad():
         right = model(x).argmax(1) == y
     for attack in suite.CASCADES["aa"] if name == "aa" else (name,):
         rows = right.nonzero()[:, 0]
         if len(rows):
-            x_adv = official_attack(attack, model, eps, name in SAME, seed)(x[rows], y[rows])
+            if name in L1:
+                perturb = official_l1(name.removesuffix(" l1"), model, eps, seed)
+            else:
+                perturb = official_attack(attack, model, eps, name in SAME, seed)
+            x_adv = perturb(x[rows], y[rows])
             with torch.no_grad():
                 right[rows] = model(x_adv).argmax(1) == y[rows]
     return right
@@ -98,9 +171,16 @@ def official_right(name, model, split, eps, seed=0):
 
 def right(name, model, split, eps, precision="fp32"):
     """The same of fastadv."""
-    stages = suite.stages(["aa"], eps) if name == "aa" else suite.cascade([name], eps)
+    if name in L1:
+        stages = suite.cascade([name.removesuffix(" l1")], eps, "l1")
+    elif name in ("aa", *VERSIONS):
+        stages = suite.stages([name], eps)
+    else:
+        stages = suite.cascade([name], eps)
     if name in SAME:
         stages[-1].attack._start = lambda x, *_: start(x, eps)
+    if name in L1[:2]:
+        stages[-1].attack._start = lambda x, *_: x + gaussian(x)
     record = evaluate.run(model, split, stages, precision=precision)
     return record.right(stages[-1].name)
 
@@ -131,10 +211,18 @@ def rows(label, model, split, eps, attacks):
         if name == "pgd20":
             yield base | {"attack": name, "starts": "same"} | pgd_row(model, split, eps)
             continue
-        theirs = official_right(name, model, split, eps)
-        row = base | compared(name, theirs, right(name, model, split, eps))
-        if name == "square":
-            row["again"] = int(official_right(name, model, split, eps, seed=1).sum())
+        subject, images, radius = model, split, eps
+        if name in L1:
+            radius = 2.0 if "digits" in label else 12.0
+        if name == "square l1" and "digits" in label:
+            subject, pixels = Bordered(model).eval(), F.pad(split.images, (1, 1, 1, 1))
+            images = data.ImageSet(pixels, split.labels, split.index)
+        if name == "aa-rand":
+            subject = Noisy(model, eps).eval()
+        theirs = official_right(name, subject, images, radius)
+        row = base | compared(name, theirs, right(name, subject, images, radius))
+        if name in AGAIN:
+            row["again"] = int(official_right(name, subject, images, radius, seed=1).sum())
         yield row
         if name == "aa":
             yield base | compared("aa bf16", theirs, right(name, model, split, eps, "bf16"))
@@ -179,7 +267,7 @@ def minimal_rows(label, model, split):
 def compared(name, theirs, ours):
     return {
         "attack": name,
-        "starts": "same" if name in SAME else "own",
+        "starts": "same" if name in (*SAME, *L1[:2]) else "own",
         "official": int(theirs.sum()),
         "ours": int(ours.sum()),
         "differ": int((theirs != ours).sum()),
@@ -252,7 +340,7 @@ def main():
     )
     parser.add_argument("--data-dir", help="folder of CIFAR-10's files: its networks too")
     parser.add_argument("--limit", type=int, default=300, help="the first N test images")
-    parser.add_argument("--only", choices=(*ATTACKS, MINIMAL), help="this part alone")
+    parser.add_argument("--only", nargs="+", choices=(*ATTACKS, MINIMAL), help="these alone")
     parser.add_argument("--table", action="store_true", help="rewrite the table and stop")
     args = parser.parse_args()
     if args.table:
@@ -265,9 +353,9 @@ def main():
         model, config = evaluate.from_run(path)
         test = data.load(config.data, config.data_dir).test
         split = test.take(torch.arange(min(args.limit, len(test))))
-        counted = [name for name in ATTACKS if args.only in (None, name)]
+        counted = [name for name in ATTACKS if name in (args.only or ATTACKS)]
         found = rows(label, model, split, config.eps, counted)
-        if args.only in (None, MINIMAL):
+        if MINIMAL in (args.only or [MINIMAL]):
             found = itertools.chain(found, minimal_rows(label, model, split))
         for row in found:
             print(row, flush=True)

@@ -1,4 +1,5 @@
 import copy
+import types
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from stand_ins import Wrapped
 from torch import nn
 
 from fastadv import attacks, compat, evaluate
-from fastadv.attacks.suite import cascade
+from fastadv.attacks.suite import cascade, stages
+from fastadv.compat.autoattack import OWNERS, VERSIONS
 from fastadv.data import ImageSet
 
 EPS = 8 / 255
@@ -42,6 +44,10 @@ def batch(model):
         (
             lambda m: compat.APGD(m, "L2", 0.5, 7, 2, seed=5, loss="dlr", rho=0.5),
             attacks.APGD(0.5, 7, 2, "dlr", norm="l2", rho=0.5),
+        ),
+        (
+            lambda m: compat.APGD(m, "L1", 5.0, 4, eot_iter=2),
+            attacks.APGD(5.0, 4, norm="l1", eot_iter=2),
         ),
     ],
 )
@@ -81,7 +87,8 @@ def test_autoattack_is_the_suite(model, batch, tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(labels, model(x_adv).argmax(1))
     split = ImageSet(x, y, torch.arange(12))
-    suite = cascade(["apgd-ce", "apgd-dlr"], 2 / 255)
+    five = {"restarts": 5}
+    suite = cascade({"apgd-ce": five, "apgd-dlr": five}, 2 / 255)
     robust = evaluate.run(model, split, suite, seed=2).right("apgd-dlr")
     assert torch.equal(labels == y, robust)
     assert 0 < robust.sum() < 11
@@ -101,10 +108,13 @@ def test_functions_are_models_too(model, batch):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda m: compat.APGD(m, eot_iter=2), "eot_iter is 2, must be 1"),
-        (lambda m: compat.APGD(m, norm="L1"), "norm is 'L1', must be 'Linf' or 'L2'"),
+        (lambda m: compat.APGD(m, eot_iter=0), "eot_iter is 0, must be at least 1"),
+        (lambda m: compat.APGD(m, norm="L0"), "norm is 'L0', must be 'Linf', 'L2' or 'L1'"),
         (lambda m: compat.PGD(m, eps=8), "eps is 8, must be"),
-        (lambda m: compat.AutoAttack(m, version="rand"), "version is 'rand', must be"),
+        (
+            lambda m: compat.AutoAttack(m, version="fast"),
+            "version is 'fast', must be one of standard",
+        ),
         (lambda m: compat.AutoAttack(m, is_tf_model=True), "is_tf_model is True, must be False"),
         (
             lambda m: compat.AutoAttack(m, attacks_to_run=["square"]),
@@ -182,6 +192,123 @@ def test_models_may_wrap_their_logits_and_compute_in_any_dtype(model, batch, kin
             x_adv = kind(copy.deepcopy(model).to(dtype))(x.to(of_x), y)
             assert x_adv.dtype == of_x
             assert not torch.equal(x_adv, x.to(of_x))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L1"])
+@pytest.mark.parametrize(("version", "name"), VERSIONS.items())
+def test_versions_are_the_suites(model, version, name, norm):
+    attack = compat.AutoAttack(model, norm, 0.5, version=version)
+    expected = [stage.attack for stage in stages(name, 0.5, norm.lower())]
+    assert [stage.attack for stage in attack._stages()] == expected
+    attack.set_version("plus")
+    assert attack.attacks_to_run == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+
+
+def test_settings_reach_the_attacks_and_others_are_refused(model):
+    attack = compat.AutoAttack(model, eps=EPS, version="custom", attacks_to_run=[*OWNERS, "pgd20"])
+    before = {stage.name: stage.attack for stage in attack._stages()}
+    assert before["apgd-dlr"] == attacks.APGD(EPS, 100, 5, "dlr")  # the authors' defaults
+    assert before["fab"] == attacks.FAB(EPS, 100, 5, None)
+    assert before["fab-t"] == attacks.FAB(EPS, 100, 1, 9)
+    attack.apgd.n_restarts, attack.apgd.n_iter, attack.apgd.eot_iter = 2, 7, 3
+    attack.apgd_targeted.n_target_classes, attack.apgd_targeted.n_restarts = 3, 4
+    attack.fab.n_restarts, attack.fab.n_target_classes, attack.fab.n_iter = 6, 5, 8
+    attack.square.n_queries, attack.square.n_restarts = 9, 10
+    found = {stage.name: stage.attack for stage in attack._stages()}
+    assert found == {
+        "clean": before["clean"],
+        "apgd-ce": attacks.APGD(EPS, 7, 2, eot_iter=3),
+        "apgd-dlr": attacks.APGD(EPS, 7, 2, "dlr", eot_iter=3),
+        "apgd-t": attacks.APGD(EPS, 100, 4, "targeted", 3),
+        "fab": attacks.FAB(EPS, 8, 6, None),
+        "fab-t": attacks.FAB(EPS, 8, 1, 5),
+        "square": attacks.Square(EPS, 9, restarts=10),
+        "pgd20": before["pgd20"],
+    }
+    for name, value, error, match in (
+        ("n_restart", 2, AttributeError, "n_restart is not known here, must be one of n_restarts"),
+        ("n_restarts", 0, ValueError, "n_restarts is 0, must be at least 1"),
+        ("eot_iter", 1.5, TypeError, "eot_iter is 1.5, must be a whole number"),
+    ):
+        with pytest.raises(error, match=match):
+            setattr(attack.apgd, name, value)
+
+
+def public_script(AutoAttack, model, x_test, y_test, args):
+    """What the authors' eval.py does between loading and saving."""
+    adversary = AutoAttack(
+        model, norm=args.norm, eps=args.epsilon, log_path=args.log_path, version=args.version
+    )
+    if args.version == "custom":
+        adversary.attacks_to_run = ["apgd-ce", "fab"]
+        adversary.apgd.n_restarts = 2
+        adversary.fab.n_restarts = 2
+    with torch.no_grad():
+        if args.individual:
+            return adversary.run_standard_evaluation_individual(x_test, y_test, bs=args.batch_size)
+        return adversary.run_standard_evaluation(
+            x_test, y_test, bs=args.batch_size, state_path=args.state_path
+        )
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_the_public_script_runs_with_its_import_changed(model, batch, tmp_path, norm):
+    x, y = batch[0][:4], batch[1][:4]
+    options = {"norm": norm, "epsilon": {"Linf": 0.05, "L2": 0.5, "L1": 5.0}[norm], "batch_size": 3}
+    paths = {"log_path": tmp_path / "log.txt", "state_path": tmp_path / "state"}
+    args = types.SimpleNamespace(version="custom", individual=False, **options, **paths)
+    x_adv = public_script(compat.AutoAttack, model, x, y, args)
+    adversary = compat.AutoAttack(model, verbose=False)
+    assert adversary.clean_accuracy(x, y, bs=5) == 1
+    assert adversary.clean_accuracy(x_adv, y) < 0.7
+    assert "fab" in paths["log_path"].read_text()
+    if norm != "Linf":
+        return
+    args.individual = True
+    assert list(public_script(compat.AutoAttack, model, x, y, args)) == ["apgd-ce", "fab"]
+
+
+class Stops(nn.Module):
+    """A network that is interrupted at its call number `left`."""
+
+    def __init__(self, net, left):
+        super().__init__()
+        self.net, self.left = net, [left]
+
+    def forward(self, x):
+        self.left[0] -= 1
+        if not self.left[0]:
+            raise KeyboardInterrupt
+        return self.net(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stopped_run_goes_on_with_what_it_found(model, batch, tmp_path, monkeypatch, dtype):
+    x, y = batch[0].to(dtype), batch[1]
+    monkeypatch.setattr("fastadv.evaluate.search._twin", lambda model, dtype: model)
+    expected = autoattack(model).run_standard_evaluation(x, y, bs=3)
+    state = tmp_path / "state"
+
+    def run(left, **options):
+        net = Stops(model, left).eval()
+        attack = autoattack(net, **options)
+        return net, attack.run_standard_evaluation(x, y, bs=3, state_path=state)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(300)
+    net, x_adv = run(10**6)
+    assert torch.equal(x_adv, expected)
+    assert 10**6 - net.left[0] > 100
+    net, x_adv = run(10**6)  # nothing is left to do
+    assert torch.equal(x_adv, expected)
+    assert 10**6 - net.left[0] < 10
+    with pytest.raises(ValueError, match="has an evaluation with attacks .* choose another folder"):
+        run(10**6, attacks_to_run=["apgd-ce"])
+    with pytest.raises(ValueError, match="has an evaluation with images .* choose another folder"):
+        autoattack(model).run_standard_evaluation(1 - x, y, state_path=state)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="state_path is .*file, a file, must be a folder"):
+        autoattack(model).run_standard_evaluation(x, y, state_path=tmp_path / "file")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -6,7 +6,8 @@ import torch
 
 from .. import ops
 from ..engine.query import ask
-from . import checks
+from ..ops._reference import per_sample
+from . import checks, l1
 from .iterates import ByValue, better, gradient, likeliest_others, where
 from .pgd import OBJECTIVES
 from .targets import OBJECTIVES as TARGETED
@@ -25,8 +26,12 @@ class APGD(ByValue):
     every batch has B images. steps: gradient steps of one round. loss: "ce", "dlr", or "targeted",
     the targeted DLR towards each of the `target_classes` (at most C - 1) likeliest other classes at
     x. restarts: the number of rounds, for "targeted" of each target class; a sample that a round
-    breaks takes no part in the next ones. norm: "linf" or "l2". lo, hi: the box of valid images.
-    rho: a sample's step is halved if no more than this share of its steps raised the loss.
+    breaks takes no part in the next ones. norm: "linf", "l2" or "l1" (see `ascend_l1`). lo, hi: the
+    box of valid images. rho: a sample's step is halved if no more than this share of its steps
+    raised the loss; not of l1. eot_iter: passes per iterate, over whose randomness the gradient and
+    the loss are averaged (Athalye et al. 2018, arXiv 1707.07397); a point counts as misclassified
+    if most of its passes are. They are passes one by one, as a network may draw its random numbers
+    once per batch: copies in one batch would share them.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
     Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
@@ -34,7 +39,8 @@ class APGD(ByValue):
 
     Differences from the authors' code: starts are uniform in the ball, not on its surface; the
     first step counts as a rise against the start, as in the paper, not against 0; of the
-    misclassified iterates the one of highest loss is returned, not the last.
+    misclassified iterates the one of highest loss is returned, not the last; with eot_iter loss and
+    outcome are those of all passes, not of the last one.
     """
 
     eps: float | torch.Tensor = 8 / 255
@@ -46,12 +52,13 @@ class APGD(ByValue):
     lo: float = 0.0
     hi: float = 1.0
     rho: float = 0.75
+    eot_iter: int = 1
     bad_gradients: torch.Tensor | int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         checks.check_budget(self, per_sample=True)
         checks.one_of("loss", self.loss, LOSSES)
-        for name in ("steps", "restarts", "target_classes"):
+        for name in ("steps", "restarts", "target_classes", "eot_iter"):
             setattr(self, name, checks.whole(name, getattr(self, name), 1))
         if not 0 <= checks.number("rho", self.rho) <= 1:
             raise ValueError(f"rho is {self.rho}, must be in [0, 1]")
@@ -106,20 +113,22 @@ class APGD(ByValue):
             target = targets[rows, counter // self.restarts]
             eps = checks.rows_of(radii, rows)
             start = self._start(x[rows], eps, seed, index[rows], counter)
-            new = self.ascend(inner, x[rows], y[rows], target, start=start, eps=eps)
+            ascend = self.ascend_l1 if self.norm == "l1" else self.ascend
+            new = ascend(inner, x[rows], y[rows], target, start=start, eps=eps)
             old = x_adv[rows], loss[rows], wrong[rows]
             x_adv[rows], loss[rows], wrong[rows] = where(better(new[1:], old[1:]), new, old)
         return x_adv
 
     def _start(self, x, eps, seed, index, restart):
-        box = {"lo": self.lo, "hi": self.hi}
         keys = {"seed": seed, "index": index, "restart": restart}
-        return ops.random_start(x, eps, norm=self.norm, **keys, **box)
+        if self.norm == "l1":  # which `ascend_l1` projects, as the authors' code does: it is sparse
+            return ops.random_start(x, eps, "gaussian", sigma=1.0, **keys)
+        return ops.random_start(x, eps, norm=self.norm, lo=self.lo, hi=self.hi, **keys)
 
     @torch.no_grad()
     def ascend(self, inner, x, *targets, start, eps=None):
-        """One round, without host syncs. Returns (x_adv, loss [B], wrong [B]) of each sample's best
-        iterate.
+        """One round of linf or l2, without host syncs. Returns (x_adv, loss [B], wrong [B]) of each
+        sample's best iterate.
 
         inner(x_adv, *targets) -> (loss [B], wrong [B] bool), sample by sample; targets are [B, ...]
         and constant. A step overwrites the x_adv that inner was given. start: the x_adv to begin
@@ -137,7 +146,7 @@ class APGD(ByValue):
         never = ~halved
         found, periods = (best, never), checkpoints(self.steps)
         for i in range(self.steps + 1):
-            grad, *new = gradient(inner, x_adv, *targets)
+            grad, *new = self._gradient(inner, x_adv, *targets)
             loss, restart = new[0], never
             better_found, better_best = better(new, found), loss > best
             found = where(better_found, new, found)
@@ -163,6 +172,58 @@ class APGD(ByValue):
             )
         self.bad_gradients = self.bad_gradients + bad
         return x_found, *found
+
+    def _gradient(self, inner, x_adv, *targets):
+        """`iterates.gradient`, averaged over eot_iter passes."""
+        if self.eot_iter == 1:
+            return gradient(inner, x_adv, *targets)
+        grad = loss = votes = 0
+        for _ in range(self.eot_iter):
+            new_grad, new_loss, wrong = gradient(inner, x_adv, *targets)
+            grad, loss, votes = grad + new_grad, loss + new_loss, votes + wrong.long()
+        return grad / self.eot_iter, loss / self.eot_iter, 2 * votes > self.eot_iter
+
+    @torch.no_grad()
+    def ascend_l1(self, inner, x, *targets, start, eps=None):
+        """One round of l1 (Croce & Hein 2021, arXiv 2103.01208): in balls of radius 3 eps and 2 eps
+        for 30 % of the steps each, then in that of eps, each from the point of highest loss in the
+        one before. Arguments and result are those of `ascend`; start: any point in the box."""
+        eps = checks.radii(self.eps if eps is None else eps, x)
+        x_adv, large = start, 3 * self.steps // 10
+        for times, steps in ((3, large), (2, large), (1, self.steps - 2 * large)):
+            x_adv = l1.project(x_adv, x, times * eps, self.lo, self.hi)
+            x_adv, found = self._climb_l1(inner, x, targets, x_adv, times * eps, steps)
+        return found
+
+    def _climb_l1(self, inner, x, targets, x_adv, eps, steps):
+        """(the iterate of highest loss, (x_adv, loss, wrong) of the best one) of steps in one ball,
+        2103.01208, algorithm 1.
+
+        A step follows the signs of the largest elements of the gradient, 2/3 as many as the best
+        iterate so far has changed. At each checkpoint, 4 % of the steps, step sizes begin anew at
+        eps, and the search at the best iterate, where this has become sparser; elsewhere they
+        shrink, to eps / 10 at the least.
+        """
+        longest = eps + x.new_zeros(len(x))
+        step_size, changed = longest, (x_adv != x).flatten(1).sum(1)
+        found = best = None
+        for i in range(steps + 1):
+            grad, loss, wrong = self._gradient(inner, x_adv, *targets)
+            finite = grad.isfinite()
+            self.bad_gradients = self.bad_gradients + (~finite.flatten(1).all(1)).sum()
+            now = x_adv, torch.where(finite, grad, 0.0), loss
+            new = x_adv, loss, wrong
+            found = where(better(new[1:], found[1:]), new, found) if found else new
+            best = where(loss > best[2], now, best) if best else now
+            if i and i % max(4 * steps // 100, 1) == 0:
+                before, changed = changed, (best[0] != x).flatten(1).sum(1)
+                sparser = changed < 0.95 * before
+                shorter = torch.maximum(step_size / 1.5, longest / 10)
+                step_size = torch.where(sparser, longest, shorter)
+                now = where(sparser, best, now)
+            step = per_sample(step_size, x) * l1.direction(now[1], (2 * changed + 2) // 3)
+            x_adv = l1.project(now[0] + step, x, eps, self.lo, self.hi)
+        return best[0], found
 
 
 def checkpoints(steps):

@@ -13,7 +13,8 @@ from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
 from ..ops._logits import INTEGERS, wide
 
-NORMS = "linf", "l2"
+ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}  # of `torch.linalg.vector_norm`
+NORMS = tuple(ORDERS)
 
 
 def described(value):

@@ -1,4 +1,4 @@
-"""FAB, the fast adaptive boundary attack (Croce & Hein 2020, arXiv 1907.02044), targeted."""
+"""FAB, the fast adaptive boundary attack (Croce & Hein 2020, arXiv 1907.02044)."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ import torch
 from .. import ops
 from ..engine.query import ask
 from ..ops._reference import per_sample
-from . import checks
-from .iterates import gradient, likeliest_others
+from . import checks, l1
+from .iterates import gradient_to, likeliest_others, where
 
 ALPHA_MAX = 0.1  # the most that an iterate is drawn towards x
 ETA = 1.05  # how far beyond the hyperplane a step goes
@@ -26,8 +26,10 @@ class FAB:
     eps: in units of x (8/255, not 8); a point farther from x does not count as found. steps:
     iterations of one round. restarts: rounds for each of the `target_classes` (at most C - 1)
     likeliest other classes at x; the first begins at x itself, the others at random points within
-    eps / 2. A sample that a round breaks within eps takes no part in the next ones. norm: "linf" or
-    "l2". lo, hi: the box of valid images.
+    eps / 2. A sample that a round breaks within eps takes no part in the next ones. With None for
+    target_classes no class is chosen in advance, as in the paper: each step goes to the nearest of
+    the hyperplanes of all classes, which takes a backward pass for each class. norm: "linf", "l2"
+    or "l1". lo, hi: the box of valid images.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, iterate) pairs had a
     gradient with NaN or infinity in it; these elements do not move.
     Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
@@ -41,7 +43,7 @@ class FAB:
     eps: float = 8 / 255
     steps: int = 100
     restarts: int = 1
-    target_classes: int = 9
+    target_classes: int | None = 9
     norm: str = "linf"
     lo: float = 0.0
     hi: float = 1.0
@@ -53,7 +55,8 @@ class FAB:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be finite")
         for name in ("steps", "restarts", "target_classes"):
-            setattr(self, name, checks.whole(name, getattr(self, name), 1))
+            if name != "target_classes" or self.target_classes is not None:
+                setattr(self, name, checks.whole(name, getattr(self, name), 1))
 
     @torch.inference_mode(False)
     def __call__(self, model, x, y, *, index=None):
@@ -78,10 +81,15 @@ class FAB:
 
         def inner(x_adv, y, target):
             logits = ask(model, x_adv)
+            if self.target_classes is None:  # to all classes, the label as if it were far away
+                differences = logits - logits.gather(1, y[:, None])
+                return differences.scatter(1, y[:, None], torch.inf), logits.argmax(1) != y
             of_target, of_label = (logits.gather(1, c[:, None])[:, 0] for c in (target, y))
             return of_target - of_label, logits.argmax(1) != y
 
-        targets = likeliest_others(logits, y, self.target_classes)
+        targets = y[:, None]
+        if self.target_classes is not None:
+            targets = likeliest_others(logits, y, self.target_classes)
         x_adv, wrong = x.clone(), logits.argmax(1) != y
         seed = torch.randint(2**63 - 1, (), device="cpu")
         for counter in range(targets.shape[1] * self.restarts):
@@ -98,26 +106,25 @@ class FAB:
         return x_adv
 
     def _start(self, x, seed, index, restart):
-        box = {"lo": self.lo, "hi": self.hi}
-        keys = {"seed": seed, "index": index, "restart": restart}
-        return ops.random_start(x, self.eps / 2, norm=self.norm, **keys, **box)
+        keys = {"seed": seed, "index": index, "restart": restart, "lo": self.lo, "hi": self.hi}
+        if self.norm == "l1":
+            return l1.random_start(x, self.eps / 2, **keys)
+        return ops.random_start(x, self.eps / 2, norm=self.norm, **keys)
 
     @torch.no_grad()
     def approach(self, inner, x, *targets, start):
         """One round, without host syncs, which is algorithm 1 of the paper: (each sample's wrong
         iterate nearest to x, its distance [B]), x and infinity for samples without a wrong iterate.
 
-        inner(x_adv, *targets) -> (difference [B], wrong [B] bool), sample by sample: the difference
-        is 0 on the boundary, and positive where the model prefers the target. targets are [B, ...]
-        and constant. start: the x_adv to begin from, in the box. Modes are left to the caller.
+        inner(x_adv, *targets) -> (difference [B], or [B, T] to several classes, wrong [B] bool),
+        sample by sample: the difference is 0 on the boundary, and positive where the model prefers
+        the target. targets are [B, ...] and constant. start: the x_adv to begin from, in the box.
+        Modes are left to the caller.
         """
         x_adv, nearest = start, x
         least = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
         for _ in range(self.steps):
-            grad, difference, _ = gradient(inner, x_adv, *targets)
-            finite = grad.isfinite()
-            self.bad_gradients += (~finite.flatten(1).all(1)).sum()
-            grad = torch.where(finite, grad, 0.0)
+            grad, difference = self._nearest_plane(inner, x_adv, *targets)
             x_adv = self._step(x_adv, x, grad, difference)
             wrong = inner(x_adv, *targets)[1]
             length = self._length(x_adv - x)
@@ -126,6 +133,25 @@ class FAB:
             least = torch.where(better, length, least)
             x_adv = torch.where(per_sample(wrong, x), x + BETA * (x_adv - x), x_adv)
         return nearest, least
+
+    def _nearest_plane(self, inner, x_adv, *targets):
+        """(gradient, difference) of the class whose hyperplane is nearest: the distance
+        to it is the difference over the dual norm of the gradient."""
+        leaf = x_adv.detach().requires_grad_()
+        with torch.enable_grad():
+            columns = inner(leaf, *targets)[0].reshape(len(leaf), -1).unbind(1)
+        dual, nearest, bad = {"linf": 1, "l2": 2, "l1": math.inf}[self.norm], None, False
+        for column in columns:
+            with torch.enable_grad():
+                grad = gradient_to(leaf, column, again=True)
+            finite = grad.isfinite()
+            bad = bad | ~finite.flatten(1).all(1)
+            grad, difference = torch.where(finite, grad, 0.0), column.detach()
+            slope = torch.linalg.vector_norm(grad.flatten(1), dual, dim=1).clamp(min=1e-12)
+            new = grad, difference, difference.abs() / slope
+            nearest = where(new[2] < nearest[2], new, nearest) if nearest else new
+        self.bad_gradients = self.bad_gradients + bad.sum()
+        return nearest[:2]
 
     def _step(self, x_adv, x, grad, difference):
         """P((1 - alpha) (x_adv + eta d) + alpha (x + eta d_x)): d and d_x lead to the hyperplane
@@ -142,7 +168,7 @@ class FAB:
 
     def _length(self, v, axes=1):
         """The norm of v over all but its first axes, in float64."""
-        order = math.inf if self.norm == "linf" else 2
+        order = checks.ORDERS[self.norm]
         return torch.linalg.vector_norm(v.flatten(axes), order, dim=axes, dtype=torch.float64)
 
 
@@ -150,7 +176,8 @@ def to_hyperplane(v, w, value, norm, lo, hi):
     """The d of least norm with w . d = -value and v + d in the box. If there is none, the d with
     v + d in the box that brings w . d nearest to -value.
 
-    v: [..., N] in [lo, hi]; w: broadcastable to it; value: [...]. norm: "linf" or "l2".
+    v: [..., N] in [lo, hi]; w: broadcastable to it; value: [...]. norm: "linf", "l2" or "l1".
+    For l1 elements go to the wall one after the other, those of largest |w| first. For the others
     d is t sign(w) or t w, cut at the walls of the box, so that |w . d| is a concave, increasing,
     piecewise linear function of t. Newton's method rises from t = 0 to the root, and has reached it
     after the first step that passes no wall; the paper sorts the walls instead. In attacks 6 steps
@@ -159,8 +186,10 @@ def to_hyperplane(v, w, value, norm, lo, hi):
     """
     largest = w.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     w = w / largest * -value.sign()[..., None]  # 0 where the value is NaN
-    direction = w.sign() if norm == "linf" else w
     room = torch.where(w > 0, hi - v, v - lo)
+    if norm == "l1":
+        return _one_by_one(w, room, value.abs()[..., None] / largest).clamp(lo - v, hi - v)
+    direction = w.sign() if norm == "linf" else w
     wall = room / direction.abs()  # the t at which each element meets its own
     reach, slope = room * w.abs(), direction * w
     goal = value.abs()[..., None] / largest
@@ -171,3 +200,12 @@ def to_hyperplane(v, w, value, norm, lo, hi):
         root = rest / (slope * free).sum(-1, keepdim=True)  # infinite if nothing is free
         t = torch.where(root > t, root, t).clamp(max=torch.finfo(t.dtype).max)
     return (t * direction).clamp(lo - v, hi - v)
+
+
+def _one_by_one(w, room, goal):
+    """The d [..., N] of least l1 norm with w . d = goal [..., 1] and |d| <= room."""
+    order = w.abs().argsort(dim=-1, descending=True, stable=True)
+    reach = (room * w.abs()).gather(-1, order)
+    before = reach.cumsum(-1, dtype=torch.float64) - reach  # what others have reached by its turn
+    share = torch.where(reach > 0, (goal - before) / reach, 0.0).clamp(0, 1).to(reach.dtype)
+    return torch.zeros_like(reach).scatter(-1, order, share) * room * w.sign()

@@ -1,11 +1,12 @@
 """FMN, the fast minimum-norm attack (Pintor et al. 2021, arXiv 2102.12827)."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ops._reference import direction, per_sample
-from . import checks
+from . import checks, l1
 from .minimal import MinimalNorm, annealed, distance, margin, nearer, nothing
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
@@ -81,8 +82,7 @@ class FMN(MinimalNorm):
 def project(delta, eps, norm):
     """The points nearest to delta [B, ...] in balls of the radii eps [B], float64, around 0.
 
-    "l0" keeps the eps largest elements, of equal ones the first. "l1" subtracts the same amount
-    from all absolute values, down to 0 (Duchi et al. 2008, figure 1).
+    "l0" keeps the eps largest elements, of equal ones the first.
     """
     radius = per_sample(eps, delta)
     if norm == "linf":
@@ -90,13 +90,10 @@ def project(delta, eps, norm):
         return delta.clamp(-radius, radius)
     if norm == "l2":
         return delta * (radius / per_sample(distance(delta, "l2"), delta)).clamp(max=1).to(delta)
-    size = delta.abs().flatten(1)
-    ordered, order = size.sort(dim=1, descending=True, stable=True)
-    ranks = torch.arange(1, size.shape[1] + 1, device=delta.device)
-    if norm == "l0":
-        kept = torch.zeros_like(size).scatter(1, order, (ranks <= eps[:, None]).to(size))
-        return delta * kept.view_as(delta)
-    excess = (ordered.cumsum(1, dtype=torch.float64) - eps[:, None]) / ranks
-    last = (ordered > excess).sum(1, keepdim=True).clamp(min=1) - 1
-    excess = per_sample(excess.gather(1, last)[:, 0].clamp(min=0), delta).to(delta.dtype)
-    return delta.sign() * (delta.abs() - excess).clamp(min=0)
+    if norm == "l1":
+        return l1.project(delta, torch.zeros_like(delta), eps, -math.inf, math.inf)
+    order = delta.abs().flatten(1).sort(dim=1, descending=True, stable=True).indices
+    ranks = torch.arange(1, order.shape[1] + 1, device=delta.device)
+    kept = torch.zeros_like(order, dtype=delta.dtype)
+    kept.scatter_(1, order, (ranks <= eps[:, None]).to(delta))
+    return delta * kept.view_as(delta)

@@ -9,7 +9,7 @@ from ..engine.query import ask
 from . import checks
 from .iterates import gradient, where
 
-ORDERS = {"linf": math.inf, "l2": 2, "l1": 1, "l0": 0}
+ORDERS = checks.ORDERS | {"l0": 0}
 
 
 def distance(delta, norm):

@@ -10,7 +10,7 @@ import torch
 from .. import losses, ops
 from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
-from . import checks, targets
+from . import checks, l1, targets
 from .iterates import ByValue, better, gradient_to, where
 
 
@@ -22,8 +22,10 @@ class PGD(ByValue):
     [B] or [B, 1, ...]: then every batch has B images. init: "uniform" in the ball, clipped to the
     box (Madry); "gaussian" of standard deviation `sigma`, unclipped (TRADES, RSLAD); "zero".
     clip_start: whether the start is clipped to the box, if not as `init` has it (ARD's is not).
-    norm: "linf" or "l2". lo, hi: the box of valid images. restarts: starts per sample, all in one
-    batch. keep: which iterate of a start is returned, "last" (as published) or "best".
+    norm: "linf", "l2" or "l1": an l1 step follows the 1 % largest elements of the gradient (SLIDE,
+    Tramer & Boneh 2019), and its projection is exact (Croce & Hein 2021), in plain torch. lo, hi:
+    the box of valid images. restarts: starts per sample, all in one batch. keep: which iterate of a
+    start is returned, "last" (as published) or "best".
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
     gradient with NaN or infinity in it; NaN elements do not move.
     Raises ValueError on a radius in the wrong unit, TypeError on values of the wrong kind; warns
@@ -198,7 +200,10 @@ class PGD(ByValue):
             grad = input_gradient(inner, x_adv, *targets)
             bad += ~grad.reshape(len(x), -1).sum(1).isfinite()
             with torch.no_grad():
-                ops.pgd_step_(x_adv, grad, x, eps, self.step_size, self.norm, self.lo, self.hi)
+                if self.norm == "l1":
+                    l1.pgd_step_(x_adv, grad, x, eps, self.step_size, self.lo, self.hi)
+                else:
+                    ops.pgd_step_(x_adv, grad, x, eps, self.step_size, self.norm, self.lo, self.hi)
         return bad
 
     def start(self, x, index=None, eps=None, **counter):
@@ -208,7 +213,10 @@ class PGD(ByValue):
         index = None if index is None else checks.as_index(index, x)
         eps = checks.radii(self.eps if eps is None else eps, x)
         keys = {"index": index} | ({"lo": self.lo, "hi": self.hi} if clip else {}) | counter
-        return ops.random_start(x, eps, self.init, self.norm, self.sigma, **keys)
+        if self.norm == "l1" and self.init == "uniform":
+            return l1.random_start(x, eps, **keys)
+        norm = "l2" if self.norm == "l1" else self.norm  # which the others do not depend on
+        return ops.random_start(x, eps, self.init, norm, self.sigma, **keys)
 
     def _starts(self, x, index):
         """The starts of all restarts, [restarts * B, ...]. One seed makes them all, so that a

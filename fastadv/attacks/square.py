@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..engine.query import ask
-from . import checks
+from . import checks, l1
 from .iterates import where
 from .targets import OBJECTIVES, check_target, classes, reached
 
@@ -27,14 +27,16 @@ class Square:
     p_init: the share of the pixels that a window covers at first; halved after HALVED_AT queries,
     as in AutoAttack, whatever `queries` is (the paper stretches the schedule to it).
     restarts: the number of searches; a sample that one breaks takes no part in the next. norm:
-    "linf" (algorithm 2) or "l2" (algorithm 3). lo, hi: the box of valid images.
+    "linf" (algorithm 2), "l2" (algorithm 3) or "l1" (Croce & Hein 2021, arXiv 2103.01208: as l2,
+    but bumps fall off by 1 / k^4, lengths are in l1, and what a window has changed is projected
+    into ball and box). lo, hi: the box of valid images.
     Raises ValueError on a radius in the wrong unit and other values that make no sense, TypeError
     on values of the wrong kind.
 
     As in the authors' code, from which the published numbers are, and other than in the paper, a
     window smaller than the image never reaches its last row or column, and both halves of an l2
     window have the same norm. Differences from that code: each sample draws windows of its own; the
-    l2 start has 5 x 5 tiles for any size of image.
+    l2 and l1 starts have 5 x 5 tiles for any size of image.
     """
 
     eps: float = 8 / 255
@@ -101,7 +103,7 @@ class Square:
         x_adv = self._start(x, index, draws)
         found = x_adv, *query(x_adv, aim)
         sides = self._sides(*x.shape[2:])
-        etas = {side: _eta(side, x) for side in set(sides)} if self.norm == "l2" else {}
+        etas = {} if self.norm == "linf" else {s: _eta(s, x, self.norm) for s in set(sides)}
         count = x.shape[1] + (2 if self.norm == "linf" else 5)  # random numbers of a query
         for block, first in enumerate(range(0, self.queries, BLOCK)):
             rows = (~found[2]).nonzero()[:, 0]  # the one host sync of a block
@@ -118,7 +120,7 @@ class Square:
     def _block(self, query, x, aim, found, windows):
         """`found` after a query of each window; no host syncs."""
         x_adv, loss, wrong = found
-        move = self._move_linf if self.norm == "linf" else self._move_l2
+        move = self._move_linf if self.norm == "linf" else self._move_bump
         for window in windows:
             x_new = move(x_adv, x, *window)
             new_loss, new_wrong = query(x_new, aim)
@@ -129,7 +131,7 @@ class Square:
 
     def _sides(self, height, width):
         """The side of each query's window, in pixels: the window has the share p of the image, and
-        p is halved on schedule. For l2 a side is odd and at least 3; none is longer than the
+        p is halved on schedule. For l2 and l1 a side is odd and at least 3; none is longer than the
         image's."""
         sides = []
         for query in range(self.queries):
@@ -140,8 +142,8 @@ class Square:
         return sides
 
     def _start(self, x, index, draws):
-        """The x_adv to begin from: for linf stripes of +-eps, one pixel wide, for l2 tiles of eta
-        and -eta."""
+        """The x_adv to begin from: for linf stripes of +-eps, one pixel wide, else tiles of eta and
+        -eta."""
         channels, height, width = x.shape[1:]
         if self.norm == "linf":
             sign = _uniform(x, index, channels * width, step=0, **draws) >= 0.5
@@ -152,19 +154,19 @@ class Square:
         tiles = grid[0] * grid[1]
         u = _uniform(x, index, tiles * (1 + channels), step=0, **draws)
         turned, sign = u[:, :tiles].view(-1, *grid), u[:, tiles:].view(-1, channels, *grid)
-        eta = _eta(side, x)[(turned >= 0.5).long(), :side, :side]
+        eta = _eta(side, x, self.norm)[(turned >= 0.5).long(), :side, :side]
         delta = _sign(sign, x)[..., None, None] * eta[:, None]  # [B, C, *grid, side, side]
         delta = delta.transpose(3, 4).reshape(len(x), channels, grid[0] * side, grid[1] * side)
         start = torch.zeros_like(x)
         top, left = (height - grid[0] * side) // 2, (width - grid[1] * side) // 2
         start[:, :, top : top + delta.shape[2], left : left + delta.shape[3]] = delta
-        return self._to_sphere(start, x)
+        return self._into_ball(start, x)
 
     def _windows(self, x, u, sides, etas):
         """Yields the arguments of a move after x_adv and x, for each query of a block.
 
-        u: [B, Q, K] in [0, 1): row and column of the window; for l2 those of a second one and
-        whether eta is turned; the channels' signs. sides: [Q].
+        u: [B, Q, K] in [0, 1): row and column of the window; for l2 and l1 those of a second one
+        and whether eta is turned; the channels' signs. sides: [Q].
         """
         side = torch.tensor(sides).to(x.device, non_blocking=True)
         places = [_local(u[..., i], side, x.shape[2 + i]) for i in (0, 1)]
@@ -189,28 +191,36 @@ class Square:
         """
         return torch.where(window, face, x_adv)
 
-    def _move_l2(self, x_adv, x, window, window2, bump):
+    def _move_bump(self, x_adv, x, window, window2, bump):
         """Algorithm 3: the window gets its own direction plus bump's, and as its length what both
-        windows had and what is left of eps; window2 gets 0.
+        windows had and what is left of eps; window2 gets 0. l1, as in the authors' code: each
+        channel of the window gets C times what it had and its share of what is left.
 
         window, window2: bool [B, 1, H, W]; bump: [B, C, H, W], +-eta in the window, else 0.
         """
-        delta = x_adv - x
-        unused = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp(min=0)
+        delta, p = x_adv - x, checks.ORDERS[self.norm]
+        unused = (self.eps**p - self._length(delta, (1, 2, 3)) ** p).clamp(min=0)
         old = delta * window
-        new = bump + _over(old, _length(old))
-        available = _length(delta * (window | window2)) ** 2 + unused / x.shape[1]
-        moved = _over(new, _length(new)) * available.sqrt()
-        return self._to_sphere(torch.where(window, moved, delta * ~window2), x)
+        new = bump + _over(old, self._length(old))
+        available = self._length(delta * (window | window2)) ** p + unused / x.shape[1]
+        length = available.sqrt() if self.norm == "l2" else available * x.shape[1]
+        moved = _over(new, self._length(new)) * length
+        return self._into_ball(torch.where(window, moved, delta * ~window2), x)
 
     def _faces(self, x):
         """The least and the greatest point of ball and box."""
         return (x - self.eps).clamp(min=self.lo), (x + self.eps).clamp(max=self.hi)
 
-    def _to_sphere(self, delta, x):
-        """x plus delta at length eps, clipped to the box."""
-        delta = _over(delta, _length(delta, (1, 2, 3))) * self.eps
+    def _into_ball(self, delta, x):
+        """x plus delta: for l2 at length eps, clipped to the box, for l1 projected into both."""
+        if self.norm == "l1":
+            return l1.project(x + delta, x, self.eps, self.lo, self.hi)
+        delta = _over(delta, self._length(delta, (1, 2, 3))) * self.eps
         return (x + delta).clamp(self.lo, self.hi)
+
+    def _length(self, delta, dims=(2, 3)):
+        """The norm of delta over these dimensions, which are kept."""
+        return torch.linalg.vector_norm(delta, checks.ORDERS[self.norm], dim=dims, keepdim=True)
 
 
 def _query(model, targeted, x_adv, aim):
@@ -250,29 +260,28 @@ def _window(rows, columns, query):
     return (rows[:, query, None, :, None] >= 0) & (columns[:, query, None, None, :] >= 0)
 
 
-def _eta(side, x):
+def _eta(side, x, norm):
     """[2, side + 1, side + 1]: eta and its transpose, of norm 1, with a row and a column of zeros.
 
     Equation 2: half of eta is a bump, the other half one upside down. A bump falls off from its
-    centre with the distance d along rows or columns, as the sum of 1 / k^2 over d < k <= n + 1.
+    centre with the distance d along rows or columns, as the sum of 1 / k^2 (l1: 1 / k^4) over
+    d < k <= n + 1.
     """
+    order, power = checks.ORDERS[norm], {"l2": 2, "l1": 4}[norm]
     pixels = torch.arange(side, device=x.device)
     n = side // 2
-    falls = (1 / torch.arange(1, n + 2, device=x.device).double() ** 2).flip(0).cumsum(0).flip(0)
+    falls = (
+        (1 / torch.arange(1, n + 2, device=x.device).double() ** power).flip(0).cumsum(0).flip(0)
+    )
 
     def bump(rows):
         down, right = (pixels[:rows] - rows // 2).abs(), (pixels - n).abs()
         values = falls[torch.maximum(down[:, None], right)]
-        return values / torch.linalg.vector_norm(values)
+        return values / torch.linalg.vector_norm(values, order)
 
     eta = torch.cat([bump(n), -bump(side - n)])
-    eta = torch.nn.functional.pad(eta / torch.linalg.vector_norm(eta), (0, 1, 0, 1))
+    eta = torch.nn.functional.pad(eta / torch.linalg.vector_norm(eta, order), (0, 1, 0, 1))
     return torch.stack([eta, eta.T]).to(x.dtype)
-
-
-def _length(delta, dims=(2, 3)):
-    """The l2 norm of delta over these dimensions, which are kept."""
-    return torch.linalg.vector_norm(delta, dim=dims, keepdim=True)
 
 
 def _over(delta, length):

@@ -21,16 +21,23 @@ from .square import Square
 # {name: (eps, norm) -> (attack, loss of a PGD or None)}. The papers' step sizes are for eps = 8/255
 # and scale with it here. Papers call PGD-20 at 2/255 PGD_SAT, and at 0.003 PGD_TRADES; cw is the CW
 # objective (kappa 50) under 30 steps from x itself. APGD, FAB and Square are those of AutoAttack's
-# standard version, except that APGD is shorter in "quick".
+# standard version, which has other counts for l1, except that APGD is shorter in "quick".
 ATTACKS = {
     "clean": lambda eps, norm: (PGD(eps, eps / 4, 0, "zero", norm=norm), "ce"),
     "fgsm": lambda eps, norm: (FGSM(eps, norm), "ce"),
     "pgd20": lambda eps, norm: (PGD(eps, eps / 4, 20, norm=norm), "ce"),
     "pgd20_003": lambda eps, norm: (PGD(eps, eps * 0.003 * 255 / 8, 20, norm=norm), "ce"),
     "cw": lambda eps, norm: (PGD(eps, eps / 4, 30, "zero", norm=norm), "cw"),
-    "apgd-ce": lambda eps, norm: (APGD(eps, norm=norm), None),
-    "apgd-dlr": lambda eps, norm: (APGD(eps, loss="dlr", norm=norm), None),
-    "apgd-t": lambda eps, norm: (APGD(eps, loss="targeted", norm=norm), None),
+    "apgd-ce": lambda eps, norm: (APGD(eps, restarts=5 if norm == "l1" else 1, norm=norm), None),
+    "apgd-dlr": lambda eps, norm: (
+        APGD(eps, restarts=5 if norm == "l1" else 1, loss="dlr", norm=norm),
+        None,
+    ),
+    "apgd-t": lambda eps, norm: (
+        APGD(eps, loss="targeted", target_classes=5 if norm == "l1" else 9, norm=norm),
+        None,
+    ),
+    "fab": lambda eps, norm: (FAB(eps, restarts=5, target_classes=None, norm=norm), None),
     "fab-t": lambda eps, norm: (FAB(eps, norm=norm), None),
     "square": lambda eps, norm: (Square(eps, norm=norm), None),
     "apgd-ce-20": lambda eps, norm: (APGD(eps, 20, norm=norm), None),
@@ -50,10 +57,23 @@ PGD_NAME = re.compile(r"pgd(?:-(ce|margin|dlr|kl))?-(\d+)(?:-(\d+))?")
 TRANSFER = "transfer-"
 CORRUPTED = "corruptions:"  # begins the names of the stages of `evaluate.corruption_stages`
 PAPER = ("clean", "fgsm", "pgd20", "pgd20_003", "cw")
-# Suites whose attacks go one after the other, each on what the ones before left robust.
+# Suites whose attacks go one after the other, each on what the ones before left robust: {attack:
+# the fields in which it is not that of ATTACKS}. The three of AutoAttack are its versions.
 CASCADES = {
-    "aa": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "quick": ("apgd-ce-20", "apgd-t-20"),
+    "aa": {"apgd-ce": {}, "apgd-t": {}, "fab-t": {}, "square": {}},
+    "aa-plus": {
+        "apgd-ce": {"restarts": 5},
+        "apgd-dlr": {"restarts": 5},
+        "fab": {},
+        "square": {},
+        "apgd-t": {"target_classes": 9},
+        "fab-t": {},
+    },
+    "aa-rand": {
+        "apgd-ce": {"restarts": 1, "eot_iter": 20},
+        "apgd-dlr": {"restarts": 1, "eot_iter": 20},
+    },
+    "quick": {"apgd-ce-20": {}, "apgd-t-20": {}},
 }
 ALIASES = {"autoattack": "aa", "autoattack-standard": "aa"}
 SUITES = ("paper", *CASCADES, *ALIASES)
@@ -102,6 +122,11 @@ class Stage:
     def classes(self):
         """The least number of classes that the stage's loss needs."""
         return CLASSES.get(self.loss or getattr(self.attack, "loss", None), 2)
+
+    @property
+    def averages(self):
+        """Whether the attack averages over the randomness of the model."""
+        return getattr(self.attack, "eot_iter", 1) > 1
 
     @property
     def by_gradient(self):
@@ -168,13 +193,16 @@ def _check_name(name):
 
 def cascade(names, eps, norm="linf", prefix=""):
     """The stage "clean", then those of `names`, each for the images that all before it left
-    robust."""
+    robust. names: a list, or a suite's {attack: the fields in which it is another than by itself}.
+    """
+    changes = names if isinstance(names, dict) else {}
     found = [single("clean", eps, norm)]
     for name in listed("names", names, "attacks"):
         before = tuple(stage.name for stage in found)
         stage = single(name, eps, norm)
         before = ("clean",) if stage.minimal else before  # all that are right have a distance
-        found.append(replace(stage, name=prefix + name, after=before))
+        attack = replace(stage.attack, **changes.get(name, {}))
+        found.append(replace(stage, name=prefix + name, attack=attack, after=before))
     return found
 
 

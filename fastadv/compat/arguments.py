@@ -4,13 +4,13 @@ from torch import nn
 
 from ..attacks import checks
 
-NORMS = {"Linf": "linf", "L2": "l2"}
+NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1"}
 
 
 def norm(name):
     """fastadv's name of a norm. Raises ValueError for a norm that it does not know."""
     if name not in tuple(NORMS):
-        raise ValueError(f"norm is {name!r}, must be 'Linf' or 'L2'")
+        raise ValueError(f"norm is {name!r}, must be 'Linf', 'L2' or 'L1'")
     return NORMS[name]
 
 

@@ -292,7 +292,7 @@ class APGD(Attack):
 
     @property
     def attack(self):
-        arguments.only(eot_iter=(self.eot_iter, 1))
         checks.one_of("loss", self.loss, ("ce", "dlr"))
         options = {"norm": arguments.norm(self.norm), "rho": self.thr_decr}
+        options["eot_iter"] = self.eot_iter
         return attacks.APGD(self.eps, self.steps, self.n_restarts, self.loss, **options)

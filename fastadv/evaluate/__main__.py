@@ -9,9 +9,10 @@ r"""python -m fastadv.evaluate: clean and robust accuracy of networks.
 pgd-50-10 (50 steps, 10 restarts), and transfer-NAME, which follows the gradients of --source.
 fmn, ddn, deepfool and cw-l2 look for the nearest adversarial example of each image: the report then
 has the median of its distance and the accuracy at every radius.
-Suites are paper (the attacks of most papers), quick, and aa (AutoAttack's standard version). The
-clean accuracy always comes first. corruptions are the 15 of CIFAR-10-C and ImageNet-C, read from
---corruptions-dir or made of the images.
+Suites are paper (the attacks of most papers), quick, aa (AutoAttack's standard version), aa-plus
+and aa-rand (for networks whose forward pass is random). The clean accuracy always comes first.
+corruptions are the 15 of CIFAR-10-C and ImageNet-C, read from --corruptions-dir or made of the
+images.
 
 An image counts as broken when the network itself, in fp32, misclassifies its adversarial example,
 and the example lies within the radius and in [0, 1]; --precision speeds up the search alone.
@@ -21,7 +22,6 @@ images out, with the same result.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -31,16 +31,15 @@ from pathlib import Path
 import torch
 
 from .. import data, models
-from ..attacks import suite
+from ..attacks import checks, suite
 from ..errors import Parser, UsageError, as_command, values_from_user
 from ..runs import checkpoint, parallel
 from ..runs.code import bring_in
 from ..runs.config import PRECISIONS, Config, device, versions
-from ..runs.progress import pieces
 from ..train.cli import NUMBER, WHOLE, flag
 from . import corruptions, curve, networks, report, search, validity
 from .page import page
-from .record import Record, open_examples
+from .record import Record, digest, open_examples
 
 
 @dataclass
@@ -119,7 +118,7 @@ def add_attacks(add):
     add("--corruptions-dir", type=Path, metavar="DIR", help=text)
     add("--eps", type=NUMBER, metavar="X", help="radius; default: the run's, else 8/255 (linf)")
     text = "of the radius; default: %(default)s"
-    add("--norm", choices=("linf", "l2"), default="linf", help=text)
+    add("--norm", choices=checks.NORMS, default="linf", help=text)
     text = "what the search for examples computes in; default: %(default)s"
     add("--precision", choices=PRECISIONS, default="fp32", help=text)
     text = "images per batch, which changes no result; default: %(default)s"
@@ -150,8 +149,9 @@ def check(args):
         raise UsageError("--model and --model-from are both given: give one")
     if (args.model or args.model_from) and not args.data:
         raise UsageError("--data is missing: without a run, nothing says which data to take")
-    if args.norm == "l2" and args.eps is None:
-        raise UsageError("--eps is missing, which --norm l2 needs, such as 0.5")
+    if args.norm != "linf" and args.eps is None:
+        example = {"l2": 0.5, "l1": 12}[args.norm]
+        raise UsageError(f"--eps is missing, which --norm {args.norm} needs, such as {example}")
     for name in ("limit", "batch_size", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"{flag(name)} is {getattr(args, name)}, must be at least 1")
@@ -220,15 +220,6 @@ def subjects(args):
     if args.eps is None and len(radii) > 1:
         raise UsageError(f"--eps is missing: the runs were trained with {sorted(radii)}")
     return found, dataset
-
-
-def digest(tensors):
-    """The first 16 digits of the SHA-256 of the tensors' bytes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        for piece in pieces(tensor):
-            total.update(piece)
-    return total.hexdigest()[:16]
 
 
 def folder(out, label):

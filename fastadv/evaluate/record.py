@@ -1,6 +1,7 @@
 """The record of an evaluation: its verdicts so far, image by image, and the file from which it
 resumes."""
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..attacks.checks import described, whole
 from ..attacks.suite import CORRUPTED
 from ..errors import UsageError
 from ..runs import checkpoint
-from ..runs.progress import bar
+from ..runs.progress import bar, pieces
 
 UNKNOWN, RIGHT, WRONG = range(3)
 SAVE_EVERY = 2.0  # seconds
@@ -90,7 +91,7 @@ class Record:
             if theirs != mine:
                 raise UsageError(
                     f"{self.folder} has an evaluation with {name} {theirs!r}, this one has "
-                    f"{mine!r}: choose another --out"
+                    f"{mine!r}: choose another folder (--out)"
                 )
         self.details = {name: tensors.pop(name) for name in [*tensors] if "/" in name}
         self.verdicts = tensors
@@ -156,13 +157,14 @@ class Record:
 
 def open_examples(path, images, begun):
     """The float32 array [N, C, H, W] in the .npy file at `path`, to be written to; made of
-    `images`, uint8, unless the evaluation has `begun`. Raises ValueError for a file that is not
-    whole then."""
+    `images`, uint8 or in [0, 1], unless the evaluation has `begun`. float64 images have a float64
+    array. Raises ValueError for a file that is not whole then."""
     if not begun:
         part = path.with_suffix(".part")
-        made = np.lib.format.open_memmap(part, "w+", np.float32, tuple(images.shape))
+        dtype = np.float64 if images.dtype == torch.float64 else np.float32
+        made = np.lib.format.open_memmap(part, "w+", dtype, tuple(images.shape))
         for first in bar(range(0, len(images), 1024), "examples"):
-            made[first : first + 1024] = images[first : first + 1024].float().numpy() / 255
+            made[first : first + 1024] = floating(images[first : first + 1024]).numpy()
         made.flush()
         part.rename(path)
     try:
@@ -170,5 +172,19 @@ def open_examples(path, images, begun):
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise UsageError(f"{path}: missing or damaged: choose another --out")
+        raise UsageError(f"{path}: missing or damaged: choose another folder (--out)")
     return np.load(path, mmap_mode="r+")
+
+
+def floating(images):
+    """Images as models take them, in [0, 1]."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def digest(tensors):
+    """The first 16 digits of the SHA-256 of the tensors' bytes."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        for piece in pieces(tensor):
+            total.update(piece)
+    return total.hexdigest()[:16]

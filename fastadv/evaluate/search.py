@@ -18,7 +18,7 @@ from ..ops._logits import wide
 from ..runs.config import PRECISIONS
 from ..runs.config import device as usable
 from ..runs.progress import bar
-from .record import RIGHT, UNKNOWN, WRONG, Cost, Record
+from .record import RIGHT, UNKNOWN, WRONG, Cost, Record, floating
 from .report import worst_case
 from .shares import Shares
 
@@ -230,7 +230,7 @@ def _checked(model, split, stages, source, record, device):
             raise ValueError(f"{stage.name} needs a source: the network to transfer from")
     if max((stage.classes for stage in stages), default=0) > 2:  # those of any classifier
         with torch.no_grad(), evaluating(model):
-            logits = Counted(model)(_floating(split.images[:1].to(device)))
+            logits = Counted(model)(floating(split.images[:1].to(device)))
             checks.check_logits(logits, 1)
         classes = logits.shape[1]
         for stage in stages:
@@ -238,11 +238,6 @@ def _checked(model, split, stages, source, record, device):
                 needs = f"{stage.name} needs {stage.classes} classes"
                 raise ValueError(f"{needs}, the model has {classes}: leave it out")
     return stages, record
-
-
-def _floating(images):
-    """Images as models take them, in [0, 1]."""
-    return images if images.is_floating_point() else images.float() / 255
 
 
 def _attack(search, stage, split, record, batch_size, device, seed, progress, shares):
@@ -286,7 +281,7 @@ def _batch(search, stage, split, rows, device, seed):
     """(x_adv, (broken uint8, predicted, confidence, distance) [B] each, cost) of the images at
     `rows`, on the CPU. What is invalid has no prediction: -1."""
     x, y, index = (v[rows].to(device) for v in (split.images, split.labels, split.index))
-    x = _floating(x)
+    x = floating(x)
     if not len(rows):
         kinds = torch.uint8, torch.int32, torch.float32, torch.float64
         return x.cpu(), tuple(torch.zeros(0, dtype=kind) for kind in kinds), Cost()

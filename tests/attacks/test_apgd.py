@@ -333,6 +333,49 @@ def test_a_vanishing_gradient_has_a_direction():
     torch.testing.assert_close(x_adv, x + 0.05)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_passes_are_averaged(norm):
+    """Gradient and loss are the means over the passes, the outcome is that of most of them."""
+    x, passes, seen = torch.full((3, 4), 0.5), itertools.count(), []
+
+    def inner(v):
+        turn = next(passes) % 5
+        slope = torch.tensor([[1.0, 2, 3, -4], [-1, 1, 1, 1], [1, -1, 1, 1]]) * (turn - 1)
+        seen.append(v.detach().clone())
+        wrong = torch.tensor([turn < 2, turn < 3, True])
+        return (v * slope).sum(1) + turn, wrong
+
+    attack = APGD(0.1, 4, norm=norm, eot_iter=5)
+    ascend = attack.ascend_l1 if norm == "l1" else attack.ascend
+    x_adv, loss, wrong = ascend(inner, x, start=x)
+    mean = torch.tensor([[1.0, 2, 3, -4], [-1, 1, 1, 1], [1, -1, 1, 1]])  # turn - 1 is 1 on average
+    torch.testing.assert_close(loss, (x_adv * mean).sum(1) + 2)
+    assert wrong.tolist() == [False, True, True]
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(seen[:5]))
+    assert len(seen) == 5 * (4 + (3 if norm == "l1" else 1))
+    once = APGD(0.1, 4, norm=norm)
+    climb = once.ascend_l1 if norm == "l1" else once.ascend
+    expected, *_ = climb(lambda v: ((v * mean).sum(1), v[:, 0] < 0), x, start=x)
+    torch.testing.assert_close(x_adv, expected)
+
+
+def test_averaging_beats_the_noise_of_a_random_model(model, balanced):
+    """One pass of a random model has a gradient that is mostly noise."""
+    x, y = balanced
+
+    class Random(nn.Module):
+        def forward(self, v):
+            return model(v) + 20 * (torch.randn_like(v) * v).flatten(1).mean(1, keepdim=True) * tilt
+
+    tilt, margins = torch.linspace(-1, 1, 10), []
+    for eot_iter in (1, 20):
+        torch.manual_seed(0)
+        x_adv = APGD(0.02, 10, eot_iter=eot_iter)(Random(), x, y)
+        with torch.no_grad():
+            margins.append(losses.margin(model(x_adv), y).mean())
+    assert margins[1] > margins[0]
+
+
 def test_empty_batch_returns_empty(model, batch):
     x, y = batch
     assert APGD()(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
@@ -347,12 +390,13 @@ def test_bad_arguments_name_themselves(model, batch):
 
     for match, arguments in {
         "eps is 8, must be .*did you mean 8/255": {"eps": 8},
-        "norm is 'l1', must be": {"norm": "l1"},
+        "norm is 'l0', must be": {"norm": "l0"},
         "loss is 'cw', must be one of ce, dlr, targeted": {"loss": "cw"},
         "steps is 0, must be at least 1": {"steps": 0},
         "restarts is 0, must be at least 1": {"restarts": 0},
         "target_classes is 0, must be at least 1": {"target_classes": 0},
         "rho is 1.5, must be in": {"rho": 1.5},
+        "eot_iter is 0, must be at least 1": {"eot_iter": 0},
     }.items():
         with pytest.raises(ValueError, match=match):
             APGD(**arguments)

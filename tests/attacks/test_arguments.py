@@ -163,6 +163,8 @@ def test_counts_are_whole(kind):
             ([3], "a list"),
             (torch.tensor(3), r"a tensor \[\]"),
         ):
+            if (kind, name, value) == (FAB, "target_classes", None):  # FAB's untargeted form
+                continue
             with pytest.raises(TypeError, match=f"{name} is {given}, must be a whole number"):
                 kind(**{name: value})
         with pytest.raises(ValueError, match=f"{name} is -1, must be at least"):
@@ -199,8 +201,8 @@ def test_numbers_are_numbers(kind):
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_names_are_names(kind):
-    for value, given in (("l1", "'l1'"), (None, "None"), (["linf"], "a list"), (2, "2")):
-        with pytest.raises(ValueError, match=f"norm is {given}, must be one of linf, l2"):
+    for value, given in (("l0", "'l0'"), (None, "None"), (["linf"], "a list"), (2, "2")):
+        with pytest.raises(ValueError, match=f"norm is {given}, must be one of linf, l2, l1"):
             kind(norm=value)
     for name in {PGD: ("init", "keep"), APGD: ("loss",)}.get(kind, ()):
         for value, given in ((None, "None"), (["ce"], "a list"), (nn.MSELoss(), "a MSELoss")):
@@ -325,14 +327,14 @@ def test_ascend_names_what_it_is_given(net, batch):
             r"eps is a tensor \[3\], must be a n",
         ),
         (
-            lambda: suite.stages("aa", 0.1, "l1"),
+            lambda: suite.stages("aa", 0.1, "l0"),
             ValueError,
-            "norm is 'l1', must be one of linf, l2",
+            "norm is 'l0', must be one of linf, l2, l1",
         ),
         (
             lambda: suite.stages("aa", 0.1, None),
             ValueError,
-            "norm is None, must be one of linf, l2",
+            "norm is None, must be one of linf, l2, l1",
         ),
         (lambda: suite.stages("aa", 0), ValueError, r"eps is 0.0, must be in \(0, 1.0\]$"),
         (

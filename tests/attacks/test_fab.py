@@ -15,7 +15,8 @@ from fastadv.attacks import FAB
 from fastadv.attacks.fab import to_hyperplane
 
 EPS = 8 / 255
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
+ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 def difference(net):
@@ -29,7 +30,7 @@ def difference(net):
 
 
 def length(d, norm):
-    return d.double().flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
+    return d.double().flatten(1).norm(ORDERS[norm], dim=1)
 
 
 def sorted_projection(v, w, value, norm, lo=0.0, hi=1.0):
@@ -40,6 +41,8 @@ def sorted_projection(v, w, value, norm, lo=0.0, hi=1.0):
     moves = (w != 0).nonzero()[:, 0]
     if not len(moves) or value == 0:
         return torch.zeros_like(v)
+    if norm == "l1":
+        return greedy(v, w, value.abs(), moves, lo, hi)
     direction = w.sign() if norm == "linf" else w
     walls = torch.where(w > 0, hi - v, lo - v)
     when = (walls[moves] / direction[moves]).sort()
@@ -52,6 +55,15 @@ def sorted_projection(v, w, value, norm, lo=0.0, hi=1.0):
     if first < len(order):
         d = direction * (value.abs() - done[first]) / left[first]
     d[order[:first]] = walls[order[:first]]
+    return d
+
+
+def greedy(v, w, goal, moves, lo, hi):
+    """The same in l1: the steepest elements first, each up to its wall."""
+    d = torch.zeros_like(v)
+    for e in sorted(moves.tolist(), key=lambda e: -abs(w[e])):
+        wall = hi - v[e] if w[e] > 0 else lo - v[e]
+        d[e] = min((goal - w @ d) / abs(w[e]), abs(wall)) * wall.sign()
     return d
 
 
@@ -85,11 +97,17 @@ def test_projection_is_that_of_sorting(norm, kind, n):
     d = to_hyperplane(v, w, value, norm, 0.0, 1.0)
     # What needs all of its reach is ill-conditioned: rounding decides where its last elements end.
     clear = (torch.linspace(0, 1.1, 56, dtype=torch.float64) - 1).abs() > 1e-3
-    torch.testing.assert_close(d[clear], expected[clear], rtol=1e-9, atol=1e-11)
+    # In l1 what is left for the last element is divided by its weight, however small this is.
+    weight = (
+        w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-9)
+        if norm == "l1"
+        else torch.ones_like(w)
+    )
     low = to_hyperplane(v.float(), w.float(), value.float(), norm, 0.0, 1.0).double()
-    torch.testing.assert_close(low[clear], expected[clear], rtol=0, atol=2e-5)
-    wide = to_hyperplane(4 * v - 1, w, 4 * value, norm, -1.0, 3.0)
-    torch.testing.assert_close(wide[clear], 4 * expected[clear], rtol=1e-9, atol=1e-11)
+    wide = to_hyperplane(4 * v - 1, w, 4 * value, norm, -1.0, 3.0) / 4
+    for found, rtol, atol in ((d, 1e-9, 1e-11), (wide, 1e-9, 3e-12), (low, 0, 2e-5)):
+        found, wanted = ((weight * e)[clear] for e in (found, expected))
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -123,7 +141,7 @@ def step_of_algorithm_1(f, x, here, norm):
     value = value.detach()
     d = sorted_projection(here, w, value, norm)
     d_x = sorted_projection(x, w, value + w @ (x - here), norm)
-    near, far = (e.norm(math.inf if norm == "linf" else 2) for e in (d, d_x))
+    near, far = (e.norm(ORDERS[norm]) for e in (d, d_x))
     alpha = min(near / (near + far), 0.1)
     return ((1 - alpha) * (here + 1.05 * d) + alpha * (x + 1.05 * d_x)).clamp(0, 1), alpha
 
@@ -329,7 +347,7 @@ def test_another_box_changes_nothing(norm):
         def forward(self, v):
             return net((v + 1) / 4)
 
-    net, eps = smooth(), 0.2 if norm == "linf" else 0.3
+    net, eps = smooth(), {"linf": 0.2, "l2": 0.3, "l1": 0.4}[norm]
     x = torch.rand(30, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     with torch.no_grad():
         y = net(x).argmax(1)
@@ -356,6 +374,60 @@ def test_samples_do_not_depend_on_their_batch(model, balanced):
         starts.append(calls.inputs[5])
     assert torch.equal(starts[0][2:3], starts[1])
     assert not torch.equal(starts[1], x[2:3])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_untargeted_steps_go_to_the_nearest_hyperplane(norm):
+    """Of those of all other classes, chosen anew in every step."""
+    net = smooth()
+    x = torch.rand(10, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    calls = Calls(net)
+    x_adv = FAB(1.0, 20, norm=norm, target_classes=None)(calls, x, y)
+    here, stepped = (torch.stack(calls.inputs[1 + k :: 2]) for k in (0, 1))
+    assert len(here) == 20  # one pass per step for the gradients of all classes
+    assert torch.equal(here[0], x)
+    dual, chosen = {"linf": 1, "l2": 2, "l1": math.inf}[norm], set()
+    for i in range(len(x)):
+        for k in range(20):
+            planes = []
+            for c in range(5):
+
+                def f(v, i=i, c=c):
+                    return net(v)[c] - net(v)[y[i]]
+
+                v = here[k, i].clone().requires_grad_()
+                if c != y[i]:
+                    (w,) = torch.autograd.grad(f(v), v)
+                    planes.append((float(f(v).abs() / w.norm(dual)), c, f))
+            _, c, f = min(planes)
+            expected, _ = step_of_algorithm_1(f, x[i], here[k, i], norm)
+            torch.testing.assert_close(stepped[k, i], expected, rtol=0, atol=1e-9)
+            chosen.add((i, c))
+    assert len(chosen) > len(x)  # some change their mind
+    with torch.no_grad():
+        assert (net(x_adv).argmax(1) != y).sum() >= 5
+
+
+def test_untargeted_restarts_and_bad_gradients(model, balanced):
+    x, y = balanced
+    calls = Calls(model)
+    attack = FAB(1e-3, steps=1, restarts=3, target_classes=None)
+    attack(calls, x, y)
+    starts = calls.inputs[1::2]
+    assert len(starts) == 3  # whatever the number of classes
+    assert torch.equal(starts[0], x)
+    assert not torch.equal(starts[1], starts[2])
+    assert attack.bad_gradients == 0
+
+    class Broken(nn.Module):
+        def forward(self, v):
+            return model(v) + (0 * v).norm().sqrt() * torch.eye(10)[3]
+
+    with torch.no_grad():
+        attack(Broken(), x, model(x).argmax(1))
+    assert attack.bad_gradients == 6 * 3  # once per image and step, not per class
 
 
 def test_leaves_the_model_as_it_was(model, balanced):
@@ -405,7 +477,7 @@ def test_what_is_not_finite_does_not_move_and_is_counted():
     def inner(v):
         return Holes.apply(v, holes) - 2.4, v[:, 0] < 0
 
-    for norm in NORMS:
+    for norm in ("linf", "l2"):  # an l1 step leaves most elements where they are
         seen = []
         attack = FAB(norm=norm, steps=4)
         attack.approach(lambda v, seen=seen: seen.append(v.detach()) or inner(v), x, start=x)
@@ -437,7 +509,7 @@ def test_bad_arguments_name_themselves(model, balanced):
 
     for match, arguments in {
         "eps is 8, must be .*did you mean 8/255": {"eps": 8},
-        "norm is 'l1', must be": {"norm": "l1"},
+        "norm is 'l0', must be": {"norm": "l0"},
         "steps is 0, must be at least 1": {"steps": 0},
         "restarts is 0, must be at least 1": {"restarts": 0},
         "target_classes is 0, must be at least 1": {"target_classes": 0},

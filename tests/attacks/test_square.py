@@ -9,10 +9,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastadv import freeze, models, ops
-from fastadv.attacks import Square, square
+from fastadv.attacks import Square, l1, square
 
 EPS = 8 / 255
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
+ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 class Rows(nn.Module):
@@ -37,8 +38,9 @@ def images(count, shape, seed=4):
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def eta(h, turned):
-    """The paper's equation 2 pixel by pixel, the halves of equal norm."""
+def eta(h, turned, norm):
+    """The paper's equation 2 pixel by pixel, the halves of equal norm; l1 falls off faster."""
+    power, order = {"l2": (2, 2), "l1": (4, 1)}[norm]
 
     def bump(h1, h2):
         n = max(h1, h2) // 2
@@ -46,12 +48,12 @@ def eta(h, turned):
         for r in range(1, h1 + 1):
             for s in range(1, h2 + 1):
                 m = n - max(abs(r - h1 // 2 - 1), abs(s - h2 // 2 - 1))
-                values[r - 1, s - 1] = sum(1 / (n + 1 - k) ** 2 for k in range(m + 1))
-        return values / values.norm()
+                values[r - 1, s - 1] = sum(1 / (n + 1 - k) ** power for k in range(m + 1))
+        return values / values.norm(order)
 
     k = h // 2
     whole = torch.cat([bump(k, h), -bump(h - k, h)])
-    return (whole.T if turned else whole) / whole.norm()
+    return (whole.T if turned else whole) / whole.norm(order)
 
 
 def start_of_one(x, eps, norm, u):
@@ -69,7 +71,9 @@ def start_of_one(x, eps, norm, u):
         r, s = top + tile // 5 * side, left + tile % 5 * side
         for i in range(c):
             sign = 1 if u[25 + 25 * i + tile] >= 0.5 else -1
-            delta[i, r : r + side, s : s + side] = sign * eta(side, u[tile] >= 0.5)
+            delta[i, r : r + side, s : s + side] = sign * eta(side, u[tile] >= 0.5, norm)
+    if norm == "l1":
+        return l1.project((x + delta)[None], x[None], eps, 0, 1)[0]
     return (x + eps * delta / delta.norm()).clamp(0, 1)
 
 
@@ -92,12 +96,17 @@ def window_of_one(x_adv, x, eps, norm, h, u):
     for i in range(c):
         rho = 1 if u[5 + i] >= 0.5 else -1
         inside = nu[i, r : r + h, s : s + h]
-        temp = rho * eta(h, u[4] >= 0.5)
+        temp, p = rho * eta(h, u[4] >= 0.5, norm), ORDERS[norm]
         if inside.norm() > 0:
-            temp += inside / inside.norm()
-        available = (nu[i][either].norm() ** 2 + max(eps**2 - nu.norm() ** 2, 0) / c).sqrt()
+            temp += inside / inside.norm(p)
+        if norm == "l1":
+            available = c * nu[i][either].norm(1) + max(eps - nu.norm(1), 0)
+        else:
+            available = (nu[i][either].norm() ** 2 + max(eps**2 - nu.norm() ** 2, 0) / c).sqrt()
         new[i, r2 : r2 + h, s2 : s2 + h] = 0
-        new[i, r : r + h, s : s + h] = temp / temp.norm() * available
+        new[i, r : r + h, s : s + h] = temp / temp.norm(p) * available
+    if norm == "l1":
+        return l1.project((x + new)[None], x[None], eps, 0, 1)[0]
     return (x + new * min(1, eps / new.norm())).clamp(0, 1)
 
 
@@ -127,7 +136,7 @@ def algorithm_1(net, x, y, eps, norm, queries, sides, uniforms):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(3, 12, 11), (1, 5, 7)])
 def test_every_query_is_that_of_the_paper(norm, shape):
-    eps, queries, lengths = {"linf": 0.02, "l2": 0.2}[norm], 70, []
+    eps, queries, lengths = {"linf": 0.02, "l2": 0.2, "l1": 0.8}[norm], 70, []
     x = images(6, shape).double()
     net = Rows(shape)
     y = net(x).argmax(1)
@@ -186,8 +195,8 @@ def test_every_query_is_in_ball_and_box(norm, eps, shape, seed):
     x_adv = Square(eps, queries=40, norm=norm)(net, x, net(x).argmax(1))
     visited = torch.cat([*net.inputs, x_adv])
     assert visited.dtype == torch.float32
-    distance = (visited - x).double().flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
-    assert distance.max() <= eps * (1 + 1e-6) + 6e-8
+    distance = (visited - x).double().flatten(1).norm(ORDERS[norm], dim=1)
+    assert distance.max() <= eps * (1 + 1e-6) + (1e-6 if norm == "l1" else 6e-8)
     assert visited.min() >= 0
     assert visited.max() <= 1
 
@@ -202,7 +211,7 @@ def test_l2_spends_the_whole_budget():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_samples_do_not_depend_on_their_batch(norm):
-    shape, eps = (3, 8, 8), {"linf": 0.03, "l2": 0.3}[norm]
+    shape, eps = (3, 8, 8), {"linf": 0.03, "l2": 0.3, "l1": 2.5}[norm]
     x, net = images(12, shape), Rows((3, 8, 8))
     y, index = net(x).argmax(1), torch.arange(100, 112)
     y[3] = (y[3] + 1) % 4
@@ -366,7 +375,7 @@ def test_bad_arguments_name_themselves(model, batch):
 
     for match, arguments in {
         "eps is 8, must be .*did you mean 8/255": {"eps": 8},
-        "norm is 'l1', must be": {"norm": "l1"},
+        "norm is 'l0', must be": {"norm": "l0"},
         "queries is 0, must be at least 1": {"queries": 0},
         "restarts is 0, must be at least 1": {"restarts": 0},
         "p_init is 0, must be in": {"p_init": 0},

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastadv.attacks import APGD, PGD, suite
+from fastadv.attacks import APGD, FAB, PGD, Square, suite
 
 
 def test_the_papers_protocols():
@@ -40,6 +40,27 @@ def test_the_standard_suite_is_autoattacks(norm):
     assert targeted.after == ("clean", "aa:apgd-ce")
     assert others[1].after == ("clean", "aa:apgd-ce", "aa:apgd-t", "aa:fab-t")
     assert suite.stages(["autoattack-standard"], 0.5, norm) == [clean, ce, targeted, *others]
+
+
+def test_autoattacks_other_versions():
+    plus = {stage.name: stage.attack for stage in suite.stages("aa-plus", 0.1)[1:]}
+    assert plus == {
+        "aa-plus:apgd-ce": APGD(0.1, restarts=5),
+        "aa-plus:apgd-dlr": APGD(0.1, restarts=5, loss="dlr"),
+        "aa-plus:fab": FAB(0.1, restarts=5, target_classes=None),
+        "aa-plus:square": Square(0.1),
+        "aa-plus:apgd-t": APGD(0.1, loss="targeted"),
+        "aa-plus:fab-t": FAB(0.1),
+    }
+    rand = {stage.name: stage.attack for stage in suite.stages("aa-rand", 9, "l1")[1:]}
+    assert rand == {
+        "aa-rand:apgd-ce": APGD(9, eot_iter=20, norm="l1"),
+        "aa-rand:apgd-dlr": APGD(9, loss="dlr", eot_iter=20, norm="l1"),
+    }
+    _, ce, targeted, fab, square = (stage.attack for stage in suite.stages("aa", 9, "l1"))
+    assert ce == APGD(9, restarts=5, norm="l1")
+    assert targeted == APGD(9, loss="targeted", target_classes=5, norm="l1")
+    assert (fab, square) == (FAB(9, norm="l1"), Square(9, norm="l1"))
 
 
 def test_names_spell_out_pgd():

@@ -118,7 +118,7 @@ def test_the_verdict_is_the_models_own(model, split, monkeypatch, precision):
     assert torch.equal(record.right("pgd20"), torch.where(disputed, itself, right))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_examples_beyond_ball_or_box_break_nothing(norm):
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))

@@ -63,6 +63,13 @@ class Randomised(nn.Module):
 def test_randomised_networks_are_told(batch):
     (found,) = warned(Randomised(linear()).eval(), *batch)
     assert found.startswith("randomised forward pass: two passes of the same images differ by")
+    assert found.endswith("aa-rand does")
+    assert warned(Randomised(linear()).eval(), *batch, names=("aa-rand",)) == []
+
+
+def test_averaging_what_is_not_random_is_told(batch):
+    (found,) = warned(linear(), *batch, names=("aa-rand",))
+    assert found.startswith("the forward pass is not random: aa-rand averages equal passes")
 
 
 def test_train_mode_is_told_and_kept(batch):
