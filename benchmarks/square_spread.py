@@ -54,8 +54,8 @@ def sentence():
     return [
         f"Square on the TRADES network of the digits, {len(rows)} seeds a side: of {IMAGES} images "
         f"{official} stay right under",
-        f"the official search and {ours} under fastadv's (mean ± standard deviation; Welch's t-test "
-        f"of equal means: p = {p:.2g}).",
+        f"the official search and {ours} under fastadv's (mean ± standard deviation; Welch's test of "
+        f"equal means: p = {p:.2g}).",
         f"{last['cpu']}, torch {last['torch']}, fastadv {last['commit']}, {last['time'][:10]}.",
     ]
 
