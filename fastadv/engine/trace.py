@@ -3,8 +3,10 @@
 import copy
 import itertools
 import operator
+import random
 import types
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -25,12 +27,14 @@ def trace(net, kind):
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     # Its forward may store what it computes, which in a trace is no tensor: in a copy, then.
     traced = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-    before = list(kept(traced))
+    before, drawn = list(kept(traced)), drawing()
     try:
         with torch.autocast(autocast, enabled=False):
             graph = Tracer(autocast).trace(traced)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
+    if drawing() != drawn:
+        raise Unsupported("its forward draws random numbers, which a trace would fix")
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Unsupported("it makes tensors of its own, which a trace would fix")
     if not same(before, list(kept(traced))):
@@ -40,6 +44,12 @@ def trace(net, kind):
             graph.erase_node(further)
     forget_dimensions(graph)
     return graph
+
+
+def drawing():
+    """The states of the random numbers of Python, numpy and torch on the CPU."""
+    _, *of_numpy = np.random.get_state()  # noqa: NPY002, which many networks draw from
+    return random.getstate(), [list(of_numpy[0]), *of_numpy[1:]], torch.get_rng_state().tolist()
 
 
 def forget_dimensions(graph):

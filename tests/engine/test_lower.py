@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -466,3 +468,28 @@ def test_what_waits_for_a_module_gets_it():
     patched = network("resnet18")
     patched.conv1.forward = lambda v: nn.functional.conv2d(v, patched.conv1.weight, padding=1) + 1
     assert freeze(patched).trunk is None
+
+
+class Random(nn.Module):
+    """A network behind noise whose size a generator draws, other than on torch's tensors."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.net, self.draw = (
+            nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(576, 4)),
+            draw,
+        )
+
+    def forward(self, x):
+        return self.net(x * (1 + self.draw()))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: np.random.random(), lambda: torch.rand(()).item()],
+    ids=["python", "numpy", "torch"],
+)
+def test_numbers_drawn_in_a_forward_stay_random(draw):
+    x, frozen = torch.rand(2, 3, 8, 8), freeze(Random(draw).eval())
+    assert frozen.trunk is None
+    assert not torch.equal(frozen(x), frozen(x))
