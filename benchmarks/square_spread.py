@@ -52,10 +52,9 @@ def sentence():
     p = ttest_ind(*sides, equal_var=False).pvalue
     last = rows[-1]
     return [
-        f"Square on the TRADES network of the digits, {len(rows)} seeds a side: of {IMAGES} images "
-        f"{official} stay right under",
-        f"the official search and {ours} under fastadv's (mean ± standard deviation; Welch's test of "
-        f"equal means: p = {p:.2g}).",
+        f"Square on the TRADES network of the digits, {len(rows)} seeds a side: of {IMAGES} images",
+        f"{official} stay right under the official search and {ours} under fastadv's (mean ±",
+        f"standard deviation; Welch's test of equal means: p = {p:.2g}).",
         f"{last['cpu']}, torch {last['torch']}, fastadv {last['commit']}, {last['time'][:10]}.",
     ]
 

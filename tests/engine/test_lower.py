@@ -486,7 +486,7 @@ class Random(nn.Module):
 
 @pytest.mark.parametrize(
     "draw",
-    [random.random, lambda: np.random.random(), lambda: torch.rand(()).item()],
+    [random.random, lambda: np.random.random(), lambda: torch.rand(()).item()],  # noqa: NPY002
     ids=["python", "numpy", "torch"],
 )
 def test_numbers_drawn_in_a_forward_stay_random(draw):
