@@ -475,10 +475,8 @@ class Random(nn.Module):
 
     def __init__(self, draw):
         super().__init__()
-        self.net, self.draw = (
-            nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(576, 4)),
-            draw,
-        )
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(576, 4))
+        self.draw = draw
 
     def forward(self, x):
         return self.net(x * (1 + self.draw()))
