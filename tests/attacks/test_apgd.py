@@ -184,7 +184,7 @@ def test_keeps_the_wrong_iterate_of_highest_loss_else_the_highest():
 def test_ascend_waits_for_nothing(norm, loss):
     """Fake tensors have no values: whatever reads one, or depends on how many there are, raises."""
     net = models.get("digits_net", in_channels=1, width=4).eval()
-    attack = APGD(0.1, steps=25, norm=norm, loss=loss)
+    attack = APGD(0.1, steps=8, norm=norm, loss=loss)
 
     def run(inner):
         with FakeTensorMode(allow_non_fake_inputs=True):

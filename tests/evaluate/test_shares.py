@@ -63,10 +63,10 @@ def test_all_know_what_the_first_had_found(second_of_two, monkeypatch):
     assert record.costs["clean"].images == 0
 
 
-def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
-    common = (
-        f"--checkpoint {teacher} --attacks pgd20,square,fmn,corruptions --batch-size 11 --limit 37"
-    )
+@pytest.mark.parametrize("further", ["", pytest.param(",corruptions", marks=pytest.mark.slow)])
+def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys, further):
+    attacks = f"pgd20,apgd-ce-20,fmn{further}"
+    common = f"--checkpoint {teacher} --attacks {attacks} --batch-size 11 --limit 37"
     common = [*common.split(), "--save-adversarial", "--out"]
     main([*common, str(tmp_path / "one")])
     capsys.readouterr()
@@ -74,7 +74,7 @@ def test_two_processes_find_what_one_does(npz, teacher, tmp_path, capsys):
     (state,) = (tmp_path / "two").glob("*/state.safetensors")
     tensors, metadata = checkpoint.load(state)
     expected = {name: values.clone() for name, values in tensors.items()}
-    assert all(len(expected[name].unique()) == 2 for name in ("clean", "pgd20", "square"))
+    assert all(len(expected[name].unique()) == 2 for name in ("clean", "pgd20", "apgd-ce-20"))
     assert len(expected["fmn/distance"].unique()) > 10
     for name, values in tensors.items():  # as a killed evaluation would have left it
         stage, _, output = name.partition("/")

@@ -275,7 +275,7 @@ WRONG_FLAGS = {
     "train --epoch 3": "unrecognized arguments: --epoch 3;",  # flags are not completed
     "evaluate --limit x": f"argument --limit: 'x' {WHOLE};",
     "evaluate --eps x": f"argument --eps: 'x' {NUMBER};",
-    "evaluate --norm l1": "argument --norm: invalid choice: 'l1' ",
+    "evaluate --norm l3": "argument --norm: invalid choice: 'l3' ",
     "evaluate --check x": "unrecognized arguments: --check x;",
     "teacher_cache fill": "the following arguments are required: DIR;",
     "teacher_cache fill DIR --view 3": "unrecognized arguments: --view 3;",
