@@ -32,6 +32,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow  # the dry run of the suite for GPUs has the same case
 def test_the_attack_benchmark_on_a_tiny_network(bench):
     case = bench("bench_attack").case("resnet18", batch=2, samples=1, width=4)
     rows = {row["provider"]: row for row in bench("run").measure(case, 0)}
@@ -130,7 +131,9 @@ def test_the_floor_is_the_convolutions_of_an_attack(bench, name):
     assert counts[0].total() == 2 * 10 * convs
 
 
-@pytest.mark.parametrize("name", ["rslad", "adaad", "advfunmatch"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("rslad", marks=pytest.mark.slow), "adaad", "advfunmatch"]
+)  # the dry run of the suite for GPUs has rslad
 def test_the_train_step_benchmark_on_tiny_networks(bench, name):
     module = bench("bench_train_step")
     rival = name == "rslad"
