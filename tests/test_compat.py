@@ -7,7 +7,7 @@ from stand_ins import Wrapped
 from torch import nn
 
 from fastadv import attacks, compat, evaluate
-from fastadv.attacks.suite import cascade, stages
+from fastadv.attacks.suite import CASCADES, cascade, stages
 from fastadv.compat.autoattack import OWNERS, VERSIONS
 from fastadv.data import ImageSet
 
@@ -71,8 +71,8 @@ def test_a_seed_is_the_attacks_own(model, batch):
 
 
 def autoattack(model, **options):
-    options = {"attacks_to_run": ["apgd-ce", "apgd-dlr"], "version": "custom"} | options
-    attack = compat.AutoAttack(model, eps=2 / 255, seed=2, device="cpu", verbose=False, **options)
+    options = {"attacks_to_run": ["apgd-ce", "apgd-dlr"], "version": "custom", "seed": 2} | options
+    attack = compat.AutoAttack(model, eps=2 / 255, device="cpu", verbose=False, **options)
     attack.apgd.n_restarts = 1  # of 5, for the time
     return attack
 
@@ -201,8 +201,11 @@ def test_versions_are_the_suites(model, version, name, norm):
     attack = compat.AutoAttack(model, norm, 0.5, version=version)
     expected = [stage.attack for stage in stages(name, 0.5, norm.lower())]
     assert [stage.attack for stage in attack._stages()] == expected
-    attack.set_version("plus")
-    assert attack.attacks_to_run == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert attack.attacks_to_run == [*CASCADES[name]]
+    for other, of_other in VERSIONS.items():  # each sets all that another has set
+        attack.set_version(other)
+        expected = [stage.attack for stage in stages(of_other, 0.5, norm.lower())]
+        assert [stage.attack for stage in attack._stages()] == expected
 
 
 def test_settings_reach_the_attacks_and_others_are_refused(model):
@@ -283,6 +286,19 @@ class Stops(nn.Module):
         return self.net(x)
 
 
+def test_a_run_without_a_seed_goes_on_too(model, batch, tmp_path):
+    x, y = batch
+    with pytest.raises(KeyboardInterrupt):
+        autoattack(Stops(model, 60).eval(), seed=None).run_standard_evaluation(
+            x, y, bs=3, state_path=tmp_path / "state"
+        )
+    found = [
+        autoattack(model, seed=seed).run_standard_evaluation(x, y, bs=3, state_path=folder)
+        for seed, folder in ((None, tmp_path / "state"), (0, tmp_path / "whole"))
+    ]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_stopped_run_goes_on_with_what_it_found(model, batch, tmp_path, monkeypatch, dtype):
     x, y = batch[0].to(dtype), batch[1]
@@ -307,6 +323,10 @@ def test_a_stopped_run_goes_on_with_what_it_found(model, batch, tmp_path, monkey
         run(10**6, attacks_to_run=["apgd-ce"])
     with pytest.raises(ValueError, match="has an evaluation with images .* choose another folder"):
         autoattack(model).run_standard_evaluation(1 - x, y, state_path=state)
+    with pytest.raises(ValueError, match="has an evaluation with seed 2, this one has 7: choose"):
+        run(10**6, seed=7)
+    with pytest.raises(ValueError, match="must be None for a model without weights of its own"):
+        autoattack(lambda v: model(v)).run_standard_evaluation(batch[0], y, state_path=state)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="state_path is .*file, a file, must be a folder"):
         autoattack(model).run_standard_evaluation(x, y, state_path=tmp_path / "file")

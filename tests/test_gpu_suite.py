@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -163,6 +164,7 @@ def test_a_lost_gpu_is_left_for_a_new_process(cases, monkeypatch, tmp_path):
     def execv(program, command):
         raise Replaced(command)
 
+    monkeypatch.setattr(torch, "compile", torch.compile)  # main replaces it, of its own process
     monkeypatch.setattr(cases.os, "execv", execv)
     monkeypatch.setattr(cases, "usable", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_cases.py", "ceilings", "--out", str(tmp_path)])

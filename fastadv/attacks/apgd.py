@@ -103,7 +103,7 @@ class APGD(ByValue):
         targets = (y if aim is None else aim)[:, None]
         if self.loss == "targeted" and aim is None:
             targets = likeliest_others(logits, y, self.target_classes)
-        x_adv, wrong = x.clone(), reached(logits, y, aim)
+        x_adv, wrong = x.clone(), self._voted(reached(logits, y, aim), model, x, y, aim)
         loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
         seed, radii = torch.randint(2**63 - 1, (), device="cpu"), checks.radii(self.eps, x)
         for counter in range(targets.shape[1] * self.restarts):
@@ -118,6 +118,14 @@ class APGD(ByValue):
             old = x_adv[rows], loss[rows], wrong[rows]
             x_adv[rows], loss[rows], wrong[rows] = where(better(new[1:], old[1:]), new, old)
         return x_adv
+
+    @torch.no_grad()
+    def _voted(self, wrong, model, x, y, aim):
+        """Which samples most passes misclassify, one of which gave `wrong`."""
+        votes = wrong.long()
+        for _ in range(self.eot_iter - 1):
+            votes += reached(ask(model, x), y, aim)
+        return 2 * votes > self.eot_iter
 
     def _start(self, x, eps, seed, index, restart):
         keys = {"seed": seed, "index": index, "restart": restart}

@@ -30,8 +30,8 @@ class DeepFool(MinimalNorm):
     Raises ValueError on values that make no sense, TypeError on values of the wrong kind.
 
     The defaults are those of the authors' code, and so are the steps' overshoot of 2 % and of 1e-4.
-    Differences from it: iterates stay in the box, in which each step is the shortest that reaches
-    its hyperplane, see `fab.to_hyperplane`; the classes are chosen anew at each iterate.
+    Differences from it: iterates are clipped to the box, so that a step may end short of its
+    hyperplane; the classes are chosen anew at each iterate.
     """
 
     steps: int = 50

@@ -14,7 +14,7 @@ TINY = 2.0**-24  # below the steps of the random numbers' grid, 2^-23
 
 def project(x_adv, x, eps, lo, hi):
     """The point nearest to x_adv (in l2) among those in the l1 ball around x and in the box, exact
-    up to rounding: in the dtype of x_adv, computed in float64.
+    up to rounding: computed in float64 and rounded towards x, to the dtype of x_adv.
 
     x_adv: [B, ...], any values; x: the same shape, in [lo, hi]; eps: a number or [B].
     The point is x + sign(d) min(max(|d| - t, 0), room), d = x_adv - x, room from x to the wall on
@@ -34,8 +34,12 @@ def project(x_adv, x, eps, lo, hi):
     slope, length_there = slope.gather(1, piece).clamp(min=1), length.gather(1, piece)
     t = ends.gather(1, piece + 1) + (length_there - eps) / slope
     t = torch.where(length[:, -1:] > eps, t, 0.0)
-    point = flat(x) + d.sign() * torch.minimum((size - t).clamp(min=0), room)
-    return point.to(x_adv.dtype).clamp(lo, hi).view(x_adv.shape)
+    d = d.sign() * torch.minimum((size - t).clamp(min=0), room)
+    point = (flat(x) + d).to(x_adv.dtype)
+    # Of many elements, each rounded to the nearest, the sum might leave the ball.
+    beyond = (point.double() - flat(x)).abs() > d.abs()
+    point = torch.where(beyond, point.nextafter(flat(x).to(point)), point)
+    return point.clamp(lo, hi).view(x_adv.shape)
 
 
 def random_start(x, eps, *, seed=None, index=None, restart=0, lo=-math.inf, hi=math.inf):

@@ -188,6 +188,8 @@ class PGD(ByValue):
         checks.check_tensor("x", x)
         eps = checks.radii(self.eps if eps is None else eps, x)
         x_adv = self.start(x, index, eps) if start is None else started(start, x).clone()
+        if self.keep == "best" or not self.steps:  # it may be what is returned
+            self._step_(x_adv, torch.zeros_like(x_adv), x, eps)
         self.bad_gradients = self.climb(inner, x_adv, x, *targets, eps=eps).sum()
         return x_adv
 
@@ -199,12 +201,16 @@ class PGD(ByValue):
         for _ in range(self.steps if x.numel() else 0):
             grad = input_gradient(inner, x_adv, *targets)
             bad += ~grad.reshape(len(x), -1).sum(1).isfinite()
-            with torch.no_grad():
-                if self.norm == "l1":
-                    l1.pgd_step_(x_adv, grad, x, eps, self.step_size, self.lo, self.hi)
-                else:
-                    ops.pgd_step_(x_adv, grad, x, eps, self.step_size, self.norm, self.lo, self.hi)
+            self._step_(x_adv, grad, x, eps)
         return bad
+
+    @torch.no_grad()
+    def _step_(self, x_adv, grad, x, eps):
+        """One step, in place, projected into ball and box."""
+        if self.norm == "l1":
+            l1.pgd_step_(x_adv, grad, x, eps, self.step_size, self.lo, self.hi)
+        else:
+            ops.pgd_step_(x_adv, grad, x, eps, self.step_size, self.norm, self.lo, self.hi)
 
     def start(self, x, index=None, eps=None, **counter):
         """The x_adv to begin from. eps: as of `ascend`; counter: seed and restart of

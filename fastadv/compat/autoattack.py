@@ -111,9 +111,10 @@ class AutoAttack:
         checks.one_of("version", version, VERSIONS)
         self.attacks_to_run = list(suite.CASCADES[VERSIONS[version]])
         self.apgd.n_restarts, self.fab.n_restarts = 5, 5
+        self.apgd.eot_iter = 20 if version == "rand" else 1
         self.apgd_targeted.n_target_classes = 9
         if version == "rand":
-            self.apgd.n_restarts, self.apgd.eot_iter = 1, 20
+            self.apgd.n_restarts = 1
         if version == "standard":
             self.fab.n_restarts = 1
             self.apgd.n_restarts = 5 if self.norm == "l1" else 1
@@ -134,9 +135,11 @@ class AutoAttack:
         """x_adv [N, ...] as x_orig: of each image the example that breaks it, else x itself; with
         return_labels also the classes that the model gives them. x_orig: float32 or float64 in
         [0, 1]; y_orig: integers [N]. bs: images at a time. state_path: a folder, which is made if
-        it is not there: a run that was stopped goes on from it, with the examples found before.
+        it is not there: a run that was stopped goes on from it, with the examples found before; a
+        seed of None is 0 then. A model without weights of its own, as a function, has nothing by
+        which such a state is known to be its own: for it state_path is refused by a ValueError.
         Attacks that need more classes than there are are left out with a warning. Raises ValueError
-        for the state of another network, other images or other attacks."""
+        for the state of another network, other images, other attacks or another seed."""
         checks.whole("bs", bs, 1)
         checks.check_images(x_orig, 0.0, 1.0)
         y_orig = checks.as_labels(y_orig, x_orig)
@@ -146,8 +149,10 @@ class AutoAttack:
         first = x_orig[:bs].to(device), y_orig[:bs].to(device)
         model, stages, warnings = validity.probe(self.model, *first, self._stages())
         split = ImageSet(x_orig, y_orig, torch.arange(len(y_orig)))
-        record = self._record(x_orig.detach().cpu(), y_orig, stages, state_path)
-        seed = torch.randint(2**31, ()).item() if self.seed is None else self.seed
+        seed = self.seed
+        if seed is None:  # of a run that may go on it must be the same again
+            seed = torch.randint(2**31, ()).item() if state_path is None else 0
+        record = self._record(x_orig.detach().cpu(), y_orig, stages, seed, state_path)
         where = {"batch_size": bs, "device": device}
         evaluate.run(
             model, split, stages, precision=self.precision, seed=seed, record=record, **where
@@ -158,18 +163,25 @@ class AutoAttack:
         x_adv = torch.from_numpy(np.array(record.examples)).to(x_orig.device)
         return (x_adv, self._labels(x_adv, bs, device)) if return_labels else x_adv
 
-    def _record(self, x, y, stages, state_path):
+    def _record(self, x, y, stages, seed, state_path):
         """The Record to fill: what the folder state_path has, if anything."""
         if state_path is None:
             return evaluate.Record(len(x), examples=x.numpy().copy())
         folder = Path(state_path)
         if folder.is_file():
             raise ValueError(f"state_path is {folder}, a file, must be a folder")
+        weights = self.model.state_dict()
+        if not weights:
+            raise ValueError(
+                f"state_path is {folder}, must be None for a model without weights of its own: "
+                "give a torch module, not a function"
+            )
         key = {
             "attacks": [f"{stage.name}: {stage.attack}" for stage in stages],
             "precision": self.precision,
+            "seed": seed,
             "images": digest((x, y)),
-            "weights": digest(self.model.state_dict().values()),
+            "weights": digest(weights.values()),
         }
         record = evaluate.Record(len(x), key, folder)
         record.examples = open_examples(folder / "adversarial.npy", x, bool(record.verdicts))

@@ -4,6 +4,7 @@ import copy
 import itertools
 import operator
 import random
+import sys
 import types
 
 import numpy as np
@@ -27,13 +28,13 @@ def trace(net, kind):
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     # Its forward may store what it computes, which in a trace is no tensor: in a copy, then.
     traced = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-    before, drawn = list(kept(traced)), drawing()
+    before, drawn = list(kept(traced)), drawing(traced)
     try:
         with torch.autocast(autocast, enabled=False):
             graph = Tracer(autocast).trace(traced)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
-    if drawing() != drawn:
+    if drawing(traced) != drawn:
         raise Unsupported("its forward draws random numbers, which a trace would fix")
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Unsupported("it makes tensors of its own, which a trace would fix")
@@ -46,10 +47,48 @@ def trace(net, kind):
     return graph
 
 
-def drawing():
-    """The states of the random numbers of Python, numpy and torch on the CPU."""
-    _, *of_numpy = np.random.get_state()  # noqa: NPY002, which many networks draw from
-    return random.getstate(), [list(of_numpy[0]), *of_numpy[1:]], torch.get_rng_state().tolist()
+GENERATORS = {
+    random.Random: random.Random.getstate,
+    np.random.Generator: lambda generator: generator.bit_generator.state,
+    np.random.RandomState: np.random.RandomState.get_state,
+    torch.Generator: torch.Generator.get_state,
+}
+
+
+def drawing(net):
+    """The states, as text, of all that a network's forward may draw random numbers from: those of
+    Python, numpy and torch, and `generators`."""
+    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    for value in generators(net):
+        states += [state(value) for kind, state in GENERATORS.items() if isinstance(value, kind)]
+    with np.printoptions(threshold=sys.maxsize):
+        return [str(s.tolist() if isinstance(s, torch.Tensor) else s) for s in states]
+
+
+def generators(net):
+    """Yields the generators of random numbers that a network keeps, and those that the functions of
+    its own code name, or functions that these name."""
+    classes = {parent for module in net.modules() for parent in type(module).__mro__}
+    waiting, seen = [*kept(net), *(v for c in classes for v in vars(c).values())], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, tuple(GENERATORS)):
+            yield value
+        elif hasattr(type(value), "__self__"):  # as of `generator.random`
+            waiting.append(value.__self__)
+        elif isinstance(value, types.FunctionType) and value not in seen:
+            seen.add(value)
+            if value.__module__.partition(".")[0] != "torch":
+                waiting += names(value)
+
+
+def names(function):
+    """The values of the names, of its file and of functions around it, that a function uses."""
+    cells = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # no empty
+    found = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [cell.cell_contents for cell in cells] + found
 
 
 def forget_dimensions(graph):

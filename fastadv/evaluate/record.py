@@ -82,8 +82,8 @@ class Record:
     def _load(self):
         tensors, metadata = checkpoint.load(self._state)
         try:
-            key, costs = metadata["key"].copy(), metadata["costs"].items()
-            self.costs = {name: Cost(**cost) for name, cost in costs}
+            key, self.asked = {**metadata["key"]}, {**metadata["asked"]}
+            self.costs = {name: Cost(**cost) for name, cost in metadata["costs"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._state} is not an evaluation's state") from error
         for name in self.key | key:
@@ -144,7 +144,8 @@ class Record:
             return
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
         tensors = self.verdicts | self.details
-        checkpoint.save(self._state, tensors, {"key": self.key, "costs": costs})
+        metadata = {"key": self.key, "asked": self.asked, "costs": costs}
+        checkpoint.save(self._state, tensors, metadata)
         self.saved = time.monotonic()
 
     def keep(self, rows, x_adv):

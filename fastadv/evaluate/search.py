@@ -84,7 +84,8 @@ def judge(model, x, x_adv, y, eps, norm):
 
 def within(distance, eps, norm):
     """Which distances [B] are at most eps, to rounding."""
-    return distance <= eps + ROUNDING[norm] * max(1, eps)
+    slack = ROUNDING[norm] * max(1, eps) if math.isfinite(eps) else 0.0
+    return distance <= eps + slack
 
 
 class Search:

@@ -376,6 +376,22 @@ def test_averaging_beats_the_noise_of_a_random_model(model, balanced):
     assert margins[1] > margins[0]
 
 
+def test_most_passes_decide_what_is_misclassified_already():
+    """Of a model that is wrong in every third pass: no sample may be left where it is."""
+
+    class Random(nn.Module):
+        def forward(self, v):
+            s = (v * (1 - v)).flatten(1).sum(1, keepdim=True)
+            wrong = (torch.rand(len(v), 1) < 1 / 3).float()
+            return torch.cat([s + 1, s + 2 * wrong], 1)
+
+    x, y = torch.full((300, 1, 2, 2), 0.4), torch.zeros(300, dtype=torch.int64)
+    torch.manual_seed(0)
+    for eot_iter, least, most in ((1, 50, 150), (101, 0, 0)):
+        x_adv = APGD(0.1, 1, eot_iter=eot_iter)(Random(), x, y)
+        assert least <= (x_adv == x).flatten(1).all(1).sum() <= most
+
+
 def test_empty_batch_returns_empty(model, batch):
     x, y = batch
     assert APGD()(model, x[:0], y[:0]).shape == (0, 3, 8, 8)

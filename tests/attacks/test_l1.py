@@ -81,6 +81,15 @@ def test_the_projection_is_the_nearest_point(size, eps, scale, dtype, per_sample
     assert (slack <= 1e-5 * (1 + length(v - x)) * size * (rounding / 1e-7)).all()
 
 
+@given(size=st.sampled_from([3072, 150528]), eps=st.floats(1, 4000), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=10)
+def test_many_roundings_do_not_leave_the_ball(size, eps, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, v = torch.rand(2, 2, size, generator=g)
+    z = l1.project(v, x, eps, 0.0, 1.0)
+    assert (length(z.double() - x) <= eps * (1 + 1e-12)).all()
+
+
 def test_a_box_may_be_another_one_and_without_walls():
     x, v = torch.zeros(1, 3), torch.tensor([[5.0, -4.0, 1.0]])
     assert torch.equal(l1.project(v, x, 3.0, -math.inf, math.inf), torch.tensor([[2.0, -1.0, 0.0]]))

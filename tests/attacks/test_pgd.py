@@ -346,6 +346,27 @@ def test_starts_are_clipped_where_their_init_is_or_as_told():
         assert not torch.equal(start, x)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("options", [{"keep": "best"}, {"restarts": 2, "keep": "best"}])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_no_start_is_returned_from_outside_ball_or_box(model, batch, norm, options, steps):
+    x, y = batch
+
+    class Away(nn.Module):
+        """The loss rises with the distance to the first image."""
+
+        def forward(self, v):
+            size = (v - x[:1]).flatten(1).norm(dim=1, keepdim=True)
+            return torch.cat([size * 0, size], 1)
+
+    attack = PGD(0.01, 0.001, steps, "gaussian", 0.3, norm, **options)
+    x_adv = attack(Away(), x, y * 0)
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
+    assert (x_adv - x).double().flatten(1).norm(order, dim=1).max() <= 0.01 * (1 + 1e-5)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
 def test_kl_is_wrong_where_the_target_is_another_class():
     """Without labels: of two starts the misclassified one, though its divergence is less."""
 

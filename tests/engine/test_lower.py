@@ -482,10 +482,31 @@ class Random(nn.Module):
         return self.net(x * (1 + self.draw()))
 
 
+DRAWN = np.random.default_rng(0)
+
+
+def drawn():
+    return DRAWN.random()
+
+
+def of_torch():
+    generator = torch.Generator().manual_seed(0)
+    return lambda: torch.rand((), generator=generator).item()
+
+
 @pytest.mark.parametrize(
     "draw",
-    [random.random, lambda: np.random.random(), lambda: torch.rand(()).item()],  # noqa: NPY002
-    ids=["python", "numpy", "torch"],
+    [
+        random.random,
+        lambda: np.random.random(),  # noqa: NPY002
+        lambda: torch.rand(()).item(),
+        random.Random(0).random,
+        np.random.default_rng(0).random,
+        np.random.RandomState(0).random_sample,
+        of_torch(),
+        lambda: drawn(),
+    ],
+    ids=["python", "numpy", "torch", "Random", "Generator", "RandomState", "torch's", "a name"],
 )
 def test_numbers_drawn_in_a_forward_stay_random(draw):
     x, frozen = torch.rand(2, 3, 8, 8), freeze(Random(draw).eval())

@@ -157,6 +157,7 @@ def test_the_judge_knows_the_other_norms(norm):
     assert valid.tolist() == [True, False]
     assert not right.any()
     assert torch.equal(found, distance(x_adv.double() - x, norm))
+    assert search.judge(wrong, x, x_adv, y, math.inf, norm).valid.all()
 
 
 KILLED = """
