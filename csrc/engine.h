@@ -43,9 +43,11 @@ struct Convolution {
 constexpr int winograd_points = 36, winograd_rows = 64;
 
 struct Winograd {
-  const float *in, *weight;  // in: blocks; weight: [out_blocks, 36, in_blocks, 32, 32]
-  float* memory;             // [threads, 36, in_blocks + out_blocks, winograd_rows, 32], to work in
+  const void* in;       // blocks
+  const float* weight;  // [out_blocks, 36, in_blocks, 32, 32]
+  float* memory;        // [threads, 36, in_blocks + out_blocks, winograd_rows, 32], to work in
   int64_t images, height, width, top, left, out_height, out_width, in_blocks, out_blocks;
+  DType dtype;
   Finish finish;
 };
 

@@ -3,8 +3,9 @@
 //   out tile [4, 4] = A^T (sum over input channels of (B^T d B) U) A, U = G g G^T, d the [6, 6]
 //   inputs of the tile
 // The polynomial points are 0, +-3/4, +-3/2 and infinity: with +-1 and +-2, which most have, sums
-// err twice as much. Blocks as for `convolution`; sums are fp32, over input channels in one order
-// whatever the threads. The gradient to the input is the same with the flipped, transposed weights.
+// err twice as much. Blocks as for `convolution`; whatever their dtype, all is computed in fp32,
+// sums over input channels in one order whatever the threads. The gradient to the input is the same
+// with the flipped, transposed weights.
 
 constexpr int in_side = 6, out_side = 4, taps_side = 3;  // of a tile read and written, of a kernel
 constexpr int64_t chunk_rows = winograd_rows;
@@ -114,18 +115,20 @@ struct Units {
 };
 
 // The inputs of a chunk at the points: [36, in_blocks, chunk_rows, 32].
+template <typename T>
 static void transform_inputs(const Winograd& w, const Units& units, float* points) {
-  alignas(64) static const float zeros[block_size] = {};
+  alignas(64) static const T zeros[block_size] = {};
+  const T* in = static_cast<const T*>(w.in);
   const int64_t point_size = w.in_blocks * chunk_rows * columns_of_block;
   for (int u = 0; u < units.count; ++u) {
     for (int64_t block = 0; block < w.in_blocks; ++block) {
-      const float* pixels[in_side][in_side];
+      const T* pixels[in_side][in_side];
       for (int y = 0; y < in_side; ++y) {
         for (int x = 0; x < in_side; ++x) {
           const int64_t row = units.top[u] - w.top + y, column = units.left[u] - w.left + x;
           const bool inside = 0 <= row && row < w.height && 0 <= column && column < w.width;
           const int64_t pixel = (units.group[u] * w.height + row) * w.width + column;
-          pixels[y][x] = inside ? w.in + (pixel * w.in_blocks + block) * block_size : zeros;
+          pixels[y][x] = inside ? in + (pixel * w.in_blocks + block) * block_size : zeros;
         }
       }
       float* to = points + (block * chunk_rows + units.first[u]) * columns_of_block;
@@ -212,13 +215,13 @@ static void transform_sums(const Winograd& w, const Units& units, const float* p
 }
 
 // One chunk for the output blocks o0 to o1; memory: of this thread.
-template <typename Finishing>
+template <typename T, typename Finishing>
 static void winograd_chunk(const Winograd& w, const Units& units, float* memory,
                            const Finishing& finish, int64_t o0, int64_t o1) {
   constexpr int64_t square = columns_of_block * columns_of_block;
   constexpr int64_t block_rows = chunk_rows * columns_of_block;
   float* sums = memory + winograd_points * w.in_blocks * block_rows;
-  transform_inputs(w, units, memory);
+  transform_inputs<T>(w, units, memory);
   for (int64_t i = 0; i < winograd_points; ++i) {  // so that each weight is read once
     for (int64_t o = o0; o < o1; ++o) {
       sum_point(w, memory + i * w.in_blocks * block_rows,
@@ -232,7 +235,8 @@ static void winograd_chunk(const Winograd& w, const Units& units, float* memory,
 }
 
 // A task is a chunk of units for all output blocks or, where chunks are few, a part of them.
-static void winograd(const Winograd& w, int threads) noexcept {
+template <typename T>
+static void winograd_of(const Winograd& w, int threads) {
   const int64_t tiles = tiles_of(w.out_height) * tiles_of(w.out_width);
   const int64_t units = (w.images + rows - 1) / rows * tiles;
   const int64_t most = chunk_rows / (w.images < rows ? w.images : rows);
@@ -241,13 +245,17 @@ static void winograd(const Winograd& w, int threads) noexcept {
   const int64_t parts = wanted < w.out_blocks ? wanted : w.out_blocks, tasks = chunks * parts;
   const int64_t memory = winograd_points * (w.in_blocks + w.out_blocks) * chunk_rows;
   parallel_for(threads, threads, [&](int64_t thread) {
-    with_finish<float>(w.finish, [&](auto finish) {
+    with_finish<T>(w.finish, [&](auto finish) {
       for (int64_t t = thread * tasks / threads; t < (thread + 1) * tasks / threads; ++t) {
         const int64_t begin = t / parts * size, part = t % parts;
         const Units chunk(w, begin, begin + size < units ? begin + size : units);
-        winograd_chunk(w, chunk, w.memory + thread * memory * columns_of_block, finish,
+        winograd_chunk<T>(w, chunk, w.memory + thread * memory * columns_of_block, finish,
                        part * w.out_blocks / parts, (part + 1) * w.out_blocks / parts);
       }
     });
   });
+}
+
+static void winograd(const Winograd& w, int threads) noexcept {
+  w.dtype == DType::bf16 ? winograd_of<BF16>(w, threads) : winograd_of<float>(w, threads);
 }

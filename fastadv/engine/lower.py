@@ -68,8 +68,7 @@ def fastest(segment, inner, dtype):
     layers, products, paid = zip(*segment.products(), strict=True)
     if sum(products) < FILLED * sum(paid):
         return Folded
-    exact = dtype == torch.float32
-    fewer = [n for layer, n in zip(layers, products, strict=True) if exact and takes(layer)]
+    fewer = [n for layer, n in zip(layers, products, strict=True) if takes(layer, dtype)]
     by_winograd = len(fewer) >= 1 + inner and sum(fewer) >= HALF * sum(products)
     wide = isa != "avx2" or any(layer.depthwise for layer in layers)
     return Trunk if by_winograd or (wide and not (inner and len(layers) < WORTH)) else Folded

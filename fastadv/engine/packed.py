@@ -27,7 +27,8 @@ class PackedLayer:
 
     def fold(self, dtype, winograd):
         """Makes all from the present parameters, `points` in place of `weights` if `winograd`.
-        dtype: of the weights of a dense convolution, those of depthwise ones are fp32."""
+        dtype: of the weights of a dense convolution; `points`, and those of depthwise ones, are
+        fp32."""
         layer = self.layer
         if layer.affine is not None:
             scale, shift = affine(layer.affine)
@@ -49,7 +50,8 @@ class PackedLayer:
         # The first layer is a product with patches: its channels and taps are one dimension.
         weight = weight.flatten(1)[:, :, None] if layer.source is None else weight.flatten(2)
         if winograd:
-            self.points = self.points or room(weight, _native.constant("winograd_points"), dtype)
+            points = _native.constant("winograd_points")
+            self.points = self.points or room(weight, points, torch.float32)
             _blocks.fold_points(*self.points, weight, scale)
         else:
             self.weights = self.weights or room(weight, weight.shape[2], dtype)

@@ -37,7 +37,7 @@ class LayerTaps:
             taps = len(weights)
             channels = blocks_of(layer.channels) * CHANNELS
             self.mean = weights[:, None].expand(-1, channels).contiguous()
-        if dtype == torch.float32 and winograd.pays(layer, len(out), output):
+        if winograd.pays(layer, dtype, len(out), output):
             left, _, top, _ = layer.padding
             self.tilings = (*size, top, left, *output), (*output, 2 - top, 2 - left, *size)
         self.forward = lists(out, source, tap, self.pixels, taps)

@@ -213,6 +213,7 @@ class Trunk:
                 taps.tilings[direction],
                 out_blocks,
                 workspace.points(),
+                dtype=self.dtype,
                 **finish,
             )
             return

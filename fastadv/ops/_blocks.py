@@ -29,20 +29,22 @@ def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dt
     )
 
 
-def winograd(blocks, images, weight, tiling, out_blocks, memory, **finish):
-    """The same for a 3 x 3 convolution of stride 1 in float32, by Winograd's F(4 x 4, 3 x 3); see
-    `Winograd` in csrc/engine.h. tiling: (height and width of what is read, zeros above and to the
+def winograd(blocks, images, weight, tiling, out_blocks, memory, *, dtype, **finish):
+    """The same for a 3 x 3 convolution of stride 1 by Winograd's F(4 x 4, 3 x 3), in float32
+    whatever the blocks are of; see `Winograd` in csrc/engine.h. tiling: (height and width of what is read, zeros above and to the
     left of it, height and width of what is written)."""
     in_blocks = blocks.shape[2]
     run(
         "winograd",
         CPU,
-        *contiguous(CPU, torch.float32, blocks=blocks, weight=weight, memory=memory),
+        *contiguous(CPU, dtype, blocks=blocks),
+        *contiguous(CPU, torch.float32, weight=weight, memory=memory),
         images,
         *tiling,
         in_blocks,
         out_blocks,
-        *_finish(torch.float32, **finish),
+        DTYPES[dtype],
+        *_finish(dtype, **finish),
     )
 
 

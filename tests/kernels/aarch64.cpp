@@ -291,26 +291,27 @@ static void convolutions(DType type, bool dense) {
   }
 }
 
-static void winograd() {
+static void winograd(DType type) {
   constexpr int64_t images = 19, height = 5, width = 6, blocks = 2, threads = 2;
   constexpr int64_t channels = blocks * channels_per_block, taps = 9;
   constexpr int64_t n = 2 * height * width * blocks * block_size;
   constexpr int64_t folded = winograd_points * channels * channels;
   const Array weight = numbers(channels * channels * taps, 0.125f), by = numbers(channels);
   Array forward = room(folded), backward = room(folded);
-  run("fold_points", table.fold_points,
+  const std::string name = torch_name(type);
+  run("fold_points/" + name, table.fold_points,
       Fold{forward, backward, weight, by, channels, channels, taps, channels * taps, taps, 1,
            DType::f32},
       {&forward, &backward});
-  const Array in = numbers(n), bias = numbers(channels);
+  const Array in = numbers(n, 1, 0, type), bias = numbers(channels);
   Array memory = room(threads * winograd_points * 2 * blocks * winograd_rows * channels_per_block);
-  Array out = room(n), active = room(n), slope = room(n / 32);
+  Array out = room(n, type), active = room(n, type), slope = room(n / 32);
   slope.type = "int32";
   Winograd w = {in, forward, memory, images, height, width, 1,
-                1,  height,  width,  blocks, blocks, {}};
+                1,  height,  width,  blocks, blocks, type,  {}};
   w.finish = {false,   Activation::relu, 0.5f, out,     active, slope,
               nullptr, nullptr,          bias, nullptr, nullptr};
-  run("winograd", table.winograd, w, {&out, &active, &slope});
+  run("winograd/" + name, table.winograd, w, {&out, &active, &slope});
 }
 
 static void layouts() {
@@ -364,7 +365,7 @@ int main() {
   for (const DType type : engine_types) {
     convolutions(type, true);
     convolutions(type, false);
+    winograd(type);
   }
   layouts();
-  winograd();
 }
