@@ -70,11 +70,14 @@ def fastest(segment, inner, dtype):
         return Folded
     fewer = [n for layer, n in zip(layers, products, strict=True) if takes(layer, dtype)]
     by_winograd = len(fewer) >= 1 + inner and sum(fewer) >= HALF * sum(products)
-    wide = isa != "avx2" or any(layer.depthwise for layer in layers)
-    return Trunk if by_winograd or (wide and not (inner and len(layers) < WORTH)) else Folded
+    depthwise = any(layer.depthwise for layer in layers)
+    worth = WORTH if dtype == torch.float32 or not depthwise else WORTH_DEPTHWISE
+    wide = isa != "avx2" or depthwise
+    return Trunk if by_winograd or (wide and not (inner and len(layers) < worth)) else Folded
 
 
 WORTH = 8  # convolutions between two rearrangements
+WORTH_DEPTHWISE = 3  # in bfloat16, of which torch's depthwise convolutions are slow
 FILLED = 0.6  # of all products of a segment that are not with zeros
 HALF = 0.5  # of them that are in layers which Winograd's algorithm computes
 

@@ -31,8 +31,8 @@ def convolution(blocks, images, weight, taps, out_blocks, *, depthwise=False, dt
 
 def winograd(blocks, images, weight, tiling, out_blocks, memory, *, dtype, **finish):
     """The same for a 3 x 3 convolution of stride 1 by Winograd's F(4 x 4, 3 x 3), in float32
-    whatever the blocks are of; see `Winograd` in csrc/engine.h. tiling: (height and width of what is read, zeros above and to the
-    left of it, height and width of what is written)."""
+    whatever the blocks are of; see `Winograd` in csrc/engine.h. tiling: (height and width of what
+    is read, zeros above and to the left of it, height and width of what is written)."""
     in_blocks = blocks.shape[2]
     run(
         "winograd",

@@ -220,3 +220,17 @@ def test_a_cpu_without_wide_vectors_runs_torchs_convolutions(isa, size):
         assert type(twin.trunk) is (Folded if folded else Trunk)
         x = torch.rand(4, 3, 8, 8)
         assert torch.allclose(twin(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 64])
+def test_short_segments_with_depthwise_convolutions_pay_in_bfloat16(isa, dtype, groups):
+    middle = nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 5, 1, 2, 1, groups), nn.Conv2d(64, 32, 1)
+    ends = nn.Conv2d(3, 32, 1), nn.Tanh(), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = nn.Sequential(*ends[:2], *middle, *ends[2:]).eval()
+    with using_isa(isa):
+        by_us = isinstance(freeze(net, dtype).trunk.segments[1], Trunk)
+        low = dtype == torch.bfloat16 and isa in _native.WITH_BF16
+        assert by_us == (low and groups > 1)

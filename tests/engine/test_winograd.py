@@ -73,7 +73,7 @@ def errors(net, x, found):
 
 @pytest.mark.parametrize("isa", _native.isas())
 @pytest.mark.parametrize(("into", "out", "height", "width", "images", "zeros"), SHAPES)
-def test_bfloat16_is_that_of_its_own_sums(into, out, height, width, images, zeros, isa, monkeypatch):
+def test_bfloat16_errs_as_its_sums_do(into, out, height, width, images, zeros, isa, monkeypatch):
     """Of activations rounded to bfloat16 the products are float32's: by Winograd's algorithm a twin
     errs no more than by products of bfloat16, up to what chance makes of few numbers."""
     torch.manual_seed(0)
