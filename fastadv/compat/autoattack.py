@@ -145,6 +145,8 @@ class AutoAttack:
         y_orig = checks.as_labels(y_orig, x_orig)
         if not self.attacks_to_run:
             raise ValueError("attacks_to_run is [], must name the attacks of version 'custom'")
+        if state_path is not None:
+            self._check_state(Path(state_path))
         device = self.device or x_orig.device
         first = x_orig[:bs].to(device), y_orig[:bs].to(device)
         model, stages, warnings = validity.probe(self.model, *first, self._stages())
@@ -163,25 +165,26 @@ class AutoAttack:
         x_adv = torch.from_numpy(np.array(record.examples)).to(x_orig.device)
         return (x_adv, self._labels(x_adv, bs, device)) if return_labels else x_adv
 
+    def _check_state(self, folder):
+        if folder.is_file():
+            raise ValueError(f"state_path is {folder}, a file, must be a folder")
+        if not self.model.state_dict():
+            raise ValueError(
+                f"state_path is {folder}, must be None for a model without weights of its own: "
+                "give a torch module, not a function"
+            )
+
     def _record(self, x, y, stages, seed, state_path):
         """The Record to fill: what the folder state_path has, if anything."""
         if state_path is None:
             return evaluate.Record(len(x), examples=x.numpy().copy())
         folder = Path(state_path)
-        if folder.is_file():
-            raise ValueError(f"state_path is {folder}, a file, must be a folder")
-        weights = self.model.state_dict()
-        if not weights:
-            raise ValueError(
-                f"state_path is {folder}, must be None for a model without weights of its own: "
-                "give a torch module, not a function"
-            )
         key = {
             "attacks": [f"{stage.name}: {stage.attack}" for stage in stages],
             "precision": self.precision,
             "seed": seed,
             "images": digest((x, y)),
-            "weights": digest(weights.values()),
+            "weights": digest(self.model.state_dict().values()),
         }
         record = evaluate.Record(len(x), key, folder)
         record.examples = open_examples(folder / "adversarial.npy", x, bool(record.verdicts))

@@ -58,7 +58,8 @@ def fastest(segment, inner, dtype):
     """The executor of a segment, by what benchmarks/bench_networks.py and bench_attack.py measured.
 
     That is Folded where much of the blocks of 32 channels would stay empty, or few convolutions
-    would have to pay for rearranging features into blocks and back. Else it is Trunk on a CPU with
+    would have to pay for rearranging features into blocks and back; depthwise ones pay sooner in
+    bfloat16, of which torch's are slow. Else it is Trunk on a CPU with
     vectors of 512 bits. With vectors of 256 bits torch's dense convolutions are as fast, but for
     those that Winograd's algorithm takes, and its depthwise ones are not.
     """
@@ -77,7 +78,7 @@ def fastest(segment, inner, dtype):
 
 
 WORTH = 8  # convolutions between two rearrangements
-WORTH_DEPTHWISE = 3  # in bfloat16, of which torch's depthwise convolutions are slow
+WORTH_DEPTHWISE = 3  # in bfloat16, if any of them is depthwise
 FILLED = 0.6  # of all products of a segment that are not with zeros
 HALF = 0.5  # of them that are in layers which Winograd's algorithm computes
 

@@ -1,6 +1,7 @@
 """From a network to a torch.fx graph that does the same."""
 
 import copy
+import functools
 import itertools
 import operator
 import random
@@ -50,7 +51,7 @@ def trace(net, kind):
 GENERATORS = {
     random.Random: random.Random.getstate,
     np.random.Generator: lambda generator: generator.bit_generator.state,
-    np.random.RandomState: np.random.RandomState.get_state,
+    np.random.RandomState: lambda generator: generator.get_state(legacy=False),
     torch.Generator: torch.Generator.get_state,
 }
 
@@ -58,7 +59,8 @@ GENERATORS = {
 def drawing(net):
     """The states, as text, of all that a network's forward may draw random numbers from: those of
     Python, numpy and torch, and `generators`."""
-    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002
+    of_numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    states = [random.getstate(), of_numpy, torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     for value in generators(net):
@@ -69,26 +71,46 @@ def drawing(net):
 
 def generators(net):
     """Yields the generators of random numbers that a network keeps, and those that the functions of
-    its own code name, or functions that these name."""
-    classes = {parent for module in net.modules() for parent in type(module).__mro__}
-    waiting, seen = [*kept(net), *(v for c in classes for v in vars(c).values())], set()
+    its classes name, or functions that these name. What the operating system draws is not seen."""
+    held = [value for value in kept(net) if not isinstance(value, OPAQUE)]
+    classes = {parent for value in held for parent in type(value).__mro__}
+    waiting, seen = [*kept(net), *(v for c in classes for v in vars(c).values())], {}
     while waiting:
         value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
         if isinstance(value, tuple(GENERATORS)):
             yield value
-        elif hasattr(type(value), "__self__"):  # as of `generator.random`
-            waiting.append(value.__self__)
-        elif isinstance(value, types.FunctionType) and value not in seen:
-            seen.add(value)
-            if value.__module__.partition(".")[0] != "torch":
+        elif isinstance(value, types.FunctionType):
+            if (value.__module__ or "").partition(".")[0] != "torch":
                 waiting += names(value)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, CACHED):
+            waiting.append(value.__wrapped__)
+        else:  # methods, as `generator.random` is one, and properties
+            within = (name for name in WITHIN if hasattr(type(value), name))
+            waiting += [getattr(value, name, None) for name in within]
+
+
+CACHED = type(functools.cache(abs))
+WITHIN = "__self__", "__func__", "fget"
 
 
 def names(function):
-    """The values of the names, of its file and of functions around it, that a function uses."""
-    cells = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # no empty
-    found = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return [cell.cell_contents for cell in cells] + found
+    """The values of the names that a function uses, of its file, of modules that it names there and
+    of functions around it, and those of its defaults."""
+    codes, used = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        used.update(code.co_names)
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    found = [function.__globals__[name] for name in used & function.__globals__.keys()]
+    for module in [value for value in found if isinstance(value, types.ModuleType)]:
+        found += [vars(module)[name] for name in used & vars(module).keys()]
+    found += [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]
+    return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def forget_dimensions(graph):

@@ -17,7 +17,8 @@ class Trunk:
 
     image_affine: () -> (scale, shift) [C], the normalisation before the first convolution, of a
     segment that begins with images; None of one that begins with features. dtype: of the
-    activations, weights and gradients between layers, float32 or bfloat16; sums are fp32. inner:
+    activations and gradients between layers, float32 or bfloat16, and of the weights that are no
+    depthwise ones or Winograd's; sums are fp32. inner:
     whether the results are for more of the network, and so in `dtype` and channels_last; otherwise
     in float32 and contiguous. Weights are folded in the first forward pass after a `refresh()`. An
     image's features do not depend on the others of its batch.
@@ -32,7 +33,7 @@ class Trunk:
         plan = self.plan
         self.packed = {layer: PackedLayer(layer) for layer in plan}
         self.workspace = None  # for the latest shape and layout of images
-        self.refreshes, self.folded = 0, set()  # the keys of workspaces
+        self.refreshes, self.folded = 0, set()  # the forms of workspaces
         self.exits = segment.exits
         self.number = number = {layer: n for n, layer in enumerate(plan)}
         self.readers = {}  # {Ref: the layers that read it}
@@ -69,7 +70,7 @@ class Trunk:
             both[:, : len(scale) * taps] = torch.stack([scale, shift]).repeat_interleave(taps, 1)
             # Made before they are seen: other threads may be reading those of before.
             (self.scale, self.shift), self.per_channel = both, scale
-        self.folded.add(workspace.key)
+        self.folded.add(workspace.form)
 
     @property
     def weight(self):
@@ -92,7 +93,7 @@ class Trunk:
         if workspace is None or workspace.key != key:
             workspace = self.workspace = Workspace(self.plan, x, key, self.dtype)
         with FOLDING:
-            if key not in self.folded:
+            if workspace.form not in self.folded:
                 self.fold(workspace)
         return _Run.apply(x, self, workspace)
 

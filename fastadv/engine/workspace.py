@@ -15,7 +15,8 @@ class Workspace:
     """The tables and the memory of a trunk for images of one shape and one dense layout.
 
     key: (shape, strides) of one image of x. taps: of each layer. offsets, image_offsets: how images
-    become patches, and back. sizes: {layer: (height, width) of its `out`}.
+    become patches, and back. sizes: {layer: (height, width) of its `out`}. form: what decides which
+    weights it needs.
     """
 
     def __init__(self, plan, x, key, dtype):
@@ -36,6 +37,8 @@ class Workspace:
             if self.taps[-1].tilings is not None:
                 both = blocks_of(layer.source.layer.channels) + blocks_of(layer.channels)
                 self.most_blocks = max(self.most_blocks, both)
+
+        self.form = key, tuple(taps.tilings is None for taps in self.taps)
 
     def points(self):
         """Memory in which `_blocks.winograd` works, enough for any layer."""

@@ -82,7 +82,7 @@ class Record:
     def _load(self):
         tensors, metadata = checkpoint.load(self._state)
         try:
-            key, self.asked = {**metadata["key"]}, {**metadata["asked"]}
+            key, self.asked = {**metadata["key"]}, {**metadata.get("asked", {})}
             self.costs = {name: Cost(**cost) for name, cost in metadata["costs"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._state} is not an evaluation's state") from error
@@ -128,7 +128,7 @@ class Record:
     def bind(self, name, attack):
         """Refuses to go on with a stage by another attack than it has been begun with."""
         if self.asked.setdefault(name, attack) != attack:
-            raise ValueError(f"record has {name} by {self.asked[name]}, must be by {attack}")
+            raise UsageError(f"record has {name} by {self.asked[name]}, must be by {attack}")
 
     def right(self, name):
         """bool [N]: which images are classified right under a stage (and those before it, in a

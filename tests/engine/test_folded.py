@@ -208,6 +208,7 @@ def test_devices_choose_the_executor():
 
 
 @pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+@pytest.mark.skipif(_library.backend() == "reference", reason="freeze() then lowers nothing")
 @pytest.mark.parametrize("isa", _native.isas())
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_a_cpu_without_wide_vectors_runs_torchs_convolutions(isa, size):
@@ -223,6 +224,7 @@ def test_a_cpu_without_wide_vectors_runs_torchs_convolutions(isa, size):
 
 
 @pytest.mark.skipif(not _native.isas(), reason="needs the compiled kernels")
+@pytest.mark.skipif(_library.backend() == "reference", reason="freeze() then lowers nothing")
 @pytest.mark.parametrize("isa", _native.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 64])

@@ -1,8 +1,10 @@
 """What the engine takes of a network, what it leaves to torch, and that neither is misread."""
 
 import copy
+import functools
 import logging
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -486,12 +488,41 @@ DRAWN = np.random.default_rng(0)
 
 
 def drawn():
-    return DRAWN.random()
+    return sum(DRAWN.random() for _ in range(2))
+
+
+def by_default(generator=DRAWN):
+    return generator.random()
+
+
+class Drawing:
+    """What draws by what its class names."""
+
+    draw = staticmethod(lambda: DRAWN.random())
+
+    def __call__(self):
+        return self.twice
+
+    @property
+    def twice(self):
+        return 2 * self.draw()
 
 
 def of_torch():
     generator = torch.Generator().manual_seed(0)
     return lambda: torch.rand((), generator=generator).item()
+
+
+@functools.lru_cache(0)
+def cached():
+    return DRAWN.random()
+
+
+THIS = sys.modules[__name__]
+
+
+def of_a_module():
+    return THIS.DRAWN.random()
 
 
 @pytest.mark.parametrize(
@@ -505,10 +536,25 @@ def of_torch():
         np.random.RandomState(0).random_sample,
         of_torch(),
         lambda: drawn(),
+        lambda: by_default(),
+        functools.partial(lambda g: g.random(), np.random.default_rng(0)),
+        Drawing(),
+        Drawing.draw,
+        lambda: cached(),
+        lambda: of_a_module(),
     ],
-    ids=["python", "numpy", "torch", "Random", "Generator", "RandomState", "torch's", "a name"],
+    ids="python numpy torch Random Generator RandomState of_torch name default partial property "
+    "staticmethod cached module".split(),  # noqa: SIM905
 )
 def test_numbers_drawn_in_a_forward_stay_random(draw):
     x, frozen = torch.rand(2, 3, 8, 8), freeze(Random(draw).eval())
     assert frozen.trunk is None
     assert not torch.equal(frozen(x), frozen(x))
+
+
+def test_a_traced_network_is_traced_again():
+    """The code that torch.fx makes has no module."""
+    net = network("resnet18")
+    traced, x = torch.fx.symbolic_trace(net), torch.rand(2, 3, 8, 8)
+    assert freeze(traced).trunk is not None
+    torch.testing.assert_close(freeze(traced)(x), net(x))

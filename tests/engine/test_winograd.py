@@ -164,3 +164,19 @@ def test_it_can_be_turned_off(monkeypatch):
     command = [sys.executable, "-c", "from fastadv.engine import winograd; print(winograd.ON)"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+def test_weights_follow_where_another_instruction_set_computes_in_another_way():
+    """As where a twin that was used is loaded on another machine."""
+    if not {"avx512_bf16", "avx512"} <= {*_native.isas()}:
+        pytest.skip("needs two instruction sets that differ")
+    net, x = models.get("resnet18", width=8).eval(), torch.rand(2, 3, 32, 32)
+    made = twin(net, torch.bfloat16, executor=Trunk)
+    with using_isa("avx512_bf16"), torch.no_grad():
+        made(x)
+        logits = made(x)
+    loaded = copy.deepcopy(made.trunk)
+    with using_isa("avx512"), torch.no_grad():
+        found = made._head[0](loaded(x))
+        assert computed(loaded) == 0
+    torch.testing.assert_close(found, logits, rtol=0.05, atol=0.05)

@@ -20,7 +20,6 @@ from fastadv.runs import checkpoint
         {"key": {}, "asked": {}, "costs": {"clean": {"unheard": 1}}},
         {"key": {}, "asked": {}, "costs": {"clean": 1}},
         {"key": {}, "asked": {}},
-        {"key": {}, "costs": {}},
     ],
 )
 def test_a_state_of_something_else_is_refused(tmp_path, metadata):
@@ -34,5 +33,5 @@ def test_a_stage_goes_on_by_the_attack_that_it_was_begun_with(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     evaluate.run(model, split, stages("pgd20", 0.1), record=Record(4, folder=tmp_path))
     evaluate.run(model, split, stages("pgd20", 0.1), record=Record(4, folder=tmp_path))
-    with pytest.raises(ValueError, match=r"record has pgd20 by PGD\(eps=0.1.*, must be by"):
+    with pytest.raises(UsageError, match=r"record has pgd20 by PGD\(eps=0.1.*, must be by"):
         evaluate.run(model, split, stages("pgd20", 0.2), record=Record(4, folder=tmp_path))
