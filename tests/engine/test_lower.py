@@ -543,8 +543,10 @@ def of_a_module():
         lambda: cached(),
         lambda: of_a_module(),
     ],
-    ids="python numpy torch Random Generator RandomState of_torch name default partial property "
-    "staticmethod cached module".split(),  # noqa: SIM905
+    ids=[
+        *("python", "numpy", "torch", "Random", "Generator", "RandomState", "of_torch"),
+        *("name", "default", "partial", "property", "staticmethod", "cached", "module"),
+    ],
 )
 def test_numbers_drawn_in_a_forward_stay_random(draw):
     x, frozen = torch.rand(2, 3, 8, 8), freeze(Random(draw).eval())
