@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from test_nets import images, networks
 
 from fastadv import methods
