@@ -27,9 +27,8 @@ def fastadv_(columns):
 
 
 def case(name):
-    trunk, _ = lower(models.get(name).eval(), torch.float32)
-    layers = Folded(trunk.plan, trunk.image_affine, torch.bfloat16).layers
-    folds = [fold for layer in layers for fold in layer.folds()]
+    trunk, _ = lower(models.get(name).eval(), torch.bfloat16, executor=Folded)
+    folds = [fold for layer in trunk.layers for fold in layer.folds()]
     columns = list(zip(*folds, strict=True))
 
     def gate():
