@@ -32,6 +32,11 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
+def test_the_fold_benchmark_is_of_all_norms_of_a_network(bench):
+    rows = bench("run").measure(bench("bench_fold_bn").case("resnet20"), 0)
+    assert [row["provider"] for row in rows] == ["eager", "fastadv"]
+
+
 @pytest.mark.slow  # the dry run of the suite for GPUs has the same case
 def test_the_attack_benchmark_on_a_tiny_network(bench):
     case = bench("bench_attack").case("resnet18", batch=2, samples=1, width=4)
