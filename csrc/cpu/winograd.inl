@@ -250,7 +250,7 @@ static void winograd_of(const Winograd& w, int threads) {
         const int64_t begin = t / parts * size, part = t % parts;
         const Units chunk(w, begin, begin + size < units ? begin + size : units);
         winograd_chunk<T>(w, chunk, w.memory + thread * memory * columns_of_block, finish,
-                       part * w.out_blocks / parts, (part + 1) * w.out_blocks / parts);
+                          part * w.out_blocks / parts, (part + 1) * w.out_blocks / parts);
       }
     });
   });
