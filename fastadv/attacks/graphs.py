@@ -10,7 +10,7 @@ from torch import nn
 from ..engine.frozen import refresh
 from ..engine.query import ask, evaluating
 from .checks import as_labels, check_images, check_labels, check_tensor, one_of
-from .pgd import OBJECTIVES, PGD
+from .pgd import OBJECTIVES, PGD, started
 
 
 class Captured:
@@ -85,7 +85,7 @@ class Captured:
             self.seen = key
             self.graph = None  # frees its memory
             return self._noted(self.attack.ascend(inner, x, *targets, start=start, index=index))
-        start = self.attack.begin(x, start, index)
+        start = self.attack.start(x, index) if start is None else started(start, x)
         with torch.cuda.device_of(x):
             if self.graph is None or len(x) > self.graph.batch:
                 self.graph = None

@@ -187,17 +187,10 @@ class PGD(ByValue):
     def _ascend(self, inner, x, *targets, start=None, index=None, eps=None):
         checks.check_tensor("x", x)
         eps = checks.radii(self.eps if eps is None else eps, x)
-        x_adv = self.begin(x, start, index, eps)
-        self.bad_gradients = self.climb(inner, x_adv, x, *targets, eps=eps).sum()
-        return x_adv
-
-    def begin(self, x, start=None, index=None, eps=None):
-        """The x_adv with which `ascend` begins: in ball and box where it may be what is returned.
-        Arguments are those of `ascend`."""
-        eps = checks.radii(self.eps if eps is None else eps, x)
         x_adv = self.start(x, index, eps) if start is None else started(start, x).clone()
-        if x.numel() and (self.keep == "best" or not self.steps):
+        if self.keep == "best" and x.numel():  # it may be what is returned
             self._step_(x_adv, torch.zeros_like(x_adv), x, eps)
+        self.bad_gradients = self.climb(inner, x_adv, x, *targets, eps=eps).sum()
         return x_adv
 
     def climb(self, inner, x_adv, x, *targets, eps=None):

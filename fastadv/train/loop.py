@@ -138,7 +138,7 @@ def train(config, resume=False):
 
 
 # How many times as fast PGD-10 is in bfloat16 as in float32, over the networks of README's table.
-BF16_GAINS = {"avx512_bf16": "2", "amx": "2 to 9"}
+BF16_GAINS = {"avx512_bf16": "1 to 2", "amx": "2 to 9"}
 
 
 def hint(config, method, nets):
