@@ -58,7 +58,9 @@ def cost(name):
 def rows():
     """{method: its numbers} of the page's table."""
     found = re.findall(r"^\| `([^`]+)` \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
-    return {name: tuple(float(cell.strip() or 0) for cell in cells.split("|")) for name, cells in found}
+    return {
+        name: tuple(float(cell.strip() or 0) for cell in cells.split("|")) for name, cells in found
+    }
 
 
 @pytest.mark.parametrize("name", [*methods.METHODS, "igdm+rslad", "vfd+at"])
