@@ -25,7 +25,7 @@ class PGD(ByValue):
     norm: "linf", "l2" or "l1": an l1 step follows the 1 % largest elements of the gradient (SLIDE,
     Tramer & Boneh 2019), and its projection is exact (Croce & Hein 2021), in plain torch. lo, hi:
     the box of valid images. restarts: starts per sample, all in one batch. keep: which iterate of a
-    start is returned, "last" (as published) or "best".
+    start is returned, "last" (as published) or "best", for which starts are projected too.
     bad_gradients: of the last call, a tensor on x's device: how many (sample, step) pairs had a
     gradient with NaN or infinity in it; NaN elements do not move.
     Raises ValueError on a radius in the wrong unit, TypeError on values of the wrong kind; warns

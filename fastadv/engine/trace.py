@@ -29,13 +29,15 @@ def trace(net, kind):
     autocast = kind if torch.amp.is_autocast_available(kind) else "cpu"
     # Its forward may store what it computes, which in a trace is no tensor: in a copy, then.
     traced = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
-    before, drawn = list(kept(traced)), drawing(traced)
+    before = list(kept(traced))
+    sources = list(generators(before))
+    drawn = drawing(sources)
     try:
         with torch.autocast(autocast, enabled=False):
             graph = Tracer(autocast).trace(traced)
     except Exception as error:  # whatever a network's own Python raises on a proxy
         raise Unsupported(f"torch.fx cannot trace it: {error}") from error
-    if drawing(traced) != drawn:
+    if drawing(sources) != drawn:
         raise Unsupported("its forward draws random numbers, which a trace would fix")
     if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Unsupported("it makes tensors of its own, which a trace would fix")
@@ -56,25 +58,25 @@ GENERATORS = {
 }
 
 
-def drawing(net):
+def drawing(sources):
     """The states, as text, of all that a network's forward may draw random numbers from: those of
-    Python, numpy and torch, and `generators`."""
+    Python, numpy and torch, and of the `generators` in `sources`."""
     of_numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     states = [random.getstate(), of_numpy, torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
-    for value in generators(net):
+    for value in sources:
         states += [state(value) for kind, state in GENERATORS.items() if isinstance(value, kind)]
     with np.printoptions(threshold=sys.maxsize):
         return [str(s.tolist() if isinstance(s, torch.Tensor) else s) for s in states]
 
 
-def generators(net):
-    """Yields the generators of random numbers that a network keeps, and those that the functions of
-    its classes name, or functions that these name. What the operating system draws is not seen."""
-    held = [value for value in kept(net) if not isinstance(value, OPAQUE)]
-    classes = {parent for value in held for parent in type(value).__mro__}
-    waiting, seen = [*kept(net), *(v for c in classes for v in vars(c).values())], {}
+def generators(held):
+    """Yields the generators of random numbers among `held`, all that a network keeps, and those
+    that the functions of its classes name, or functions that these name. What the operating system
+    draws is not seen."""
+    classes = {c for value in held if not isinstance(value, OPAQUE) for c in type(value).__mro__}
+    waiting, seen = [*held, *(v for c in classes for v in vars(c).values())], {}
     while waiting:
         value = waiting.pop()
         if id(value) in seen:

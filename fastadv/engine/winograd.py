@@ -1,7 +1,7 @@
 """Which layers Winograd's algorithm computes: 3 x 3 convolutions of stride 1, with a quarter of the
 products (Lavin & Gray 2016, "Fast algorithms for convolutional neural networks"), in float32. Those
 of a twin in bfloat16 too where its products would cost half as much, as by AVX512-BF16; by AMX they
-cost a tenth.
+cost a sixteenth.
 
 csrc/cpu/winograd.inl has the algorithm, F(4 x 4, 3 x 3). FASTADV_WINOGRAD = 0 turns it off.
 """
